@@ -1,0 +1,42 @@
+"Golden numbers, and the toy checkpoints and images they were computed with."
+import importlib.util, json, os, subprocess, sys
+from pathlib import Path
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+import pytest
+
+PHI3V = Path(__file__).resolve().parent/'golden'/'phi3v'
+
+
+def script(path):
+    "Import a Python file by its path."
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='session')
+def golden():
+    "Everything the reference code computed, as a dict."
+    return json.loads((PHI3V/'golden.json').read_text(encoding='utf-8'))
+
+
+@pytest.fixture(scope='session')
+def toy(tmp_path_factory):
+    "Folder with `base/` in the published layout and the reward adapters beside it (45 MB, written once)."
+    out = tmp_path_factory.mktemp('toy')
+    subprocess.run([sys.executable, PHI3V/'make_checkpoint.py', '--spec', PHI3V/'spec_tiny.json', '--out', out], check=True)
+    return out
+
+
+@pytest.fixture(scope='session')
+def make_checkpoint():
+    "The writer of the toy checkpoints, as a module."
+    return script(PHI3V/'make_checkpoint.py')
+
+
+@pytest.fixture(scope='session')
+def image():
+    "Function from a name (`sq_a`, `port`, …) to that PIL image."
+    return script(PHI3V/'make_images.py').make_image
