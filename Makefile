@@ -1,0 +1,43 @@
+# Everything a contributor runs. A target first makes `.venv` when there is none, or when what it is made from has changed.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test export readme bundle
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+step = printf '\n== %s\n'
+took = && printf '== took %d min %02d s\n' $$((SECONDS/60)) $$((SECONDS%60))
+
+help: ## Print these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(READY) ## Score, compare and rank rendered scenes with the embedded model; writes demo/
+	@$(BIN)/llava_reward_demo
+
+test: export HF_HUB_OFFLINE = 1
+test: export PYTHONUNBUFFERED = 1
+test: $(READY) ## Check that notebooks and package agree, run every notebook, then all tests
+	@$(step) '1/3 notebooks, package and README agree'
+	@$(BIN)/python -m pytest -q --tb=short tests/test_project.py $(took)
+	@$(step) '2/3 every notebook runs from top to bottom'
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing $(took)
+	@$(step) '3/3 tests, the wheel in a fresh environment among them'
+	@$(BIN)/python -m pytest --durations=5 --ignore=tests/test_project.py tests
+
+export: $(READY) ## Write the package from the notebooks, then clean the notebooks
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && echo 'llava_reward_nb/ now is what nbs/ says'
+
+readme: $(READY) ## Write README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+bundle: $(READY) ## Retrain the embedded model (hours; when interrupted, run it again and it goes on)
+	@$(BIN)/python -m llava_reward_nb.tiny
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \
+	Python 3.11 or newer; $(PYTHON) is %d.%d. Name another, such as: make PYTHON=python3.11" % v[:2])'
+	@$(step) 'preparing $(VENV) (the first time takes minutes)'
+	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]' && touch $@ $(took)

@@ -1,0 +1,45 @@
+"Everything about the package comes from `settings.ini`, which nbdev reads too; only names of commands and extras stand here."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+ini = ConfigParser(delimiters=['='], interpolation=None)
+ini.read(here/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+lib, cli = cfg['lib_name'], f"{cfg['lib_name']}.cli"
+statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
+
+setup(
+    name=lib,
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
+    long_description_content_type='text/markdown',
+    keywords=cfg['keywords'].split(),
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    url=cfg['git_url'],
+    license={'apache2': 'Apache-2.0'}[cfg['license']],
+    license_files=['LICENSE'],
+    classifiers=[
+        f"Development Status :: {statuses[cfg['status']]}",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Natural Language :: {cfg['language']}",
+        'Programming Language :: Python :: 3',
+    ],
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
+    packages=find_packages(include=[lib, f'{lib}.*']),
+    package_data={lib: ['bundle/**']},
+    entry_points={
+        'console_scripts': [
+            *(f'{name} = {cli}:{name}' for name in
+              ('llava_reward_score', 'llava_reward_compare', 'llava_reward_train', 'llava_reward_demo')),
+            f'llava_reward_bench = {lib}.bench:llava_reward_bench',
+        ],
+        'nbdev': [f'{lib} = {lib}._modidx:d'],
+    },
+    zip_safe=False,
+)
