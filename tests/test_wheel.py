@@ -1,7 +1,7 @@
 """The built wheel in an environment of its own: only what the package asks for, with the newest fastcore.
 
 Takes minutes, nearly all of them installing."""
-import csv, importlib.metadata, json, sys, zipfile
+import csv, importlib.metadata, json, shutil, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,9 @@ def fresh(wheel, tmp_path_factory):
     pins = [line for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith(('fastcore', '#'))]
     (folder/'constraints.txt').write_text('\n'.join(pins))
     run(sys.executable, '-m', 'venv', folder/'venv')
-    run(folder/'venv/bin/python', '-m', 'pip', 'install', '-c', folder/'constraints.txt', wheel)
-    return folder/'venv/bin'
+    run(folder/'venv/bin/python', '-m', 'pip', 'install', '--no-compile', '-c', folder/'constraints.txt', wheel)
+    yield folder/'venv/bin'
+    shutil.rmtree(folder/'venv') # 2 GB
 
 
 def test_wheel_holds_package_and_bundle(wheel):
