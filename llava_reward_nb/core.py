@@ -213,7 +213,7 @@ def read_table(
 
 def _read_lines(text:str, path:Path)->list:
     rows = []
-    for i,line in enumerate(text.splitlines(), 1):
+    for i,line in enumerate(text.split('\n'), 1): # not splitlines: a prompt may hold U+2028
         try: rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as e: raise InputError(f"{path}, line {i}: not JSON ({e}); mend or remove the line") from None
     return rows

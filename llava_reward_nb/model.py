@@ -246,13 +246,11 @@ def save_perspective(self:RewardModel,
 # %% ../nbs/06_model.ipynb #3cafe4cb
 @patch
 def save_pretrained(self:RewardModel,
-    folder,                 # gets one sub-folder for each perspective
-    base:bool=False,        # write the base too, as `base/`
-    dtype:torch.dtype=torch.float32, # what the perspectives' weights are stored as
+    folder,                          # gets one sub-folder for each perspective
+    dtype:torch.dtype=torch.float32, # what weights are stored as
 )->Path: # the folder
-    "Write all perspectives, and with `base` all that is needed to load them anywhere."
+    "Write all perspectives. The base is not copied: each perspective remembers where it was, or finds it as `base/` beside itself."
     folder = Path(folder)
-    if base: self.backbone.save_pretrained(folder/'base')
     for n in self.configs: self.save_perspective(n, folder/n, dtype)
     return folder
 
@@ -446,3 +444,17 @@ def _trained_crops(found:dict)->int:
     if len(crops)>1: raise CheckpointError(f"perspectives were trained with different num_crops ({', '.join(f'{n}: {c}' for c,n in crops.items())}); "
                                            "load them one at a time, or pass num_crops=")
     return next(iter(crops), None)
+
+# %% ../nbs/06_model.ipynb #68f1f7fa
+@patch
+def merge(self:RewardModel,
+    perspective:str=None, # default: the active one
+)->RewardModel: # self, with that one perspective
+    "Fold LoRA and projector into the base for speed; other perspectives are dropped and switching is refused from then on."
+    name = self._known(perspective or self.active)
+    if self.merged: return self.set_perspective(name)
+    self.set_perspective(name)
+    self.backbone.model = self.peft.merge_and_unload(adapter_names=[name])
+    for n in [n for n in self.configs if n!=name]: del self.configs[n], self.heads[n]
+    self.__dict__['peft'],self.merged = None,True
+    return self.requires_grad_(False)
