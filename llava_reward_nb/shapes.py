@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SIZE', 'SHAPES', 'COLORS', 'DARK', 'HELD_OUT', 'SPLITS', 'LOOKALIKES', 'EXTENT', 'OUTLINES', 'STROKE', 'SUPERSAMPLE',
            'RELATIONS', 'CLEAR_GAP', 'CLEAR_RATIO', 'NUMBERS', 'CATEGORIES', 'PREFIXES', 'VOCAB', 'RADII', 'SIGN_RADII',
-           'GAP', 'JITTER', 'KINDS', 'ARTIFACTS', 'OVERALL', 'Obj', 'Sign', 'Scene', 'outline', 'render', 'relation_of',
-           'Fact', 'Prompt', 'make_prompt', 'parse_prompt', 'sample_prompt', 'scene_for', 'sample_scene', 'describe',
-           'statements', 'negative_kinds', 'hard_negative', 'add_artifact', 'alignment_pair', 'fidelity_pair',
-           'safety_label', 'overall_score', 'overall_group', 'alignment_pairs', 'fidelity_pairs', 'safety_labels',
-           'overall_pairs', 'write_records']
+           'GAP', 'JITTER', 'KINDS', 'ARTIFACTS', 'OVERALL', 'MIN_PIXELS', 'MIN_IOU', 'Obj', 'Sign', 'Scene', 'outline',
+           'render', 'relation_of', 'Fact', 'Prompt', 'make_prompt', 'parse_prompt', 'sample_prompt', 'scene_for',
+           'sample_scene', 'describe', 'statements', 'negative_kinds', 'hard_negative', 'add_artifact',
+           'alignment_pair', 'fidelity_pair', 'safety_label', 'overall_score', 'overall_group', 'alignment_pairs',
+           'fidelity_pairs', 'safety_labels', 'overall_pairs', 'write_records', 'Seen', 'Checker']
 
 # %% ../nbs/01_shapes.ipynb #420f05d3
 import io, math, re
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from .core import InputError, atomic_path, progress, reward_inputs, write_table
+from .core import InputError, atomic_path, load_image, progress, reward_inputs, write_table
 
 # %% ../nbs/01_shapes.ipynb #771f75af
 SIZE = 64 # side of an image, in pixels
@@ -329,14 +329,14 @@ SIGN_RADII = (8,11)
 GAP = 2
 
 def _place(rng, reach:list)->list: # centres of discs of these radii that keep `GAP` apart, or None
-    spots = []
-    for e in reach:
-        lo,span = e+1, SIZE-2*e-2
-        for _ in range(25):
+    spots,done = [None]*len(reach),[]
+    for i in sorted(range(len(reach)), key=lambda i: -reach[i]):
+        e = reach[i]; lo,span = e+1, SIZE-2*e-2
+        for _ in range(30):
             x,y = lo+span*rng.random(), lo+span*rng.random()
-            if all((x-a)**2+(y-b)**2>=(e+f+GAP)**2 for (a,b),f in zip(spots,reach)): break
+            if all((x-a)**2+(y-b)**2>=(e+f+GAP)**2 for a,b,f in done): break
         else: return None
-        spots.append((x,y))
+        spots[i] = x,y; done.append((x,y,e))
     return spots
 
 # %% ../nbs/01_shapes.ipynb #e09e3e56
@@ -345,15 +345,16 @@ class _Spot:
     x:float; y:float; r:float
 
 def _layout(rng, n:int, sign:bool=False, clear:bool=False)->list: # n spots, then one for the sign
-    if not 1<=n<=4: raise InputError(f"{n} objects; a scene holds 1 to 4")
-    lo,hi = RADII[min(4, n+sign)]
+    if not 1<=n<=4-sign: raise InputError(f"{n} objects{' and a sign' if sign else ''}; a scene holds 1 to 4 things in all")
+    lo,hi = RADII[n+sign]
     rs = [_between(rng,lo,hi) for _ in range(n)]
     sr = [_between(rng,*SIGN_RADII)] if sign else []
-    while True:
+    for trial in range(10_000):
         xy = _place(rng, [EXTENT*r for r in rs]+sr)
-        if xy is None: rs = [.96*r for r in rs]; continue
+        if xy is None: rs = [(.97 if trial%2 else 1)*r for r in rs]; continue
         spots = [_Spot(x,y,r) for (x,y),r in zip(xy, rs+sr)]
         if not clear or relation_of(*spots[:2]): return spots
+    raise RuntimeError(f"no room for {n} objects")
 
 # %% ../nbs/01_shapes.ipynb #b79122f8
 def _turn(things:list, relation:str)->list: # anything with x and y, of which the first two stand in a clear relation
@@ -410,8 +411,9 @@ def scene_for(
             f"prompt {prompt.text!r}: a {c} {s} is held out of the split 'train'; use split='unseen' or 'all'")
     specs = _colors(rng, prompt.terms, split)
     others = [s for s in SHAPES if s not in {t[1] for t in prompt.terms}]
-    if distractors and others and len(specs)<4 and rng.random()<.4:
-        for _ in range(1+int(rng.random()*min(2, 4-len(specs)))):
+    room = 4-bool(sign)-len(specs)
+    if distractors and others and room>0 and rng.random()<.4:
+        for _ in range(1+int(rng.random()*min(2,room))):
             s = _pick(rng,others); specs.append((s, _pick(rng,_allowed(s,split))))
     return _compose(rng, specs, prompt.relation, sign)
 
@@ -473,7 +475,7 @@ def _shuffle(rng, items:list)->list: return items if rng.random()<.5 else items[
 def _claim_count(rng, objs:tuple, shape:str, truth:bool)->tuple:
     n = {s:sum(o.shape==s for o in objs) for s in SHAPES}
     many = [s for s in SHAPES if n[s]>1]
-    if not many and (truth or rng.random()<.7): return None # else nearly all counts would be false
+    if not many and (truth or rng.random()<.9): return None # else nearly all counts would be false
     if many and rng.random()<.8: shape = _pick(rng,many)
     if truth: return ([(n[shape],shape,'')], '') if n[shape]>1 else None
     return [(_pick(rng, [k for k in NUMBERS if k!=n[shape]]), shape, '')], ''
@@ -492,7 +494,8 @@ def _claim_attribute(rng, objs:tuple, truth:bool, split:str)->tuple:
     pairs = [(a,b) for a in objs for b in objs if a.shape!=b.shape and a.color!=b.color]
     if not pairs: return None
     a,b = _pick(rng,pairs); ca,cb = (a.color,b.color) if truth else (b.color,a.color)
-    if ca not in _allowed(a.shape,split) or cb not in _allowed(b.shape,split): return None
+    if cb not in _allowed(b.shape,split): cb = b.color
+    if ca not in _allowed(a.shape,split): ca = _pick(rng, [c for c in _allowed(a.shape,split) if c not in (a.color,b.color)])
     return [(1,a.shape,ca), (1,b.shape,cb)], ''
 
 # %% ../nbs/01_shapes.ipynb #00aeeb87
@@ -554,11 +557,12 @@ def _add(rng, scene:Scene, o:Obj)->Scene:
 def _edit_count(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     n,s,c = _pick(rng, [t for t in prompt.terms if t[0]>1])
     ours = [o for o in scene.objects if _matches(o,s,c)]
-    more = len(ours)<4 and rng.random()<.6
+    room = 4-(scene.sign is not None)
+    more = len(ours)<room and rng.random()<.6
     if not more:
         gone = ours[int(rng.random()*len(ours))]
         return replace(scene, objects=tuple(o for o in scene.objects if o is not gone))
-    if len(scene.objects)==4: # room is made by a distractor, if there is one
+    if len(scene.objects)==room: # room is made by a distractor, if there is one
         spare = [o for o in scene.objects if all(o.shape!=t[1] for t in prompt.terms)]
         if not spare: return scene
         scene = replace(scene, objects=tuple(o for o in scene.objects if o is not spare[0]))
@@ -610,7 +614,7 @@ def _wobble(p:np.ndarray, o:Obj, rng)->np.ndarray: # a wavy version of the outli
     q = p[i] + (t-i)[:,None]*(p[(i+1)%len(p)]-p[i]) - (o.x,o.y)
     a = np.arctan2(q[:,1], q[:,0])
     k,phase = 6+int(rng.random()*3), rng.random(2)*2*np.pi
-    wave = _between(rng,.17,.24)*np.sin(k*a+phase[0]) + _between(rng,.08,.16)*np.sin(2*a+phase[1])
+    wave = _between(rng,.10,.14)*np.sin(k*a+phase[0]) + _between(rng,.05,.1)*np.sin(2*a+phase[1])
     return q*(1+wave)[:,None] + (o.x,o.y)
 
 def _paint_deform(im, o, k, rng):
@@ -618,7 +622,7 @@ def _paint_deform(im, o, k, rng):
 
 def _paint_cut(im, o, k, rng, background):
     _fill(im, o, k)
-    a,d,e = 2*math.pi*rng.random(), _between(rng,.1,.4)*o.r, EXTENT*o.r+1
+    a,d,e = 2*math.pi*rng.random(), _between(rng,.2,.55)*o.r, EXTENT*o.r
     u,v = np.array([math.cos(a),math.sin(a)]), np.array([-math.sin(a),math.cos(a)])
     c = np.array([o.x,o.y])
     ImageDraw.Draw(im).polygon((np.stack([c+u*d-v*e, c+u*d+v*e, c+u*e+v*e, c+u*e-v*e])*k).ravel().tolist(), fill=background)
@@ -632,12 +636,13 @@ def _paint_ghost(im, o, k, rng, shift, background):
 def _paint_blend(im, o, k, rng):
     other = COLORS[_pick(rng, [c for c in COLORS if c!=o.color])]
     a,start = 2*math.pi*rng.random(), _between(rng,-.15,.2)
-    side = np.arange(im.width)/k
-    along = ((side[None]-o.x)*math.cos(a)+(side[:,None]-o.y)*math.sin(a))/o.r
+    x0,y0,n = int((o.x-EXTENT*o.r)*k), int((o.y-EXTENT*o.r)*k), int(2*EXTENT*o.r*k)+2
+    side = np.arange(n)/k
+    along = ((side+x0/k-o.x)*math.cos(a)+(side[:,None]+y0/k-o.y)*math.sin(a))/o.r
     t = np.clip((along-start)/.6, 0, 1)[...,None]
     fill = Image.fromarray((np.array(COLORS[o.color])*(1-t)+np.array(other)*t).astype(np.uint8))
-    mask = Image.new('L', im.size); ImageDraw.Draw(mask).polygon((outline(o)*k).ravel().tolist(), fill=255)
-    im.paste(fill, mask=mask)
+    mask = Image.new('L', (n,n)); ImageDraw.Draw(mask).polygon((outline(o)*k-(x0,y0)).ravel().tolist(), fill=255)
+    im.paste(fill, (x0,y0), mask)
 
 # %% ../nbs/01_shapes.ipynb #30ce6650
 def add_artifact(
@@ -717,8 +722,8 @@ def overall_score(
     return round(facts - OVERALL['artifact']*artifact - OVERALL['sign']*sign, 4)
 
 def _candidate(prompt:Prompt, rng, split:str)->dict:
-    sign = rng.random()<.25
-    scene = scene_for(prompt, rng, split, distractors=not sign, sign='prohibition' if sign else '')
+    sign = rng.random()<.25 and sum(n for n,*_ in prompt.terms)<4
+    scene = scene_for(prompt, rng, split, sign='prohibition' if sign else '')
     if rng.random()<.5: scene,_ = hard_negative(prompt, scene, rng, split=split)
     kind = _pick(rng,ARTIFACTS) if rng.random()<.35 else ''
     facts = prompt.fraction(scene)
@@ -797,3 +802,178 @@ def write_records(
             row[key] = names[id(im)]
         rows.append(row)
     return write_table(rows, folder/'records.jsonl')
+
+# %% ../nbs/01_shapes.ipynb #1ba65cb1
+_INKS = np.array([*COLORS.values(), DARK], np.float32)
+
+def _unmix(
+    x:np.ndarray, # image, (h,w,3), 0 to 255
+)->tuple: # coverage alpha (h,w) in [0,1], index of the ink (h,w)
+    "Explain every pixel as background plus some of one ink."
+    b = np.median(np.concatenate([x[0], x[-1], x[1:-1,0], x[1:-1,-1]]), 0)
+    d,q = _INKS-b, (x-b).reshape(-1,3)
+    dd,qd = (d*d).sum(1)+1e-6, q@d.T
+    a = np.clip(qd/dd, 0, 1)
+    ink = (a*a*dd-2*a*qd).argmin(1)
+    return a[np.arange(len(a)),ink].reshape(x.shape[:2]), ink.reshape(x.shape[:2])
+
+# %% ../nbs/01_shapes.ipynb #b4001c00
+def _runs(mask:np.ndarray)->tuple: # row, first column, last column + 1 of each run of True, as lists
+    d = np.diff(np.pad(mask, ((0,0),(1,1))).astype(np.int8), axis=1)
+    ys,starts = np.nonzero(d==1)
+    return ys.tolist(), starts.tolist(), np.nonzero(d==-1)[1].tolist()
+
+def _components(mask:np.ndarray)->list: # masks of the 4-connected pieces
+    ys,starts,ends = _runs(mask)
+    parent,first = list(range(len(ys))), 0
+    def root(i):
+        while parent[i]!=i: i = parent[i]
+        return i
+    for i,y in enumerate(ys):
+        while ys[first]<y-1: first += 1
+        for j in range(first, i):
+            if ys[j]==y-1 and starts[j]<ends[i] and starts[i]<ends[j]: parent[root(j)] = root(i)
+    pieces = {}
+    for i,y in enumerate(ys): pieces.setdefault(root(i), np.zeros_like(mask))[y, starts[i]:ends[i]] = True
+    return list(pieces.values())
+
+# %% ../nbs/01_shapes.ipynb #db82be36
+_GRID,_SPAN = 24,1.7 # pixels across a template, and radii from its centre to its edge
+_SYMMETRY = dict(circle=1, square=90, triangle=120, star=72) # degrees after which a shape repeats
+
+@lru_cache(1)
+def _templates()->tuple: # shape names, (t, 576) coverages
+    names,rows = [],[]
+    for s in SHAPES:
+        p = OUTLINES[s]; q = np.roll(p,-1,0)
+        unit = p/math.sqrt(abs((p[:,0]*q[:,1]-p[:,1]*q[:,0]).sum())/2/math.pi)
+        for deg in range(0, _SYMMETRY[s], 6):
+            c,d = math.cos(math.radians(deg)), math.sin(math.radians(deg))
+            im = Image.new('L', (8*_GRID,8*_GRID))
+            corners = ((unit@np.array([[c,d],[-d,c]])/_SPAN+1)/2*8*_GRID-.5).ravel().tolist()
+            ImageDraw.Draw(im).polygon(corners, fill=255)
+            names.append(s); rows.append(np.asarray(im.reduce(8), np.float32).ravel()/255)
+    return names, np.stack(rows)
+
+# %% ../nbs/01_shapes.ipynb #af38e390
+def _centred(w:np.ndarray)->tuple: # centre x, y, radius of the circle of the same area, (24,24) resampled
+    ys,xs = np.nonzero(w); v = w[ys,xs]; area = v.sum()
+    x,y,r = (v*xs).sum()/area, (v*ys).sum()/area, math.sqrt(area/math.pi)
+    g = ((np.arange(_GRID)+.5)/_GRID*2-1)*_SPAN*r
+    def axis(c, n):
+        t = np.clip(c+g, -1, n)+1; i = np.minimum(t.astype(int), n)
+        return i,(t-i).astype(np.float32)
+    (iy,fy),(ix,fx) = axis(y,w.shape[0]), axis(x,w.shape[1])
+    p = np.pad(w, 1)
+    rows = p[iy]*(1-fy)[:,None] + p[iy+1]*fy[:,None]
+    return x+.5, y+.5, r, rows[:,ix]*(1-fx) + rows[:,ix+1]*fx
+
+def _fits(patch24:np.ndarray)->dict: # best soft IoU with each shape
+    names,t = _templates(); p = patch24.ravel()
+    both = np.minimum(t,p).sum(1); best = {}
+    for s,v in zip(names, both/(t.sum(1)+p.sum()-both)): best[s] = max(best.get(s,0.), float(v))
+    return best
+
+# %% ../nbs/01_shapes.ipynb #ae3434dd
+MIN_PIXELS,MIN_IOU = 35,.72
+
+@dataclass(frozen=True)
+class Seen:
+    "What the checker makes of one piece of an image."
+    shape:str    # one of `SHAPES`, '' if it is like none of them
+    color:str    # a key of `COLORS`
+    x:float      # centre, in pixels of a 64x64 image
+    y:float
+    r:float      # radius of the circle of the same area
+    score:float  # soft IoU with the best outline, 0 to 1
+    fits:dict    # soft IoU with each shape
+    shares:dict  # share of the inner pixels that have each color
+
+def _grow(m:np.ndarray)->np.ndarray:
+    g = m.copy()
+    g[1:] |= m[:-1]; g[:-1] |= m[1:]; g[:,1:] |= m[:,:-1]; g[:,:-1] |= m[:,1:]
+    return g
+
+def _see(piece:np.ndarray, a:np.ndarray, ink:np.ndarray)->Seen:
+    x,y,r,p = _centred(np.where(_grow(piece), a, 0).astype(np.float32))
+    fits = _fits(p); best = max(fits, key=fits.get)
+    core = piece & ~_grow(~piece)
+    n = np.bincount(ink[core if core.any() else piece], minlength=len(_INKS))
+    shares = dict(zip(COLORS, (n/n.sum()).tolist())) # the dark ink takes what is missing to 1
+    return Seen(best if fits[best]>=MIN_IOU else '', max(shares,key=shares.get), x, y, r, fits[best], fits, shares)
+
+# %% ../nbs/01_shapes.ipynb #01127e50
+def _take_apart(piece:np.ndarray, a:np.ndarray, ink:np.ndarray)->list: # of `Seen`: the whole, or the shapes it consists of
+    whole = _see(piece, a, ink)
+    if whole.shape and sum(whole.shares.values())>.5: return [whole]
+    parts = [_see(q, np.where(ink==c,a,0), ink) for c in range(len(COLORS))
+             for q in _components(piece&(ink==c)) if q.sum()>=MIN_PIXELS]
+    return [p for p in parts if p.shape] or ([whole] if sum(whole.shares.values())>.5 else [])
+
+# %% ../nbs/01_shapes.ipynb #c355bfcd
+class Checker:
+    "Reads the objects of an image off its pixels and judges prompts by them; itself a reward."
+
+    def __repr__(self): return 'Checker()'
+
+# %% ../nbs/01_shapes.ipynb #62f9ce77
+@patch
+def pieces(self:Checker,
+    image, # path, PIL image or tensor, of any size
+)->list: # of `Seen`
+    "Everything that stands out from the background and is not dark, shape or not."
+    im = load_image(image)
+    if im.size!=(SIZE,SIZE): im = im.resize((SIZE,SIZE), Image.BOX)
+    a,ink = _unmix(np.asarray(im, np.float32))
+    return [p for piece in _components(a>.5) if piece.sum()>=MIN_PIXELS for p in _take_apart(piece, a, ink)]
+
+@patch
+def objects(self:Checker,
+    image, # path, PIL image or tensor, of any size
+)->list: # of `Seen`, all with a shape
+    "The objects of an image."
+    return [p for p in self.pieces(image) if p.shape]
+
+@patch
+def facts(self:Checker,
+    image,  # path, PIL image or tensor, of any size
+    prompt, # a text that `parse_prompt` reads, or a `Prompt`
+)->list: # of (Fact, bool)
+    "Which of a prompt's facts hold; `InputError` for a bad image or a prompt outside the grammar."
+    prompt,seen = prompt if isinstance(prompt,Prompt) else parse_prompt(prompt), self.objects(image)
+    return [(f,f.holds(seen)) for f in prompt.facts]
+
+# %% ../nbs/01_shapes.ipynb #b64ec57a
+def _ramp(v:float, lo:float, hi:float)->float: return min(1., max(0., (v-lo)/(hi-lo)))
+
+def _like(p:Seen, shape:str, color:str)->float: # 0 to 1: is this piece such an object?
+    lead = p.fits[shape]-max(v for s,v in p.fits.items() if s!=shape)
+    return _ramp(p.fits[shape],.4,.78)*_ramp(lead,-.12,.01)*(_ramp(p.shares[color],0,.8) if color else 1.)
+
+def _beside(a:Seen, b:Seen, relation:str)->float: # 0 to 1: how clearly does `a` lie there, seen from `b`?
+    ux,uy = RELATIONS[relation]; dx,dy = a.x-b.x, a.y-b.y
+    return _ramp(dx*ux+dy*uy-max(8, abs(dx*uy)+abs(dy*ux)), -16, 2)
+
+@patch
+def nearness(self:Fact,
+    pieces:list, # of `Seen`
+)->float:
+    "How nearly the fact holds of what a checker sees, 0 to 1."
+    like = [[_like(p,s,c) for p in pieces] for s,c in self.items]
+    if self.kind=='count': return max(0., 1-abs(sum(like[0])-self.n)/self.n)
+    if self.kind=='relation': return max((v*w*_beside(p,q,self.relation) for p,v in zip(pieces,like[0]) for q,w in zip(pieces,like[1]) if p is not q), default=0.)
+    return sum(max(v, default=0.) for v in like)/len(like)
+
+@patch
+def __call__(self:Checker,
+    images,  # one image or n of them
+    prompts, # one prompt or n of them, in the grammar of `parse_prompt`
+)->Tensor: # (n,) float32 in [0,1]; 1 only if all facts hold
+    "Grade images for prompts; `InputError` for a bad image or a prompt outside the grammar."
+    images,prompts = reward_inputs(images, prompts)
+    asked = [parse_prompt(p) for p in prompts]
+    return torch.tensor([_grade(self.pieces(im), p.facts) for im,p in zip(images,asked)])
+
+def _grade(pieces:list, facts:tuple)->float:
+    seen = [p for p in pieces if p.shape]
+    return sum((f.holds(seen)+f.nearness(pieces))/2 for f in facts)/len(facts)
