@@ -10,10 +10,10 @@ from project import LIB, ROOT, copy_of, run
 ABSENT = ['nbdev', 'execnb', 'nbformat', 'nbconvert', 'jupyter_core', 'jupyter_client', 'ipykernel', 'notebook', 'torchvision']
 PROMPTS = {'a red circle': 'red.png', 'a blue square': 'blue.png'}
 DRAW = f'''
-import random
+import numpy as np
 from {LIB}.shapes import parse_prompt, render, scene_for
 for prompt, name in {PROMPTS}.items():
-    render(scene_for(parse_prompt(prompt), random.Random(0), 'all', distractors=False)).save(name)
+    render(scene_for(parse_prompt(prompt), np.random.default_rng(0), 'all', distractors=False)).save(name)
 '''
 
 
