@@ -225,3 +225,23 @@ def test_rope_regime_is_the_rows_own(toy, golden, image, processor):
     p, images, prompts = processor(q['num_crops']), [image(r[0]) for r in q['rows']], [golden['prompts'][r[1]] for r in q['rows']]
     assert p(images, prompts)['attention_mask'].sum(1).tolist() == q['lengths']
     check_rows_alone(model, p, images, prompts)
+
+
+# ---- adapters
+
+def test_peft_wraps_the_decoder_alone(toy, image, processor):
+    from peft import LoraConfig, get_peft_model
+    targets = ['qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj']
+    model, inputs = Phi3VModel.from_pretrained(toy/'base'), processor(1)(image('tiny'), 'a red cube')
+    before = run(model, inputs)[2]
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, modules_to_save=['img_projection']))
+    trained = [k for k, p in wrapped.named_parameters() if p.requires_grad]
+    assert len(trained) == 2*4*model.config.num_hidden_layers + 4
+    assert all('.language_model.layers.' in k or '.img_projection.' in k for k in trained)
+    assert torch.equal(run(model, inputs)[2], before) # B is zero at first
+    features, _ = model.vision_features(inputs['pixel_values'], inputs['image_sizes'])
+    assert not features.requires_grad
+    out = wrapped(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], visual=model.project(features))
+    out[:, -1].sum().backward()
+    parameters = dict(wrapped.named_parameters())
+    assert all(parameters[k].grad is not None for k in trained)
