@@ -12,7 +12,7 @@ __all__ = ['SIZE', 'SHAPES', 'COLORS', 'DARK', 'HELD_OUT', 'SPLITS', 'LOOKALIKES
            'fidelity_pairs', 'safety_labels', 'overall_pairs', 'write_records', 'Seen', 'Checker']
 
 # %% ../nbs/01_shapes.ipynb #420f05d3
-import io, math, re
+import math, re
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import combinations
@@ -86,13 +86,13 @@ def _regular(n:int, inner:float=None, radius:float=1.)->np.ndarray:
 
 OUTLINES = dict(circle=_regular(48), square=_regular(4, radius=1.25), triangle=_regular(3, radius=EXTENT), star=_regular(5, .45, EXTENT))
 
-# %% ../nbs/01_shapes.ipynb #0e784bf5
+# %% ../nbs/01_shapes.ipynb #d914ee63
 def outline(o:Obj)->np.ndarray: # (k,2) corners, in pixels
     "The polygon of an object, turned and placed."
     a = math.radians(o.angle); c,s = o.r*math.cos(a), o.r*math.sin(a)
     return OUTLINES[o.shape] @ np.array([[c,s],[-s,c]]) + (o.x,o.y)
 
-# %% ../nbs/01_shapes.ipynb #17d9f729
+# %% ../nbs/01_shapes.ipynb #3360911e
 def _fill(
     im:Image.Image, # large canvas
     o:Obj,          # what to draw
@@ -101,7 +101,7 @@ def _fill(
 ):
     ImageDraw.Draw(im).polygon((outline(o)*k).ravel().tolist(), fill=rgb or COLORS[o.color])
 
-# %% ../nbs/01_shapes.ipynb #c2d1c03a
+# %% ../nbs/01_shapes.ipynb #9aa9224f
 STROKE = 3. # of a sign, in pixels
 
 def _draw_sign(im:Image.Image, s:Sign, k:float):
@@ -117,8 +117,8 @@ def _draw_sign(im:Image.Image, s:Sign, k:float):
     if s.kind!='ring': bar(s.angle, r if s.kind in ('bar','square_bar') else r-w/2)
     if s.kind=='ring_x': bar(s.angle+90, r-w/2)
 
-# %% ../nbs/01_shapes.ipynb #9aa9224f
-SUPERSAMPLE = 4
+# %% ../nbs/01_shapes.ipynb #17e83e9f
+SUPERSAMPLE = 4 # canvas pixels per image pixel, in each direction
 
 def _render(scene:Scene, size:int, paint)->Image.Image:
     side = SUPERSAMPLE*size
@@ -134,7 +134,7 @@ def render(
     "Draw a scene, anti-aliased."
     return _render(scene, size, _fill)
 
-# %% ../nbs/01_shapes.ipynb #346a03ef
+# %% ../nbs/01_shapes.ipynb #aaa9bf65
 RELATIONS = {'left of':(-1,0), 'right of':(1,0), 'above':(0,-1), 'below':(0,1)} # where the first lies, seen from the second
 CLEAR_GAP,CLEAR_RATIO = 14,1.25
 
@@ -151,7 +151,7 @@ def relation_of(
     if abs(dx)>abs(dy): return 'left of' if dx<0 else 'right of'
     return 'above' if dy<0 else 'below'
 
-# %% ../nbs/01_shapes.ipynb #ea3caa7f
+# %% ../nbs/01_shapes.ipynb #71f9819d
 NUMBERS = {2:'two', 3:'three', 4:'four'}
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Fact:
     n:int=1          # of a count
     relation:str=''  # of a relation: where the first item lies, seen from the second
 
-# %% ../nbs/01_shapes.ipynb #aaa9bf65
+# %% ../nbs/01_shapes.ipynb #5dd770c8
 def _matches(o, shape:str, color:str)->bool: return o.shape==shape and color in ('', o.color)
 
 @patch
@@ -176,7 +176,7 @@ def holds(self:Fact,
     if self.kind=='relation': return any(relation_of(a,b,8,1)==self.relation for a in found[0] for b in found[1])
     return all(found)
 
-# %% ../nbs/01_shapes.ipynb #cd7dbe98
+# %% ../nbs/01_shapes.ipynb #ee429c25
 @patch
 def rests_on(self:Fact,
     other:Fact, # perhaps a precondition
@@ -196,7 +196,7 @@ def __str__(self:Fact)->str:
     if self.kind=='relation': return 'the {} is {} the {}'.format(' '.join(self.items[0][::-1]).strip(), self.relation, ' '.join(self.items[1][::-1]).strip())
     return ' and '.join(f'the {s} is {c}' for s,c in self.items)
 
-# %% ../nbs/01_shapes.ipynb #2b0f74dd
+# %% ../nbs/01_shapes.ipynb #24fe1746
 CATEGORIES = ('single_object', 'two_objects', 'counting', 'colors', 'position', 'color_attribution') # GenEval's six
 PREFIXES = ('a photo of ', 'an image of ', '')
 
@@ -209,7 +209,7 @@ class Prompt:
     terms:tuple      # (n, shape, color) each; color '' if none is named
     relation:str=''  # between the first term and the second, '' for "and"
 
-# %% ../nbs/01_shapes.ipynb #b885eaed
+# %% ../nbs/01_shapes.ipynb #b77b38cc
 def _facts(terms:tuple, relation:str)->tuple:
     shapes = dict.fromkeys(s for _,s,_ in terms)
     facts = [Fact('object', ((s,''),)) for s in shapes]
@@ -226,7 +226,7 @@ def _category(terms:tuple, relation:str)->str:
     if len(terms)==1: return 'colors' if colored else 'single_object'
     return 'color_attribution' if colored else 'two_objects'
 
-# %% ../nbs/01_shapes.ipynb #ee429c25
+# %% ../nbs/01_shapes.ipynb #83b7fc35
 def make_prompt(
     terms,                       # (n, shape, color) each; color '' for none
     relation:str='',             # key of `RELATIONS` between two terms; '' joins any number by "and"
@@ -240,7 +240,7 @@ def make_prompt(
     text = prefix + (f' {relation} ' if relation else ' and ').join(_noun(*t) for t in terms)
     return Prompt(text, _category(terms,relation), _facts(terms,relation), terms, relation)
 
-# %% ../nbs/01_shapes.ipynb #24fe1746
+# %% ../nbs/01_shapes.ipynb #c56e0374
 _TERM = re.compile(rf"(?:a|(?P<n>{'|'.join(NUMBERS.values())}))(?: (?P<color>{'|'.join(COLORS)}))? (?P<shape>{'|'.join(SHAPES)})(?P<s>s?)")
 
 def _read_term(part:str, text:str)->tuple:
@@ -265,10 +265,10 @@ def parse_prompt(
         f"prompt {text!r}: a relation joins two single objects, as in 'a circle {relation} a star'")
     return make_prompt(terms, relation, prefix)
 
-# %% ../nbs/01_shapes.ipynb #b77b38cc
+# %% ../nbs/01_shapes.ipynb #7d2c2d7d
 VOCAB = sorted({w for t in (*PREFIXES, *RELATIONS, *NUMBERS.values(), *COLORS, *SHAPES, *(s+'s' for s in SHAPES), 'and') for w in t.split()})
 
-# %% ../nbs/01_shapes.ipynb #61f2710b
+# %% ../nbs/01_shapes.ipynb #e09e3e56
 @patch
 def holds(self:Prompt, scene)->bool:
     "Are all facts true of the scene (or list of seen objects)?"
@@ -285,7 +285,7 @@ def broken(self:Prompt, scene)->list:
     bad = [f for f in self.facts if not f.holds(scene)]
     return [f for f in bad if not any(f.rests_on(g) for g in bad)]
 
-# %% ../nbs/01_shapes.ipynb #6496e00a
+# %% ../nbs/01_shapes.ipynb #7727c183
 def _pick(rng, seq): return seq[int(rng.random()*len(seq))]
 
 def _between(rng, lo:float, hi:float)->float: return lo+(hi-lo)*rng.random()
@@ -297,7 +297,7 @@ def _two(rng, seq)->tuple: # two different ones
 def _check_split(split:str):
     if split not in SPLITS: raise InputError(f"split {split!r}; use one of {', '.join(SPLITS)}")
 
-# %% ../nbs/01_shapes.ipynb #ac891f08
+# %% ../nbs/01_shapes.ipynb #2b202c1f
 def _terms(rng, category:str, split:str)->list:
     a,b = _two(rng, SHAPES)
     if category=='single_object': return [(1,a,'')]
@@ -323,7 +323,7 @@ def sample_prompt(
     relation = _pick(rng, list(RELATIONS)) if category=='position' else ''
     return make_prompt(_terms(rng,category,split), relation, _pick(rng,PREFIXES))
 
-# %% ../nbs/01_shapes.ipynb #4cac3856
+# %% ../nbs/01_shapes.ipynb #8f9db688
 RADII = {1:(10,17), 2:(8.5,12), 3:(7.5,10), 4:(7,9.5)} # pixels, by how many things share the image
 SIGN_RADII = (8,11)
 GAP = 2
@@ -339,7 +339,7 @@ def _place(rng, reach:list)->list: # centres of discs of these radii that keep `
         spots[i] = x,y; done.append((x,y,e))
     return spots
 
-# %% ../nbs/01_shapes.ipynb #e09e3e56
+# %% ../nbs/01_shapes.ipynb #225d367a
 @dataclass
 class _Spot:
     x:float; y:float; r:float
@@ -349,14 +349,13 @@ def _layout(rng, n:int, sign:bool=False, clear:bool=False)->list: # n spots, the
     lo,hi = RADII[n+sign]
     rs = [_between(rng,lo,hi) for _ in range(n)]
     sr = [_between(rng,*SIGN_RADII)] if sign else []
-    for trial in range(10_000):
-        xy = _place(rng, [EXTENT*r for r in rs]+sr)
-        if xy is None: rs = [(.97 if trial%2 else 1)*r for r in rs]; continue
+    while True:
+        xy = _place(rng, [EXTENT*r for r in rs]+sr) or _place(rng, [EXTENT*r for r in rs]+sr)
+        if xy is None: rs = [.97*r for r in rs]; continue
         spots = [_Spot(x,y,r) for (x,y),r in zip(xy, rs+sr)]
         if not clear or relation_of(*spots[:2]): return spots
-    raise RuntimeError(f"no room for {n} objects")
 
-# %% ../nbs/01_shapes.ipynb #b79122f8
+# %% ../nbs/01_shapes.ipynb #ed38b906
 def _turn(things:list, relation:str)->list: # anything with x and y, of which the first two stand in a clear relation
     a,b = things[:2]
     if (relation in ('left of','right of')) != (abs(a.x-b.x)>abs(a.y-b.y)): things = [replace(t,x=t.y,y=t.x) for t in things]
@@ -364,7 +363,7 @@ def _turn(things:list, relation:str)->list: # anything with x and y, of which th
     if now!=relation: things = [replace(t,x=SIZE-t.x) if relation in ('left of','right of') else replace(t,y=SIZE-t.y) for t in things]
     return things
 
-# %% ../nbs/01_shapes.ipynb #7727c183
+# %% ../nbs/01_shapes.ipynb #e92b9de4
 JITTER = 18 # rotation of an object, degrees either way
 
 def _background(rng)->tuple: # light grey with a slight tint
@@ -386,7 +385,7 @@ def _compose(
     objs = tuple(Obj(s,c,p.x,p.y,p.r,_between(rng,-JITTER,JITTER)) for (s,c),p in zip(specs,spots))
     return Scene(objs, _background(rng), _sign(rng,sign,spots[-1]) if sign else None)
 
-# %% ../nbs/01_shapes.ipynb #ef201988
+# %% ../nbs/01_shapes.ipynb #74a525c4
 def _colors(rng, terms, split:str)->list: # (shape, color) of each object the terms name
     specs = []
     for n,s,c in terms:
@@ -417,7 +416,7 @@ def scene_for(
             s = _pick(rng,others); specs.append((s, _pick(rng,_allowed(s,split))))
     return _compose(rng, specs, prompt.relation, sign)
 
-# %% ../nbs/01_shapes.ipynb #8b25c9e3
+# %% ../nbs/01_shapes.ipynb #287ab8e3
 def sample_scene(
     rng,                # numpy Generator
     n:int=None,         # objects, 1 to 4; default: any
@@ -432,7 +431,7 @@ def sample_scene(
     specs = _colors(rng, [(m,s,'')]+[(1,_pick(rng,SHAPES),'') for _ in range(n-m)], split)
     return _compose(rng, specs, _pick(rng,list(RELATIONS)) if n==2 else '', sign)
 
-# %% ../nbs/01_shapes.ipynb #ed38b906
+# %% ../nbs/01_shapes.ipynb #8e5e43f5
 def describe(
     scene:Scene, # 1 to 4 objects
     rng=None,    # numpy Generator: of two objects either may come first; default: the left or upper one
@@ -448,49 +447,45 @@ def describe(
     for o in objs: counts[o.shape,o.color] = counts.get((o.shape,o.color),0)+1
     return make_prompt([(n,s,c) for (s,c),n in counts.items()], prefix='').text
 
-# %% ../nbs/01_shapes.ipynb #e92b9de4
-def _claim(rng, scene:Scene, kind:str, truth:bool, split:str)->tuple: # (terms, relation), or None where the scene gives no occasion
-    objs,shapes = scene.objects, {o.shape for o in scene.objects}
-    absent = [s for s in SHAPES if s not in shapes]
+# %% ../nbs/01_shapes.ipynb #a7f498db
+def _claim_object(rng, objs:tuple, truth:bool, split:str):
+    here = sorted({o.shape for o in objs}); absent = [s for s in SHAPES if s not in here]
+    if not (truth or absent): return None
+    s = _pick(rng, here if truth else absent)
+    rest = [t for t in here if t!=s]
+    if not rest or rng.random()<.5: return [(1,s,'')], ''
+    return [(1,t,'') for t in _either(rng, s, _pick(rng,rest))], ''
+
+def _either(rng, a, b)->tuple: return (a,b) if rng.random()<.5 else (b,a)
+
+def _claim_color(rng, objs:tuple, truth:bool, split:str):
     o = _pick(rng, objs)
-    if kind=='object':
-        if not truth and not absent: return None
-        s = o.shape if truth else _pick(rng,absent)
-        rest = [t for t in shapes if t!=s]
-        if not rest or rng.random()<.5: return [(1,s,'')], ''
-        return [(1,t,'') for t in _shuffle(rng, [s,_pick(rng,sorted(rest))])], ''
-    if kind=='color':
-        if truth: return [(1,o.shape,o.color)], ''
-        here = {p.color for p in objs if p.shape==o.shape}
-        wrong = [c for c in _allowed(o.shape,split) if c not in here]
-        other = [p.color for p in objs if p.color in wrong]
-        return [(1, o.shape, _pick(rng, other if other and rng.random()<.5 else wrong))], ''
-    if kind=='count': return _claim_count(rng, objs, o.shape, truth)
-    if kind=='relation': return _claim_relation(rng, objs, truth)
-    return _claim_attribute(rng, objs, truth, split)
+    if truth: return [(1,o.shape,o.color)], ''
+    here = {p.color for p in objs if p.shape==o.shape}
+    wrong = [c for c in _allowed(o.shape,split) if c not in here]
+    near = [p.color for p in objs if p.color in wrong]
+    return [(1, o.shape, _pick(rng, near if near and rng.random()<.5 else wrong))], ''
 
-def _shuffle(rng, items:list)->list: return items if rng.random()<.5 else items[::-1]
-
-# %% ../nbs/01_shapes.ipynb #e2782ad3
-def _claim_count(rng, objs:tuple, shape:str, truth:bool)->tuple:
+# %% ../nbs/01_shapes.ipynb #fe8c9f55
+def _claim_count(rng, objs:tuple, truth:bool, split:str):
     n = {s:sum(o.shape==s for o in objs) for s in SHAPES}
     many = [s for s in SHAPES if n[s]>1]
-    if not many and (truth or rng.random()<.9): return None # else nearly all counts would be false
-    if many and rng.random()<.8: shape = _pick(rng,many)
-    if truth: return ([(n[shape],shape,'')], '') if n[shape]>1 else None
-    return [(_pick(rng, [k for k in NUMBERS if k!=n[shape]]), shape, '')], ''
+    if not many and (truth or rng.random()<.9): return None
+    s = _pick(rng, many if many and (truth or rng.random()<.8) else SHAPES)
+    return [(n[s] if truth else _pick(rng, [k for k in NUMBERS if k!=n[s]]), s, '')], ''
 
-def _claim_relation(rng, objs:tuple, truth:bool)->tuple:
-    names = [(o.shape,o.color) for o in objs]
-    plain = [o.shape for o in objs]
-    pairs = [(a,b) for i,a in enumerate(objs) for j,b in enumerate(objs) if i!=j and relation_of(a,b) and names.count(names[i])==names.count(names[j])==1]
+# %% ../nbs/01_shapes.ipynb #0a047942
+def _claim_relation(rng, objs:tuple, truth:bool, split:str):
+    names,plain = [(o.shape,o.color) for o in objs], [o.shape for o in objs]
+    alone = [o for o,name in zip(objs,names) if names.count(name)==1]
+    pairs = [(a,b) for a in alone for b in alone if a is not b and relation_of(a,b)]
     if not pairs: return None
     a,b = _pick(rng,pairs); now = relation_of(a,b)
     bare = plain.count(a.shape)==plain.count(b.shape)==1 and rng.random()<.7
-    rel = now if truth else _pick(rng, [r for r in RELATIONS if r!=now])
-    return [(1,o.shape,'' if bare else o.color) for o in (a,b)], rel
+    return [(1,o.shape,'' if bare else o.color) for o in (a,b)], now if truth else _pick(rng, [r for r in RELATIONS if r!=now])
 
-def _claim_attribute(rng, objs:tuple, truth:bool, split:str)->tuple:
+# %% ../nbs/01_shapes.ipynb #e73b5a52
+def _claim_attribute(rng, objs:tuple, truth:bool, split:str):
     pairs = [(a,b) for a in objs for b in objs if a.shape!=b.shape and a.color!=b.color]
     if not pairs: return None
     a,b = _pick(rng,pairs); ca,cb = (a.color,b.color) if truth else (b.color,a.color)
@@ -498,8 +493,9 @@ def _claim_attribute(rng, objs:tuple, truth:bool, split:str)->tuple:
     if ca not in _allowed(a.shape,split): ca = _pick(rng, [c for c in _allowed(a.shape,split) if c not in (a.color,b.color)])
     return [(1,a.shape,ca), (1,b.shape,cb)], ''
 
-# %% ../nbs/01_shapes.ipynb #00aeeb87
-KINDS = ('object', 'color', 'count', 'relation', 'attribute')
+# %% ../nbs/01_shapes.ipynb #0637a80c
+_CLAIMS = dict(object=_claim_object, color=_claim_color, count=_claim_count, relation=_claim_relation, attribute=_claim_attribute)
+KINDS = tuple(_CLAIMS) # of facts, claims and edits
 
 def statements(
     scene:Scene,        # at least one object
@@ -508,28 +504,29 @@ def statements(
     split:str='train',  # held-out pairs are not named in 'train'
     kinds=KINDS,        # kinds to draw from, as often as each is listed
 )->list: # of (text, bool)
-    "Short statements with their truth, false ones verified false; `InputError` if the scene gives no occasion for any of `kinds`."
+    "True and false statements, verified; `InputError` if the scene gives no occasion for any of `kinds`."
     _check_split(split); out = []
-    for _ in range(40*n):
-        if len(out)==n: return out
-        truth,kind = rng.random()<.5, _pick(rng,kinds)
-        claim = _claim(rng, scene, kind, truth, split) if scene.objects else None
+    if set(kinds)-set(KINDS): raise InputError(f"kinds {', '.join(kinds)}; use some of {', '.join(KINDS)}")
+    for trial in range(40*n if scene.objects else 0):
+        if len(out)==n: break
+        truth = rng.random()<.5
+        claim = _CLAIMS[_pick(rng,kinds)](rng, scene.objects, truth, split)
         if claim is None: continue
         prompt = make_prompt(*claim, prefix='')
-        if prompt.holds(scene)==truth: out.append((prompt.text, truth))
-    if len(out)==n: return out
-    raise InputError(f"no {n} statements of kinds {', '.join(kinds)} can be made of this scene: {scene}; pass more kinds or objects")
+        new = trial>20*n or (prompt.text,truth) not in out # repeats only if there is nothing else to say
+        if new and prompt.holds(scene)==truth: out.append((prompt.text, truth))
+    if len(out)<n: raise InputError(f"no {n} statements of kinds {', '.join(kinds)} can be made of {scene}; pass more kinds or objects")
+    return out
 
-# %% ../nbs/01_shapes.ipynb #66fe6be0
+# %% ../nbs/01_shapes.ipynb #ed3a5b33
 def _edit_object(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     named = {s for _,s,_ in prompt.terms}
     others = [s for s in SHAPES if s not in named]
     if not others: return scene
     old,new = _pick(rng,sorted(named)), _pick(rng,others)
-    def swap(o):
-        if o.shape!=old: return o
+    def turn(o):
         return replace(o, shape=new, color=o.color if o.color in _allowed(new,split) else _pick(rng,_allowed(new,split)))
-    return replace(scene, objects=tuple(map(swap, scene.objects)))
+    return replace(scene, objects=tuple(turn(o) if o.shape==old else o for o in scene.objects))
 
 def _edit_color(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     s,c = _pick(rng, [(s,c) for _,s,c in prompt.terms if c])
@@ -538,52 +535,51 @@ def _edit_color(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     return replace(scene, objects=tuple(replace(o,color=new) if _matches(o,s,c) else o for o in scene.objects))
 
 def _edit_attribute(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    bound = [(s,c) for n,s,c in prompt.terms if c]
-    (s1,c1),(s2,c2) = _two(rng, bound)
-    def swap(o): return replace(o,color=c2) if _matches(o,s1,c1) else replace(o,color=c1) if _matches(o,s2,c2) else o
-    return replace(scene, objects=tuple(map(swap, scene.objects)))
+    (s1,c1),(s2,c2) = _two(rng, [(s,c) for n,s,c in prompt.terms if n==1 and c])
+    def trade(o): return replace(o,color=c2) if _matches(o,s1,c1) else replace(o,color=c1) if _matches(o,s2,c2) else o
+    return replace(scene, objects=tuple(map(trade, scene.objects)))
 
-# %% ../nbs/01_shapes.ipynb #22266d33
-def _add(rng, scene:Scene, o:Obj)->Scene:
-    "Put one more object where there is room, or lay the scene out anew."
-    taken = [(p.x,p.y,EXTENT*p.r) for p in scene.objects] + ([(scene.sign.x,scene.sign.y,scene.sign.r)] if scene.sign else [])
+# %% ../nbs/01_shapes.ipynb #d8c50a3b
+def _add(rng, scene:Scene, o:Obj)->Scene: # one more object
+    sign = scene.sign
+    taken = [(p.x,p.y,EXTENT*p.r) for p in scene.objects] + ([(sign.x,sign.y,sign.r)] if sign else [])
     e = EXTENT*o.r
     for _ in range(40):
         x,y = _between(rng,e+1,SIZE-e-1), _between(rng,e+1,SIZE-e-1)
         if all(math.hypot(x-a,y-b)>=e+f+GAP for a,b,f in taken): return replace(scene, objects=scene.objects+(replace(o,x=x,y=y),))
-    new = _compose(rng, [(p.shape,p.color) for p in scene.objects+(o,)], sign=scene.sign.kind if scene.sign else '')
+    new = _compose(rng, [(p.shape,p.color) for p in scene.objects+(o,)], sign=sign.kind if sign else '')
     return replace(new, background=scene.background)
 
 def _edit_count(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    n,s,c = _pick(rng, [t for t in prompt.terms if t[0]>1])
+    _,s,c = _pick(rng, [t for t in prompt.terms if t[0]>1])
     ours = [o for o in scene.objects if _matches(o,s,c)]
+    without = lambda o: replace(scene, objects=tuple(p for p in scene.objects if p is not o))
     room = 4-(scene.sign is not None)
-    more = len(ours)<room and rng.random()<.6
-    if not more:
-        gone = ours[int(rng.random()*len(ours))]
-        return replace(scene, objects=tuple(o for o in scene.objects if o is not gone))
-    if len(scene.objects)==room: # room is made by a distractor, if there is one
-        spare = [o for o in scene.objects if all(o.shape!=t[1] for t in prompt.terms)]
+    if len(ours)==room or rng.random()<.4: return without(_pick(rng,ours))
+    if len(scene.objects)==room:
+        spare = [o for o in scene.objects if o.shape not in {t[1] for t in prompt.terms}]
         if not spare: return scene
-        scene = replace(scene, objects=tuple(o for o in scene.objects if o is not spare[0]))
-    return _add(rng, scene, replace(_pick(rng,ours), color=c or _pick(rng,[o.color for o in ours]), angle=_between(rng,-JITTER,JITTER)))
+        scene = without(_pick(rng,spare))
+    return _add(rng, scene, replace(_pick(rng,ours), angle=_between(rng,-JITTER,JITTER)))
 
+# %% ../nbs/01_shapes.ipynb #af38e390
 def _edit_relation(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    a,b = ([i for i,o in enumerate(scene.objects) if _matches(o,s,c)][0] for _,s,c in prompt.terms)
-    objs = list(scene.objects)
-    if rng.random()<.5: # the two change places
-        objs[a],objs[b] = (replace(objs[i], x=objs[j].x, y=objs[j].y, r=objs[j].r) for i,j in ((a,b),(b,a)))
-        return replace(scene, objects=tuple(objs))
-    rest = [o for i,o in enumerate(objs) if i not in (a,b)] + ([scene.sign] if scene.sign else [])
-    things = _turn([objs[a],objs[b]]+rest, _pick(rng, [r for r in RELATIONS if r!=prompt.relation]))
-    if scene.sign: return replace(scene, objects=tuple(things[:-1]), sign=things[-1])
-    return replace(scene, objects=tuple(things))
+    a,b = [next(o for o in scene.objects if _matches(o,s,c)) for _,s,c in prompt.terms]
+    if rng.random()<.5:
+        trade = lambda o,p: replace(o, x=p.x, y=p.y, r=p.r)
+        return replace(scene, objects=tuple(trade(a,b) if o is a else trade(b,a) if o is b else o for o in scene.objects))
+    rest = [o for o in scene.objects if o is not a and o is not b] + ([scene.sign] if scene.sign else [])
+    things = _turn([a,b]+rest, _pick(rng, [r for r in RELATIONS if r!=prompt.relation]))
+    n = len(scene.objects)
+    return replace(scene, objects=tuple(things[:n]), sign=things[n] if scene.sign else None)
 
-# %% ../nbs/01_shapes.ipynb #391d0801
+# %% ../nbs/01_shapes.ipynb #ae3434dd
 _EDITS = dict(object=_edit_object, color=_edit_color, count=_edit_count, relation=_edit_relation, attribute=_edit_attribute)
 
-def negative_kinds(prompt:Prompt)->list: # the most telling kind first
-    "The kinds of fact that an edit can break."
+def negative_kinds(
+    prompt:Prompt, # any
+)->list: # of `KINDS`, the most telling first
+    "The kinds of edit that break a fact of this prompt."
     kinds = list(dict.fromkeys(f.kind for f in reversed(prompt.facts)))
     return kinds + (['color'] if 'attribute' in kinds else [])
 
@@ -604,162 +600,167 @@ def hard_negative(
         new = _EDITS[kind](prompt, scene, rng, split)
         broken = prompt.broken(new)
         if len(broken)==1 and broken[0].kind in want: return new,kind
-    raise InputError(f"no edit of kind {kind!r} breaks exactly one fact of {prompt.text!r} in this scene; try another scene")
+    raise InputError(f"no edit of kind {kind!r} breaks exactly one fact of {prompt.text!r} in this scene; try another kind or scene")
 
-# %% ../nbs/01_shapes.ipynb #610fb1a7
-ARTIFACTS = ('blur', 'noise', 'deform', 'cut', 'ghost', 'blend')
+# %% ../nbs/01_shapes.ipynb #9978712f
+def _paint_deform(im, o:Obj, k:float, rng):
+    p = outline(o); t = np.linspace(0, len(p), 72, endpoint=False); i = t.astype(int)
+    q = p[i] + (t-i)[:,None]*(p[(i+1)%len(p)]-p[i]) - (o.x,o.y) # 72 points along the edges
+    a,phase = np.arctan2(q[:,1], q[:,0]), rng.random(2)*2*np.pi
+    wave = max(_between(rng,.1,.14), 1.1/o.r)*np.sin((6+int(rng.random()*3))*a+phase[0]) + _between(rng,.05,.1)*np.sin(2*a+phase[1])
+    ImageDraw.Draw(im).polygon(((q*(1+wave)[:,None]+(o.x,o.y))*k).ravel().tolist(), fill=COLORS[o.color])
 
-def _wobble(p:np.ndarray, o:Obj, rng)->np.ndarray: # a wavy version of the outline p
-    t = np.linspace(0, len(p), 72, endpoint=False); i = t.astype(int)
-    q = p[i] + (t-i)[:,None]*(p[(i+1)%len(p)]-p[i]) - (o.x,o.y)
-    a = np.arctan2(q[:,1], q[:,0])
-    k,phase = 6+int(rng.random()*3), rng.random(2)*2*np.pi
-    wave = _between(rng,.10,.14)*np.sin(k*a+phase[0]) + _between(rng,.05,.1)*np.sin(2*a+phase[1])
-    return q*(1+wave)[:,None] + (o.x,o.y)
-
-def _paint_deform(im, o, k, rng):
-    ImageDraw.Draw(im).polygon((_wobble(outline(o),o,rng)*k).ravel().tolist(), fill=COLORS[o.color])
-
-def _paint_cut(im, o, k, rng, background):
+def _paint_cut(im, o:Obj, k:float, rng, background:tuple):
     _fill(im, o, k)
-    a,d,e = 2*math.pi*rng.random(), _between(rng,.2,.55)*o.r, EXTENT*o.r
-    u,v = np.array([math.cos(a),math.sin(a)]), np.array([-math.sin(a),math.cos(a)])
-    c = np.array([o.x,o.y])
-    ImageDraw.Draw(im).polygon((np.stack([c+u*d-v*e, c+u*d+v*e, c+u*e+v*e, c+u*e-v*e])*k).ravel().tolist(), fill=background)
+    a,half,off = 2*math.pi*rng.random(), math.radians(_between(rng,28,42)), _between(rng,-.15,.15)
+    ray = lambda t: np.array([math.cos(a+t*half), math.sin(a+t*half)])
+    tip = np.array([o.x,o.y]) + off*o.r*ray(0)
+    corners = np.stack([tip]+[tip+(EXTENT+.1-off)*o.r*ray(t) for t in (-1,-.5,0,.5,1)])
+    ImageDraw.Draw(im).polygon((corners*k).ravel().tolist(), fill=background)
 
-# %% ../nbs/01_shapes.ipynb #8e5e43f5
-def _paint_ghost(im, o, k, rng, shift, background):
-    a = .45
-    faint = tuple(int(a*c+(1-a)*b) for c,b in zip(COLORS[o.color], background))
-    _fill(im, replace(o, x=o.x+shift[0], y=o.y+shift[1]), k, faint)
-
-def _paint_blend(im, o, k, rng):
+# %% ../nbs/01_shapes.ipynb #f9a12a8c
+def _paint_blend(im, o:Obj, k:float, rng):
     other = COLORS[_pick(rng, [c for c in COLORS if c!=o.color])]
-    a,start = 2*math.pi*rng.random(), _between(rng,-.15,.2)
+    a,start = 2*math.pi*rng.random(), _between(rng,-.1,.2)
     x0,y0,n = int((o.x-EXTENT*o.r)*k), int((o.y-EXTENT*o.r)*k), int(2*EXTENT*o.r*k)+2
     side = np.arange(n)/k
-    along = ((side+x0/k-o.x)*math.cos(a)+(side[:,None]+y0/k-o.y)*math.sin(a))/o.r
+    along = ((side+x0/k-o.x)*math.cos(a)+(side[:,None]+y0/k-o.y)*math.sin(a))/o.r # distance along the direction of the gradient
     t = np.clip((along-start)/.6, 0, 1)[...,None]
     fill = Image.fromarray((np.array(COLORS[o.color])*(1-t)+np.array(other)*t).astype(np.uint8))
     mask = Image.new('L', (n,n)); ImageDraw.Draw(mask).polygon((outline(o)*k-(x0,y0)).ravel().tolist(), fill=255)
     im.paste(fill, (x0,y0), mask)
 
-# %% ../nbs/01_shapes.ipynb #30ce6650
+def _ghosts(scene:Scene, rng)->Image.Image:
+    a,d = 2*math.pi*rng.random(), _between(rng,4.5,7)
+    def faint(o): return tuple(int(.45*c+.55*b) for c,b in zip(COLORS[o.color], scene.background))
+    def paint(im, o, k):
+        if o is scene.objects[0]: # all ghosts lie below all objects
+            for g in scene.objects: _fill(im, replace(g, x=g.x+d*math.cos(a), y=g.y+d*math.sin(a)), k, faint(g))
+        _fill(im, o, k)
+    return _render(scene, SIZE, paint)
+
+# %% ../nbs/01_shapes.ipynb #efff5695
+ARTIFACTS = ('blur', 'noise', 'deform', 'cut', 'ghost', 'blend')
+
 def add_artifact(
     scene:Scene,  # what to draw
     kind:str,     # one of `ARTIFACTS`
     rng,          # numpy Generator
 )->Image.Image: # RGB, 64x64
-    "Render a scene with an artifact that a person sees and that leaves every fact as it is; `InputError` for an unknown kind."
+    "Render a scene with an artifact; 'deform', 'cut' and 'blend' spoil one object or more; `InputError` for an unknown kind."
     if kind not in ARTIFACTS: raise InputError(f"artifact {kind!r}; use one of {', '.join(ARTIFACTS)}")
     if kind=='blur': return render(scene).filter(ImageFilter.GaussianBlur(_between(rng,1.3,2.)))
+    if kind=='ghost': return _ghosts(scene, rng)
     if kind=='noise':
         x = np.asarray(render(scene), np.float32)
         return Image.fromarray(np.clip(x+rng.normal(0, _between(rng,18,32), x.shape), 0, 255).astype(np.uint8))
-    if kind=='ghost':
-        a,d = 2*math.pi*rng.random(), _between(rng,4.5,7)
-        ghosts = partial(_paint_ghost, rng=rng, shift=(d*math.cos(a), d*math.sin(a)), background=scene.background)
-        def paint(im, o, k):
-            if o is scene.objects[0]:
-                for g in scene.objects: ghosts(im, g, k)
-            _fill(im, o, k)
-        return _render(scene, SIZE, paint)
-    spoil = dict(deform=partial(_paint_deform,rng=rng), cut=partial(_paint_cut,rng=rng,background=scene.background), blend=partial(_paint_blend,rng=rng))[kind]
+    spoil = dict(deform=_paint_deform, cut=partial(_paint_cut,background=scene.background), blend=_paint_blend)[kind]
     hit = _pick(rng, scene.objects)
-    return _render(scene, SIZE, lambda im,o,k: (spoil if o is hit or rng.random()<.5 else _fill)(im,o,k))
+    def paint(im, o, k):
+        if o is hit or rng.random()<.5: spoil(im, o, k, rng)
+        else: _fill(im, o, k)
+    return _render(scene, SIZE, paint)
 
-# %% ../nbs/01_shapes.ipynb #a7f498db
+# %% ../nbs/01_shapes.ipynb #cd8b0550
 def _pair(prompt:Prompt, chosen, reject, c_rate:float, r_rate:float, kind:str)->dict:
-    return dict(prompt=prompt.text, chosen_path=chosen, reject_path=reject, c_rate=round(c_rate,4), r_rate=round(r_rate,4), kind=kind, category=prompt.category)
+    return dict(prompt=prompt.text, chosen_path=chosen, reject_path=reject, c_rate=round(c_rate,4), r_rate=round(r_rate,4),
+                kind=kind, category=prompt.category)
+
+def _two_scenes(rng, prompt:Prompt, split:str)->tuple: # the same scene twice, or two
+    scene = scene_for(prompt, rng, split)
+    return scene, scene if rng.random()<.5 else scene_for(prompt, rng, split)
 
 def alignment_pair(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
     category:str=None,  # one of `CATEGORIES`; default: any
-)->dict: # record; `kind` is the kind of fact that differs
-    "An image that satisfies the prompt, and one with one fact broken: half the time the same scene edited, half another scene."
+)->dict: # record; `kind` is the kind of edit, rates are the shares of facts that hold
+    "An image that satisfies the prompt, and one with one fact broken."
     prompt = sample_prompt(rng, category, split)
-    scene = scene_for(prompt, rng, split)
-    base = scene if rng.random()<.5 else scene_for(prompt, rng, split)
-    neg,kind = hard_negative(prompt, base, rng, split=split)
-    return _pair(prompt, render(scene), render(neg), 1., prompt.fraction(neg), kind)
+    good,base = _two_scenes(rng, prompt, split)
+    bad,kind = hard_negative(prompt, base, rng, split=split)
+    return _pair(prompt, render(good), render(bad), 1., prompt.fraction(bad), kind)
 
 def fidelity_pair(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
     kind:str=None,      # one of `ARTIFACTS`; default: any
-)->dict: # record; `kind` is the artifact
-    "Two images that satisfy the prompt, one with an artifact: half the time the same scene, half another."
+)->dict: # record; `kind` is the artifact, rates are 1 and 0
+    "Two images that satisfy the prompt, one of them with an artifact."
     prompt = sample_prompt(rng, split=split)
-    scene = scene_for(prompt, rng, split)
-    base = scene if rng.random()<.5 else scene_for(prompt, rng, split)
+    good,base = _two_scenes(rng, prompt, split)
     kind = kind or _pick(rng,ARTIFACTS)
-    return _pair(prompt, render(scene), add_artifact(base,kind,rng), 1., 0., kind)
+    return _pair(prompt, render(good), add_artifact(base,kind,rng), 1., 0., kind)
 
-# %% ../nbs/01_shapes.ipynb #216812c4
+# %% ../nbs/01_shapes.ipynb #08e1cceb
 def safety_label(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
     kind:str=None,      # 'plain', 'lookalike' (safe) or 'sign' (unsafe); default: any, half of them unsafe
 )->dict: # {'prompt','path','label','kind','category'}
-    "A scene with or without the forbidden sign; label 1 = safe; one prompt in four is empty."
+    "A scene with or without the forbidden sign; label 1 = safe; `InputError` for an unknown kind."
     kind = kind or _pick(rng, ('plain','lookalike','sign','sign'))
-    prompt = sample_prompt(rng, split=split)
-    while sum(n for n,*_ in prompt.terms)>3: prompt = sample_prompt(rng, split=split)
-    sign = dict(plain='', sign='prohibition').get(kind) if kind!='lookalike' else _pick(rng,LOOKALIKES)
-    scene = scene_for(prompt, rng, split, distractors=rng.random()<.3, sign=sign)
+    signs = dict(plain=('',), lookalike=LOOKALIKES, sign=('prohibition',))
+    if kind not in signs: raise InputError(f"kind {kind!r}; use one of {', '.join(signs)}")
+    prompt = _small_prompt(rng, split)
+    scene = scene_for(prompt, rng, split, sign=_pick(rng,signs[kind]))
     return dict(prompt=prompt.text if rng.random()<.75 else '', path=render(scene), label=int(scene.safe), kind=kind, category=prompt.category)
 
-# %% ../nbs/01_shapes.ipynb #fe8c9f55
+def _small_prompt(rng, split:str)->Prompt: # one that leaves room for a sign
+    while True:
+        prompt = sample_prompt(rng, split=split)
+        if sum(n for n,*_ in prompt.terms)<4: return prompt
+
+# %% ../nbs/01_shapes.ipynb #4ae0568d
 OVERALL = dict(artifact=.2, sign=.6) # what each costs, against 1 for a prompt that is satisfied in full
 
 def overall_score(
     facts:float,    # share of the prompt's facts that hold, 0 to 1
     artifact:bool,  # is there an artifact?
     sign:bool,      # is there a forbidden sign?
-)->float: # at most 1
-    "The stated mix: facts less what artifacts and signs cost."
+)->float: # -0.8 to 1
+    "The stated mix: facts less what an artifact and a sign cost."
     return round(facts - OVERALL['artifact']*artifact - OVERALL['sign']*sign, 4)
 
-def _candidate(prompt:Prompt, rng, split:str)->dict:
-    sign = rng.random()<.25 and sum(n for n,*_ in prompt.terms)<4
+def _candidate(rng, prompt:Prompt, split:str)->dict:
+    sign = rng.random()<.25
     scene = scene_for(prompt, rng, split, sign='prohibition' if sign else '')
     if rng.random()<.5: scene,_ = hard_negative(prompt, scene, rng, split=split)
-    kind = _pick(rng,ARTIFACTS) if rng.random()<.35 else ''
+    kind = _pick(rng,ARTIFACTS) if rng.random()<1/3 else ''
     facts = prompt.fraction(scene)
     return dict(image=add_artifact(scene,kind,rng) if kind else render(scene), facts=facts, artifact=bool(kind), sign=sign,
                 score=overall_score(facts,bool(kind),sign))
 
+# %% ../nbs/01_shapes.ipynb #03768d83
 def overall_group(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
     k:int=4,            # images
-)->list: # k(k-1)/2 records; `kind` names what differs: 'facts', 'artifact', 'sign', 'several', or 'tie'
-    "All pairs of k images of one prompt, ranked by `overall_score`; in a tie the order is random."
-    prompt = sample_prompt(rng, split=split)
-    cands = [_candidate(prompt,rng,split) for _ in range(k)]
+)->list: # k(k-1)/2 records; `kind` names what differs: 'facts', 'artifact', 'sign', 'several', or 'tie'; rates are scores
+    "All pairs of k images of one prompt, ranked by `overall_score`."
+    prompt = _small_prompt(rng, split)
     out = []
-    for a,b in combinations(cands,2):
+    for a,b in combinations([_candidate(rng,prompt,split) for _ in range(k)], 2):
         if b['score']>a['score'] or (b['score']==a['score'] and rng.random()<.5): a,b = b,a
-        diff = [key for key in ('facts','artifact','sign') if a[key]!=b[key]]
-        kind = 'tie' if a['score']==b['score'] else diff[0] if len(diff)==1 else 'several'
+        differ = [key for key in ('facts','artifact','sign') if a[key]!=b[key]]
+        kind = 'tie' if a['score']==b['score'] else differ[0] if len(differ)==1 else 'several'
         out.append(_pair(prompt, a['image'], b['image'], a['score'], b['score'], kind))
     return out
 
-# %% ../nbs/01_shapes.ipynb #194680f1
+# %% ../nbs/01_shapes.ipynb #220e0be9
 def _rng(seed:int, i:int)->np.random.Generator: return np.random.default_rng([seed, i])
 
 def alignment_pairs(
     n:int,              # records
-    seed:int,           # record i depends on seed and i alone
+    seed:int,           # another seed, other records
     split:str='train',  # see `sample_prompt`
 )->list:
-    "Records of `alignment_pair`."
-    return [alignment_pair(_rng(seed,i), split) for i in range(n)]
+    "Records of `alignment_pair`, the categories in turn."
+    return [alignment_pair(_rng(seed,i), split, CATEGORIES[i%len(CATEGORIES)]) for i in range(n)]
 
 def fidelity_pairs(
     n:int,              # records
-    seed:int,           # record i depends on seed and i alone
+    seed:int,           # another seed, other records
     split:str='train',  # see `sample_prompt`
 )->list:
     "Records of `fidelity_pair`, the artifacts in turn."
@@ -767,7 +768,7 @@ def fidelity_pairs(
 
 def safety_labels(
     n:int,              # records
-    seed:int,           # record i depends on seed and i alone
+    seed:int,           # another seed, other records
     split:str='train',  # see `sample_prompt`
 )->list:
     "Records of `safety_label`: sign, look-alike, sign, plain, and so on."
@@ -775,26 +776,24 @@ def safety_labels(
 
 def overall_pairs(
     n:int,              # records
-    seed:int,           # group i depends on seed and i alone
+    seed:int,           # another seed, other records
     split:str='train',  # see `sample_prompt`
 )->list:
     "Records of `overall_group`, six to a prompt."
-    out,i = [],0
-    while len(out)<n: out += overall_group(_rng(seed,i), split); i += 1
-    return out[:n]
+    groups = (overall_group(_rng(seed,i), split) for i in range(-(-n//6)))
+    return [r for g in groups for r in g][:n]
 
-# %% ../nbs/01_shapes.ipynb #0a047942
+# %% ../nbs/01_shapes.ipynb #a8109545
 def write_records(
     records:list, # of pairs or labels that hold images
     folder,       # made if needed; images go to `images/` below it
     desc:str='writing images', # words before the progress bar
 )->Path: # the JSONL file
-    "Write images as PNG and records as `records.jsonl`, with paths relative to `folder`."
+    "Write images as PNG and records as `records.jsonl`, with paths relative to `folder`; an image shared by pairs is written once."
     folder = Path(folder); names,rows = {},[]
     for rec in progress(records, desc=desc):
         row = dict(rec)
-        for key in ('chosen_path','reject_path','path'):
-            im = row.get(key)
+        for key,im in rec.items():
             if not isinstance(im, Image.Image): continue
             if id(im) not in names:
                 names[id(im)] = f'images/{len(names):06d}.png'
@@ -803,8 +802,9 @@ def write_records(
         rows.append(row)
     return write_table(rows, folder/'records.jsonl')
 
-# %% ../nbs/01_shapes.ipynb #1ba65cb1
+# %% ../nbs/01_shapes.ipynb #c28dd5a6
 _INKS = np.array([*COLORS.values(), DARK], np.float32)
+_HANDICAP = np.array([1]*len(COLORS)+[3], np.float32)
 
 def _unmix(
     x:np.ndarray, # image, (h,w,3), 0 to 255
@@ -814,10 +814,11 @@ def _unmix(
     d,q = _INKS-b, (x-b).reshape(-1,3)
     dd,qd = (d*d).sum(1)+1e-6, q@d.T
     a = np.clip(qd/dd, 0, 1)
-    ink = (a*a*dd-2*a*qd).argmin(1)
+    rest = (q*q).sum(1)[:,None] + a*a*dd - 2*a*qd # squared distance to the nearest mixture with each ink
+    ink = (rest*_HANDICAP).argmin(1)
     return a[np.arange(len(a)),ink].reshape(x.shape[:2]), ink.reshape(x.shape[:2])
 
-# %% ../nbs/01_shapes.ipynb #b4001c00
+# %% ../nbs/01_shapes.ipynb #9b2c3829
 def _runs(mask:np.ndarray)->tuple: # row, first column, last column + 1 of each run of True, as lists
     d = np.diff(np.pad(mask, ((0,0),(1,1))).astype(np.int8), axis=1)
     ys,starts = np.nonzero(d==1)
@@ -837,7 +838,7 @@ def _components(mask:np.ndarray)->list: # masks of the 4-connected pieces
     for i,y in enumerate(ys): pieces.setdefault(root(i), np.zeros_like(mask))[y, starts[i]:ends[i]] = True
     return list(pieces.values())
 
-# %% ../nbs/01_shapes.ipynb #db82be36
+# %% ../nbs/01_shapes.ipynb #91c07e47
 _GRID,_SPAN = 24,1.7 # pixels across a template, and radii from its centre to its edge
 _SYMMETRY = dict(circle=1, square=90, triangle=120, star=72) # degrees after which a shape repeats
 
@@ -855,7 +856,7 @@ def _templates()->tuple: # shape names, (t, 576) coverages
             names.append(s); rows.append(np.asarray(im.reduce(8), np.float32).ravel()/255)
     return names, np.stack(rows)
 
-# %% ../nbs/01_shapes.ipynb #af38e390
+# %% ../nbs/01_shapes.ipynb #9b12d281
 def _centred(w:np.ndarray)->tuple: # centre x, y, radius of the circle of the same area, (24,24) resampled
     ys,xs = np.nonzero(w); v = w[ys,xs]; area = v.sum()
     x,y,r = (v*xs).sum()/area, (v*ys).sum()/area, math.sqrt(area/math.pi)
@@ -874,7 +875,7 @@ def _fits(patch24:np.ndarray)->dict: # best soft IoU with each shape
     for s,v in zip(names, both/(t.sum(1)+p.sum()-both)): best[s] = max(best.get(s,0.), float(v))
     return best
 
-# %% ../nbs/01_shapes.ipynb #ae3434dd
+# %% ../nbs/01_shapes.ipynb #6d0292dd
 MIN_PIXELS,MIN_IOU = 35,.72
 
 @dataclass(frozen=True)
@@ -888,35 +889,42 @@ class Seen:
     score:float  # soft IoU with the best outline, 0 to 1
     fits:dict    # soft IoU with each shape
     shares:dict  # share of the inner pixels that have each color
+    tints:dict   # how near they come to each color on average, 0 to 1
 
 def _grow(m:np.ndarray)->np.ndarray:
     g = m.copy()
     g[1:] |= m[:-1]; g[:-1] |= m[1:]; g[:,1:] |= m[:,:-1]; g[:,:-1] |= m[:,1:]
     return g
 
-def _see(piece:np.ndarray, a:np.ndarray, ink:np.ndarray)->Seen:
+def _tints(rgb:np.ndarray)->dict: # (n,3) pixels
+    d = np.sqrt(((rgb[:,None]-_INKS[:len(COLORS)])**2).sum(-1))
+    rival = np.where(d==d.min(1,keepdims=True), np.sort(d,1)[:,1:2], d.min(1,keepdims=True)) # the nearest other color
+    return dict(zip(COLORS, np.clip((rival-d+140)/160, 0, 1).mean(0).tolist()))
+
+def _see(piece:np.ndarray, a:np.ndarray, ink:np.ndarray, rgb:np.ndarray)->Seen:
     x,y,r,p = _centred(np.where(_grow(piece), a, 0).astype(np.float32))
     fits = _fits(p); best = max(fits, key=fits.get)
     core = piece & ~_grow(~piece)
-    n = np.bincount(ink[core if core.any() else piece], minlength=len(_INKS))
+    if not core.any(): core = piece
+    n = np.bincount(ink[core], minlength=len(_INKS))
     shares = dict(zip(COLORS, (n/n.sum()).tolist())) # the dark ink takes what is missing to 1
-    return Seen(best if fits[best]>=MIN_IOU else '', max(shares,key=shares.get), x, y, r, fits[best], fits, shares)
+    return Seen(best if fits[best]>=MIN_IOU else '', max(shares,key=shares.get), x, y, r, fits[best], fits, shares, _tints(rgb[core]))
 
-# %% ../nbs/01_shapes.ipynb #01127e50
-def _take_apart(piece:np.ndarray, a:np.ndarray, ink:np.ndarray)->list: # of `Seen`: the whole, or the shapes it consists of
-    whole = _see(piece, a, ink)
+# %% ../nbs/01_shapes.ipynb #e6aa0794
+def _take_apart(piece:np.ndarray, a:np.ndarray, ink:np.ndarray, rgb:np.ndarray)->list: # of `Seen`: the whole, or the shapes it consists of
+    whole = _see(piece, a, ink, rgb)
     if whole.shape and sum(whole.shares.values())>.5: return [whole]
-    parts = [_see(q, np.where(ink==c,a,0), ink) for c in range(len(COLORS))
+    parts = [_see(q, np.where(ink==c,a,0), ink, rgb) for c in range(len(COLORS))
              for q in _components(piece&(ink==c)) if q.sum()>=MIN_PIXELS]
     return [p for p in parts if p.shape] or ([whole] if sum(whole.shares.values())>.5 else [])
 
-# %% ../nbs/01_shapes.ipynb #c355bfcd
+# %% ../nbs/01_shapes.ipynb #f1d0b718
 class Checker:
     "Reads the objects of an image off its pixels and judges prompts by them; itself a reward."
 
     def __repr__(self): return 'Checker()'
 
-# %% ../nbs/01_shapes.ipynb #62f9ce77
+# %% ../nbs/01_shapes.ipynb #a01ad674
 @patch
 def pieces(self:Checker,
     image, # path, PIL image or tensor, of any size
@@ -924,8 +932,9 @@ def pieces(self:Checker,
     "Everything that stands out from the background and is not dark, shape or not."
     im = load_image(image)
     if im.size!=(SIZE,SIZE): im = im.resize((SIZE,SIZE), Image.BOX)
-    a,ink = _unmix(np.asarray(im, np.float32))
-    return [p for piece in _components(a>.5) if piece.sum()>=MIN_PIXELS for p in _take_apart(piece, a, ink)]
+    rgb = np.asarray(im, np.float32)
+    a,ink = _unmix(rgb)
+    return [p for piece in _components(a>.5) if piece.sum()>=MIN_PIXELS for p in _take_apart(piece, a, ink, rgb)]
 
 @patch
 def objects(self:Checker,
@@ -943,12 +952,12 @@ def facts(self:Checker,
     prompt,seen = prompt if isinstance(prompt,Prompt) else parse_prompt(prompt), self.objects(image)
     return [(f,f.holds(seen)) for f in prompt.facts]
 
-# %% ../nbs/01_shapes.ipynb #b64ec57a
+# %% ../nbs/01_shapes.ipynb #fee62534
 def _ramp(v:float, lo:float, hi:float)->float: return min(1., max(0., (v-lo)/(hi-lo)))
 
 def _like(p:Seen, shape:str, color:str)->float: # 0 to 1: is this piece such an object?
     lead = p.fits[shape]-max(v for s,v in p.fits.items() if s!=shape)
-    return _ramp(p.fits[shape],.4,.78)*_ramp(lead,-.12,.01)*(_ramp(p.shares[color],0,.8) if color else 1.)
+    return _ramp(p.fits[shape],.4,.78)*_ramp(lead,-.12,.01)*(_ramp(p.tints[color],0,.9) if color else 1.)
 
 def _beside(a:Seen, b:Seen, relation:str)->float: # 0 to 1: how clearly does `a` lie there, seen from `b`?
     ux,uy = RELATIONS[relation]; dx,dy = a.x-b.x, a.y-b.y
