@@ -223,10 +223,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def hd_crops(
     hd:np.ndarray, # (H, W, 3) uint8 from `hd_transform`
     crop_size:int=336, # Side of a tile, pixels
+    mean:tuple=CLIP_MEAN, # Of the R, G, B channels, in [0,1]
+    std:tuple=CLIP_STD, # Of the same
 )->Tensor: # (n, 3, crop_size, crop_size) float32: global view, then tiles in reading order; or the one tile alone
     "Normalise, and cut into tiles after a bicubic global view."
     x = torch.from_numpy(hd).permute(2,0,1).contiguous().float().div_(255)
-    x.sub_(torch.tensor(CLIP_MEAN)[:,None,None]).div_(torch.tensor(CLIP_STD)[:,None,None])
+    x.sub_(torch.tensor(mean)[:,None,None]).div_(torch.tensor(std)[:,None,None])
     c, h, w = crop_size, hd.shape[0]//crop_size, hd.shape[1]//crop_size
     if h*w==1: return x[None]
     tiles = x.view(3,h,c,w,c).permute(1,3,0,2,4).reshape(-1,3,c,c)
@@ -239,9 +241,11 @@ class Phi3VImageProcessor:
         num_crops:int=16, # Most tiles an image is cut into, >= 1
         crop_size:int=336, # Side of a tile, pixels
         merged:int=12, # Side of a tile in visual tokens
+        mean:tuple=CLIP_MEAN, # Of the R, G, B channels, in [0,1]
+        std:tuple=CLIP_STD, # Of the same
     ):
         if num_crops<1: raise ValueError(f"num_crops is {num_crops}; at least 1 is needed (the published rewards use 16)")
-        self.num_crops,self.crop_size,self.merged = num_crops,crop_size,merged
+        self.num_crops,self.crop_size,self.merged,self.mean,self.std = num_crops,crop_size,merged,mean,std
 
 # %% ../nbs/02_phi3v.ipynb #2f3b205d
 @patch
@@ -266,7 +270,7 @@ def __call__(self:Phi3VImageProcessor,
     "Crops of all images in a row, and the HD sizes that say how many belong to each."
     images = as_images(images)
     sizes = self.sizes(images)
-    crops = [hd_crops(hd_transform(im, self.num_crops, self.crop_size), self.crop_size) for im in images]
+    crops = [hd_crops(hd_transform(im, self.num_crops, self.crop_size), self.crop_size, self.mean, self.std) for im in images]
     return dict(pixel_values=torch.cat(crops), image_sizes=torch.tensor(sizes))
 
 # %% ../nbs/02_phi3v.ipynb #a40e0418
@@ -356,11 +360,12 @@ def load_tokenizer(
 # %% ../nbs/02_phi3v.ipynb #52132383
 _OURS = 'llava_reward_nb.phi3v.Phi3VImageProcessor' # marks a preprocessor_config.json written by this package
 
-def _saved_num_crops(folder:Path)->int:
-    "What our own preprocessor_config.json says, else 16."
+def _image_settings(folder:Path)->tuple: # num_crops, (mean, std)
+    "What preprocessor_config.json says; of num_crops only one of ours is believed."
     path = folder/'preprocessor_config.json'
     d = _read_json(path) if path.exists() else {}
-    return d.get('num_crops', 16) if d.get('image_processor_type')==_OURS else 16
+    num_crops = d.get('num_crops', 16) if d.get('image_processor_type')==_OURS else 16
+    return num_crops, (tuple(d.get('image_mean', CLIP_MEAN)), tuple(d.get('image_std', CLIP_STD)))
 
 @patch(cls_method=True)
 def from_pretrained(cls:Phi3VProcessor,
@@ -369,8 +374,9 @@ def from_pretrained(cls:Phi3VProcessor,
 )->Phi3VProcessor:
     "Tokenizer and image settings of a model folder, without running code from it; `CheckpointError` if files are missing."
     config = Phi3VConfig.from_pretrained(folder)
-    if num_crops is None: num_crops = _saved_num_crops(Path(folder))
-    return cls(load_tokenizer(folder), Phi3VImageProcessor(num_crops, config.crop_size, config.merged))
+    saved, mean_std = _image_settings(Path(folder))
+    if num_crops is None: num_crops = saved
+    return cls(load_tokenizer(folder), Phi3VImageProcessor(num_crops, config.crop_size, config.merged, *mean_std))
 
 # %% ../nbs/02_phi3v.ipynb #482ec031
 @patch
@@ -379,7 +385,7 @@ def save_pretrained(self:Phi3VProcessor,
 ):
     "Write the tokenizer and preprocessor_config.json."
     p, folder = self.image_processor, Path(folder)
-    settings = dict(image_processor_type=_OURS, num_crops=p.num_crops, num_img_tokens=p.merged**2, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+    settings = dict(image_processor_type=_OURS, num_crops=p.num_crops, num_img_tokens=p.merged**2, image_mean=p.mean, image_std=p.std)
     self.tokenizer.save_pretrained(folder)
     with atomic_path(folder/'preprocessor_config.json') as f: f.write_text(json.dumps(settings, indent=1)+'\n')
 
