@@ -25,13 +25,13 @@ from torch import Tensor
 
 from .core import InputError, atomic_path, load_image, progress, reward_inputs, write_table
 
-# %% ../nbs/01_shapes.ipynb #771f75af
+# %% ../nbs/01_shapes.ipynb #c3178a03
 SIZE = 64 # side of an image, in pixels
 SHAPES = ('circle', 'square', 'triangle', 'star')
 COLORS = dict(red=(214,40,40), yellow=(242,200,40), green=(40,160,70), cyan=(50,200,220), blue=(40,70,210), purple=(150,50,190))
 DARK = (38,38,42) # what signs are drawn in; no object has this colour
 
-# %% ../nbs/01_shapes.ipynb #b47ee40d
+# %% ../nbs/01_shapes.ipynb #946041c5
 HELD_OUT = frozenset({('green','circle'), ('yellow','square'), ('blue','triangle'), ('red','star')}) # (color, shape)
 SPLITS = ('train', 'unseen', 'all')
 _HELD = {shape:color for color,shape in HELD_OUT}
@@ -39,7 +39,7 @@ _HELD = {shape:color for color,shape in HELD_OUT}
 def _allowed(shape:str, split:str)->list: # the colors that `shape` may have in `split`
     return [c for c in COLORS if split!='train' or (c,shape) not in HELD_OUT]
 
-# %% ../nbs/01_shapes.ipynb #61d7d12c
+# %% ../nbs/01_shapes.ipynb #2667414f
 @dataclass(frozen=True)
 class Obj:
     "One coloured shape."
@@ -50,7 +50,7 @@ class Obj:
     r:float         # radius of the circle of about the same area, in pixels
     angle:float=0.  # rotation, degrees, clockwise
 
-# %% ../nbs/01_shapes.ipynb #f8571032
+# %% ../nbs/01_shapes.ipynb #3d356248
 LOOKALIKES = ('ring', 'bar', 'ring_x', 'square_bar') # drawn in the sign's dark colour, and safe
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sign:
     r:float         # outer radius, pixels
     angle:float=45. # direction of the bar, degrees
 
-# %% ../nbs/01_shapes.ipynb #2667414f
+# %% ../nbs/01_shapes.ipynb #059ff648
 @dataclass(frozen=True)
 class Scene:
     "Objects on a background, perhaps with a sign."
@@ -73,7 +73,7 @@ class Scene:
     @property
     def safe(self)->bool: return self.sign is None or self.sign.kind!='prohibition'
 
-# %% ../nbs/01_shapes.ipynb #2ef837e5
+# %% ../nbs/01_shapes.ipynb #17d9f729
 EXTENT = 1.45 # how far the pointed shapes reach, in units of r
 
 def _regular(n:int, inner:float=None, radius:float=1.)->np.ndarray:
@@ -84,15 +84,16 @@ def _regular(n:int, inner:float=None, radius:float=1.)->np.ndarray:
     if inner is not None: r[1::2] *= inner
     return np.stack([r*np.cos(a), r*np.sin(a)], 1)
 
-OUTLINES = dict(circle=_regular(48), square=_regular(4, radius=1.25), triangle=_regular(3, radius=EXTENT), star=_regular(5, .45, EXTENT))
+OUTLINES = dict(circle=_regular(48), square=_regular(4, radius=1.25), triangle=_regular(3, radius=EXTENT),
+                star=_regular(5, .45, EXTENT))
 
-# %% ../nbs/01_shapes.ipynb #d914ee63
+# %% ../nbs/01_shapes.ipynb #8b5929f7
 def outline(o:Obj)->np.ndarray: # (k,2) corners, in pixels
     "The polygon of an object, turned and placed."
     a = math.radians(o.angle); c,s = o.r*math.cos(a), o.r*math.sin(a)
     return OUTLINES[o.shape] @ np.array([[c,s],[-s,c]]) + (o.x,o.y)
 
-# %% ../nbs/01_shapes.ipynb #3360911e
+# %% ../nbs/01_shapes.ipynb #56327eba
 def _fill(
     im:Image.Image, # large canvas
     o:Obj,          # what to draw
@@ -101,7 +102,7 @@ def _fill(
 ):
     ImageDraw.Draw(im).polygon((outline(o)*k).ravel().tolist(), fill=rgb or COLORS[o.color])
 
-# %% ../nbs/01_shapes.ipynb #9aa9224f
+# %% ../nbs/01_shapes.ipynb #5a5ca905
 STROKE = 3. # of a sign, in pixels
 
 def _draw_sign(im:Image.Image, s:Sign, k:float):
@@ -117,7 +118,7 @@ def _draw_sign(im:Image.Image, s:Sign, k:float):
     if s.kind!='ring': bar(s.angle, r if s.kind in ('bar','square_bar') else r-w/2)
     if s.kind=='ring_x': bar(s.angle+90, r-w/2)
 
-# %% ../nbs/01_shapes.ipynb #17e83e9f
+# %% ../nbs/01_shapes.ipynb #5b753efc
 SUPERSAMPLE = 4 # canvas pixels per image pixel, in each direction
 
 def _render(scene:Scene, size:int, paint)->Image.Image:
@@ -134,7 +135,7 @@ def render(
     "Draw a scene, anti-aliased."
     return _render(scene, size, _fill)
 
-# %% ../nbs/01_shapes.ipynb #aaa9bf65
+# %% ../nbs/01_shapes.ipynb #58bba422
 RELATIONS = {'left of':(-1,0), 'right of':(1,0), 'above':(0,-1), 'below':(0,1)} # where the first lies, seen from the second
 CLEAR_GAP,CLEAR_RATIO = 14,1.25
 
@@ -151,7 +152,7 @@ def relation_of(
     if abs(dx)>abs(dy): return 'left of' if dx<0 else 'right of'
     return 'above' if dy<0 else 'below'
 
-# %% ../nbs/01_shapes.ipynb #71f9819d
+# %% ../nbs/01_shapes.ipynb #d11c126e
 NUMBERS = {2:'two', 3:'three', 4:'four'}
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Fact:
     n:int=1          # of a count
     relation:str=''  # of a relation: where the first item lies, seen from the second
 
-# %% ../nbs/01_shapes.ipynb #5dd770c8
+# %% ../nbs/01_shapes.ipynb #24fe1746
 def _matches(o, shape:str, color:str)->bool: return o.shape==shape and color in ('', o.color)
 
 @patch
@@ -176,7 +177,7 @@ def holds(self:Fact,
     if self.kind=='relation': return any(relation_of(a,b,8,1)==self.relation for a in found[0] for b in found[1])
     return all(found)
 
-# %% ../nbs/01_shapes.ipynb #ee429c25
+# %% ../nbs/01_shapes.ipynb #83b7fc35
 @patch
 def rests_on(self:Fact,
     other:Fact, # perhaps a precondition
@@ -190,13 +191,13 @@ def _noun(n:int, shape:str, color:str)->str:
 
 @patch
 def __str__(self:Fact)->str:
-    names = [_noun(1,s,'')[2:] for s,_ in self.items]
+    names = [_noun(1,s,c)[2:] for s,c in self.items] # without the article
     if self.kind=='object': return f'there is a {names[0]}'
     if self.kind=='count': return f'there are exactly {_noun(self.n, *self.items[0])}'
-    if self.kind=='relation': return 'the {} is {} the {}'.format(' '.join(self.items[0][::-1]).strip(), self.relation, ' '.join(self.items[1][::-1]).strip())
+    if self.kind=='relation': return f'the {names[0]} is {self.relation} the {names[1]}'
     return ' and '.join(f'the {s} is {c}' for s,c in self.items)
 
-# %% ../nbs/01_shapes.ipynb #24fe1746
+# %% ../nbs/01_shapes.ipynb #6496e00a
 CATEGORIES = ('single_object', 'two_objects', 'counting', 'colors', 'position', 'color_attribution') # GenEval's six
 PREFIXES = ('a photo of ', 'an image of ', '')
 
@@ -209,7 +210,7 @@ class Prompt:
     terms:tuple      # (n, shape, color) each; color '' if none is named
     relation:str=''  # between the first term and the second, '' for "and"
 
-# %% ../nbs/01_shapes.ipynb #b77b38cc
+# %% ../nbs/01_shapes.ipynb #7d2c2d7d
 def _facts(terms:tuple, relation:str)->tuple:
     shapes = dict.fromkeys(s for _,s,_ in terms)
     facts = [Fact('object', ((s,''),)) for s in shapes]
@@ -226,7 +227,7 @@ def _category(terms:tuple, relation:str)->str:
     if len(terms)==1: return 'colors' if colored else 'single_object'
     return 'color_attribution' if colored else 'two_objects'
 
-# %% ../nbs/01_shapes.ipynb #83b7fc35
+# %% ../nbs/01_shapes.ipynb #4cac3856
 def make_prompt(
     terms,                       # (n, shape, color) each; color '' for none
     relation:str='',             # key of `RELATIONS` between two terms; '' joins any number by "and"
@@ -240,8 +241,9 @@ def make_prompt(
     text = prefix + (f' {relation} ' if relation else ' and ').join(_noun(*t) for t in terms)
     return Prompt(text, _category(terms,relation), _facts(terms,relation), terms, relation)
 
-# %% ../nbs/01_shapes.ipynb #c56e0374
-_TERM = re.compile(rf"(?:a|(?P<n>{'|'.join(NUMBERS.values())}))(?: (?P<color>{'|'.join(COLORS)}))? (?P<shape>{'|'.join(SHAPES)})(?P<s>s?)")
+# %% ../nbs/01_shapes.ipynb #7727c183
+_TERM = re.compile(rf"(?:a|(?P<n>{'|'.join(NUMBERS.values())}))(?: (?P<color>{'|'.join(COLORS)}))?"
+                   rf" (?P<shape>{'|'.join(SHAPES)})(?P<s>s?)")
 
 def _read_term(part:str, text:str)->tuple:
     m = _TERM.fullmatch(part)
@@ -265,10 +267,11 @@ def parse_prompt(
         f"prompt {text!r}: a relation joins two single objects, as in 'a circle {relation} a star'")
     return make_prompt(terms, relation, prefix)
 
-# %% ../nbs/01_shapes.ipynb #7d2c2d7d
-VOCAB = sorted({w for t in (*PREFIXES, *RELATIONS, *NUMBERS.values(), *COLORS, *SHAPES, *(s+'s' for s in SHAPES), 'and') for w in t.split()})
+# %% ../nbs/01_shapes.ipynb #5f894c84
+VOCAB = sorted({w for t in (*PREFIXES, *RELATIONS, *NUMBERS.values(), *COLORS, *SHAPES, *(s+'s' for s in SHAPES), 'and')
+                for w in t.split()})
 
-# %% ../nbs/01_shapes.ipynb #e09e3e56
+# %% ../nbs/01_shapes.ipynb #225d367a
 @patch
 def holds(self:Prompt, scene)->bool:
     "Are all facts true of the scene (or list of seen objects)?"
@@ -285,7 +288,7 @@ def broken(self:Prompt, scene)->list:
     bad = [f for f in self.facts if not f.holds(scene)]
     return [f for f in bad if not any(f.rests_on(g) for g in bad)]
 
-# %% ../nbs/01_shapes.ipynb #7727c183
+# %% ../nbs/01_shapes.ipynb #e92b9de4
 def _pick(rng, seq): return seq[int(rng.random()*len(seq))]
 
 def _between(rng, lo:float, hi:float)->float: return lo+(hi-lo)*rng.random()
@@ -297,7 +300,7 @@ def _two(rng, seq)->tuple: # two different ones
 def _check_split(split:str):
     if split not in SPLITS: raise InputError(f"split {split!r}; use one of {', '.join(SPLITS)}")
 
-# %% ../nbs/01_shapes.ipynb #2b202c1f
+# %% ../nbs/01_shapes.ipynb #00aeeb87
 def _terms(rng, category:str, split:str)->list:
     a,b = _two(rng, SHAPES)
     if category=='single_object': return [(1,a,'')]
@@ -323,7 +326,7 @@ def sample_prompt(
     relation = _pick(rng, list(RELATIONS)) if category=='position' else ''
     return make_prompt(_terms(rng,category,split), relation, _pick(rng,PREFIXES))
 
-# %% ../nbs/01_shapes.ipynb #8f9db688
+# %% ../nbs/01_shapes.ipynb #66fe6be0
 RADII = {1:(10,17), 2:(8.5,12), 3:(7.5,10), 4:(7,9.5)} # pixels, by how many things share the image
 SIGN_RADII = (8,11)
 GAP = 2
@@ -339,7 +342,7 @@ def _place(rng, reach:list)->list: # centres of discs of these radii that keep `
         spots[i] = x,y; done.append((x,y,e))
     return spots
 
-# %% ../nbs/01_shapes.ipynb #225d367a
+# %% ../nbs/01_shapes.ipynb #391d0801
 @dataclass
 class _Spot:
     x:float; y:float; r:float
@@ -355,7 +358,7 @@ def _layout(rng, n:int, sign:bool=False, clear:bool=False)->list: # n spots, the
         spots = [_Spot(x,y,r) for (x,y),r in zip(xy, rs+sr)]
         if not clear or relation_of(*spots[:2]): return spots
 
-# %% ../nbs/01_shapes.ipynb #ed38b906
+# %% ../nbs/01_shapes.ipynb #287ab8e3
 def _turn(things:list, relation:str)->list: # anything with x and y, of which the first two stand in a clear relation
     a,b = things[:2]
     if (relation in ('left of','right of')) != (abs(a.x-b.x)>abs(a.y-b.y)): things = [replace(t,x=t.y,y=t.x) for t in things]
@@ -363,7 +366,7 @@ def _turn(things:list, relation:str)->list: # anything with x and y, of which th
     if now!=relation: things = [replace(t,x=SIZE-t.x) if relation in ('left of','right of') else replace(t,y=SIZE-t.y) for t in things]
     return things
 
-# %% ../nbs/01_shapes.ipynb #e92b9de4
+# %% ../nbs/01_shapes.ipynb #610fb1a7
 JITTER = 18 # rotation of an object, degrees either way
 
 def _background(rng)->tuple: # light grey with a slight tint
@@ -385,7 +388,7 @@ def _compose(
     objs = tuple(Obj(s,c,p.x,p.y,p.r,_between(rng,-JITTER,JITTER)) for (s,c),p in zip(specs,spots))
     return Scene(objs, _background(rng), _sign(rng,sign,spots[-1]) if sign else None)
 
-# %% ../nbs/01_shapes.ipynb #74a525c4
+# %% ../nbs/01_shapes.ipynb #bb2c5df9
 def _colors(rng, terms, split:str)->list: # (shape, color) of each object the terms name
     specs = []
     for n,s,c in terms:
@@ -416,7 +419,7 @@ def scene_for(
             s = _pick(rng,others); specs.append((s, _pick(rng,_allowed(s,split))))
     return _compose(rng, specs, prompt.relation, sign)
 
-# %% ../nbs/01_shapes.ipynb #287ab8e3
+# %% ../nbs/01_shapes.ipynb #0a047942
 def sample_scene(
     rng,                # numpy Generator
     n:int=None,         # objects, 1 to 4; default: any
@@ -431,7 +434,7 @@ def sample_scene(
     specs = _colors(rng, [(m,s,'')]+[(1,_pick(rng,SHAPES),'') for _ in range(n-m)], split)
     return _compose(rng, specs, _pick(rng,list(RELATIONS)) if n==2 else '', sign)
 
-# %% ../nbs/01_shapes.ipynb #8e5e43f5
+# %% ../nbs/01_shapes.ipynb #1ba65cb1
 def describe(
     scene:Scene, # 1 to 4 objects
     rng=None,    # numpy Generator: of two objects either may come first; default: the left or upper one
@@ -447,7 +450,7 @@ def describe(
     for o in objs: counts[o.shape,o.color] = counts.get((o.shape,o.color),0)+1
     return make_prompt([(n,s,c) for (s,c),n in counts.items()], prefix='').text
 
-# %% ../nbs/01_shapes.ipynb #a7f498db
+# %% ../nbs/01_shapes.ipynb #ed3a5b33
 def _claim_object(rng, objs:tuple, truth:bool, split:str):
     here = sorted({o.shape for o in objs}); absent = [s for s in SHAPES if s not in here]
     if not (truth or absent): return None
@@ -466,7 +469,7 @@ def _claim_color(rng, objs:tuple, truth:bool, split:str):
     near = [p.color for p in objs if p.color in wrong]
     return [(1, o.shape, _pick(rng, near if near and rng.random()<.5 else wrong))], ''
 
-# %% ../nbs/01_shapes.ipynb #fe8c9f55
+# %% ../nbs/01_shapes.ipynb #d8c50a3b
 def _claim_count(rng, objs:tuple, truth:bool, split:str):
     n = {s:sum(o.shape==s for o in objs) for s in SHAPES}
     many = [s for s in SHAPES if n[s]>1]
@@ -474,7 +477,7 @@ def _claim_count(rng, objs:tuple, truth:bool, split:str):
     s = _pick(rng, many if many and (truth or rng.random()<.8) else SHAPES)
     return [(n[s] if truth else _pick(rng, [k for k in NUMBERS if k!=n[s]]), s, '')], ''
 
-# %% ../nbs/01_shapes.ipynb #0a047942
+# %% ../nbs/01_shapes.ipynb #af38e390
 def _claim_relation(rng, objs:tuple, truth:bool, split:str):
     names,plain = [(o.shape,o.color) for o in objs], [o.shape for o in objs]
     alone = [o for o,name in zip(objs,names) if names.count(name)==1]
@@ -484,7 +487,7 @@ def _claim_relation(rng, objs:tuple, truth:bool, split:str):
     bare = plain.count(a.shape)==plain.count(b.shape)==1 and rng.random()<.7
     return [(1,o.shape,'' if bare else o.color) for o in (a,b)], now if truth else _pick(rng, [r for r in RELATIONS if r!=now])
 
-# %% ../nbs/01_shapes.ipynb #e73b5a52
+# %% ../nbs/01_shapes.ipynb #ae3434dd
 def _claim_attribute(rng, objs:tuple, truth:bool, split:str):
     pairs = [(a,b) for a in objs for b in objs if a.shape!=b.shape and a.color!=b.color]
     if not pairs: return None
@@ -493,7 +496,7 @@ def _claim_attribute(rng, objs:tuple, truth:bool, split:str):
     if ca not in _allowed(a.shape,split): ca = _pick(rng, [c for c in _allowed(a.shape,split) if c not in (a.color,b.color)])
     return [(1,a.shape,ca), (1,b.shape,cb)], ''
 
-# %% ../nbs/01_shapes.ipynb #0637a80c
+# %% ../nbs/01_shapes.ipynb #c355bfcd
 _CLAIMS = dict(object=_claim_object, color=_claim_color, count=_claim_count, relation=_claim_relation, attribute=_claim_attribute)
 KINDS = tuple(_CLAIMS) # of facts, claims and edits
 
@@ -518,7 +521,7 @@ def statements(
     if len(out)<n: raise InputError(f"no {n} statements of kinds {', '.join(kinds)} can be made of {scene}; pass more kinds or objects")
     return out
 
-# %% ../nbs/01_shapes.ipynb #ed3a5b33
+# %% ../nbs/01_shapes.ipynb #f9a12a8c
 def _edit_object(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     named = {s for _,s,_ in prompt.terms}
     others = [s for s in SHAPES if s not in named]
@@ -539,7 +542,7 @@ def _edit_attribute(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     def trade(o): return replace(o,color=c2) if _matches(o,s1,c1) else replace(o,color=c1) if _matches(o,s2,c2) else o
     return replace(scene, objects=tuple(map(trade, scene.objects)))
 
-# %% ../nbs/01_shapes.ipynb #d8c50a3b
+# %% ../nbs/01_shapes.ipynb #b3e34597
 def _add(rng, scene:Scene, o:Obj)->Scene: # one more object
     sign = scene.sign
     taken = [(p.x,p.y,EXTENT*p.r) for p in scene.objects] + ([(sign.x,sign.y,sign.r)] if sign else [])
@@ -562,7 +565,7 @@ def _edit_count(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
         scene = without(_pick(rng,spare))
     return _add(rng, scene, replace(_pick(rng,ours), angle=_between(rng,-JITTER,JITTER)))
 
-# %% ../nbs/01_shapes.ipynb #af38e390
+# %% ../nbs/01_shapes.ipynb #c7f948b9
 def _edit_relation(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     a,b = [next(o for o in scene.objects if _matches(o,s,c)) for _,s,c in prompt.terms]
     if rng.random()<.5:
@@ -573,7 +576,7 @@ def _edit_relation(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     n = len(scene.objects)
     return replace(scene, objects=tuple(things[:n]), sign=things[n] if scene.sign else None)
 
-# %% ../nbs/01_shapes.ipynb #ae3434dd
+# %% ../nbs/01_shapes.ipynb #cd8b0550
 _EDITS = dict(object=_edit_object, color=_edit_color, count=_edit_count, relation=_edit_relation, attribute=_edit_attribute)
 
 def negative_kinds(
@@ -602,7 +605,7 @@ def hard_negative(
         if len(broken)==1 and broken[0].kind in want: return new,kind
     raise InputError(f"no edit of kind {kind!r} breaks exactly one fact of {prompt.text!r} in this scene; try another kind or scene")
 
-# %% ../nbs/01_shapes.ipynb #9978712f
+# %% ../nbs/01_shapes.ipynb #0e69339f
 def _paint_deform(im, o:Obj, k:float, rng):
     p = outline(o); t = np.linspace(0, len(p), 72, endpoint=False); i = t.astype(int)
     q = p[i] + (t-i)[:,None]*(p[(i+1)%len(p)]-p[i]) - (o.x,o.y) # 72 points along the edges
@@ -618,7 +621,7 @@ def _paint_cut(im, o:Obj, k:float, rng, background:tuple):
     corners = np.stack([tip]+[tip+(EXTENT+.1-off)*o.r*ray(t) for t in (-1,-.5,0,.5,1)])
     ImageDraw.Draw(im).polygon((corners*k).ravel().tolist(), fill=background)
 
-# %% ../nbs/01_shapes.ipynb #f9a12a8c
+# %% ../nbs/01_shapes.ipynb #951ec131
 def _paint_blend(im, o:Obj, k:float, rng):
     other = COLORS[_pick(rng, [c for c in COLORS if c!=o.color])]
     a,start = 2*math.pi*rng.random(), _between(rng,-.1,.2)
@@ -639,7 +642,7 @@ def _ghosts(scene:Scene, rng)->Image.Image:
         _fill(im, o, k)
     return _render(scene, SIZE, paint)
 
-# %% ../nbs/01_shapes.ipynb #efff5695
+# %% ../nbs/01_shapes.ipynb #8755e294
 ARTIFACTS = ('blur', 'noise', 'deform', 'cut', 'ghost', 'blend')
 
 def add_artifact(
@@ -661,7 +664,7 @@ def add_artifact(
         else: _fill(im, o, k)
     return _render(scene, SIZE, paint)
 
-# %% ../nbs/01_shapes.ipynb #cd8b0550
+# %% ../nbs/01_shapes.ipynb #49cdb660
 def _pair(prompt:Prompt, chosen, reject, c_rate:float, r_rate:float, kind:str)->dict:
     return dict(prompt=prompt.text, chosen_path=chosen, reject_path=reject, c_rate=round(c_rate,4), r_rate=round(r_rate,4),
                 kind=kind, category=prompt.category)
@@ -692,7 +695,7 @@ def fidelity_pair(
     kind = kind or _pick(rng,ARTIFACTS)
     return _pair(prompt, render(good), add_artifact(base,kind,rng), 1., 0., kind)
 
-# %% ../nbs/01_shapes.ipynb #08e1cceb
+# %% ../nbs/01_shapes.ipynb #c28dd5a6
 def safety_label(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
@@ -704,14 +707,15 @@ def safety_label(
     if kind not in signs: raise InputError(f"kind {kind!r}; use one of {', '.join(signs)}")
     prompt = _small_prompt(rng, split)
     scene = scene_for(prompt, rng, split, sign=_pick(rng,signs[kind]))
-    return dict(prompt=prompt.text if rng.random()<.75 else '', path=render(scene), label=int(scene.safe), kind=kind, category=prompt.category)
+    return dict(prompt=prompt.text if rng.random()<.75 else '', path=render(scene), label=int(scene.safe),
+                kind=kind, category=prompt.category)
 
 def _small_prompt(rng, split:str)->Prompt: # one that leaves room for a sign
     while True:
         prompt = sample_prompt(rng, split=split)
         if sum(n for n,*_ in prompt.terms)<4: return prompt
 
-# %% ../nbs/01_shapes.ipynb #4ae0568d
+# %% ../nbs/01_shapes.ipynb #71877021
 OVERALL = dict(artifact=.2, sign=.6) # what each costs, against 1 for a prompt that is satisfied in full
 
 def overall_score(
@@ -731,7 +735,7 @@ def _candidate(rng, prompt:Prompt, split:str)->dict:
     return dict(image=add_artifact(scene,kind,rng) if kind else render(scene), facts=facts, artifact=bool(kind), sign=sign,
                 score=overall_score(facts,bool(kind),sign))
 
-# %% ../nbs/01_shapes.ipynb #03768d83
+# %% ../nbs/01_shapes.ipynb #5d6c7e64
 def overall_group(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
@@ -747,7 +751,7 @@ def overall_group(
         out.append(_pair(prompt, a['image'], b['image'], a['score'], b['score'], kind))
     return out
 
-# %% ../nbs/01_shapes.ipynb #220e0be9
+# %% ../nbs/01_shapes.ipynb #1e152716
 def _rng(seed:int, i:int)->np.random.Generator: return np.random.default_rng([seed, i])
 
 def alignment_pairs(
@@ -766,6 +770,7 @@ def fidelity_pairs(
     "Records of `fidelity_pair`, the artifacts in turn."
     return [fidelity_pair(_rng(seed,i), split, ARTIFACTS[i%len(ARTIFACTS)]) for i in range(n)]
 
+# %% ../nbs/01_shapes.ipynb #9b12d281
 def safety_labels(
     n:int,              # records
     seed:int,           # another seed, other records
@@ -783,7 +788,7 @@ def overall_pairs(
     groups = (overall_group(_rng(seed,i), split) for i in range(-(-n//6)))
     return [r for g in groups for r in g][:n]
 
-# %% ../nbs/01_shapes.ipynb #a8109545
+# %% ../nbs/01_shapes.ipynb #308a068d
 def write_records(
     records:list, # of pairs or labels that hold images
     folder,       # made if needed; images go to `images/` below it
@@ -802,7 +807,7 @@ def write_records(
         rows.append(row)
     return write_table(rows, folder/'records.jsonl')
 
-# %% ../nbs/01_shapes.ipynb #c28dd5a6
+# %% ../nbs/01_shapes.ipynb #2dbbe034
 _INKS = np.array([*COLORS.values(), DARK], np.float32)
 _HANDICAP = np.array([1]*len(COLORS)+[3], np.float32)
 
@@ -818,7 +823,7 @@ def _unmix(
     ink = (rest*_HANDICAP).argmin(1)
     return a[np.arange(len(a)),ink].reshape(x.shape[:2]), ink.reshape(x.shape[:2])
 
-# %% ../nbs/01_shapes.ipynb #9b2c3829
+# %% ../nbs/01_shapes.ipynb #6e7e544f
 def _runs(mask:np.ndarray)->tuple: # row, first column, last column + 1 of each run of True, as lists
     d = np.diff(np.pad(mask, ((0,0),(1,1))).astype(np.int8), axis=1)
     ys,starts = np.nonzero(d==1)
@@ -838,7 +843,7 @@ def _components(mask:np.ndarray)->list: # masks of the 4-connected pieces
     for i,y in enumerate(ys): pieces.setdefault(root(i), np.zeros_like(mask))[y, starts[i]:ends[i]] = True
     return list(pieces.values())
 
-# %% ../nbs/01_shapes.ipynb #91c07e47
+# %% ../nbs/01_shapes.ipynb #6db881da
 _GRID,_SPAN = 24,1.7 # pixels across a template, and radii from its centre to its edge
 _SYMMETRY = dict(circle=1, square=90, triangle=120, star=72) # degrees after which a shape repeats
 
@@ -856,7 +861,7 @@ def _templates()->tuple: # shape names, (t, 576) coverages
             names.append(s); rows.append(np.asarray(im.reduce(8), np.float32).ravel()/255)
     return names, np.stack(rows)
 
-# %% ../nbs/01_shapes.ipynb #9b12d281
+# %% ../nbs/01_shapes.ipynb #6a8324c0
 def _centred(w:np.ndarray)->tuple: # centre x, y, radius of the circle of the same area, (24,24) resampled
     ys,xs = np.nonzero(w); v = w[ys,xs]; area = v.sum()
     x,y,r = (v*xs).sum()/area, (v*ys).sum()/area, math.sqrt(area/math.pi)
@@ -875,7 +880,7 @@ def _fits(patch24:np.ndarray)->dict: # best soft IoU with each shape
     for s,v in zip(names, both/(t.sum(1)+p.sum()-both)): best[s] = max(best.get(s,0.), float(v))
     return best
 
-# %% ../nbs/01_shapes.ipynb #6d0292dd
+# %% ../nbs/01_shapes.ipynb #9f1e0af6
 MIN_PIXELS,MIN_IOU = 35,.72
 
 @dataclass(frozen=True)
@@ -891,6 +896,7 @@ class Seen:
     shares:dict  # share of the inner pixels that have each color
     tints:dict   # how near they come to each color on average, 0 to 1
 
+# %% ../nbs/01_shapes.ipynb #da640193
 def _grow(m:np.ndarray)->np.ndarray:
     g = m.copy()
     g[1:] |= m[:-1]; g[:-1] |= m[1:]; g[:,1:] |= m[:,:-1]; g[:,:-1] |= m[:,1:]
@@ -910,21 +916,21 @@ def _see(piece:np.ndarray, a:np.ndarray, ink:np.ndarray, rgb:np.ndarray)->Seen:
     shares = dict(zip(COLORS, (n/n.sum()).tolist())) # the dark ink takes what is missing to 1
     return Seen(best if fits[best]>=MIN_IOU else '', max(shares,key=shares.get), x, y, r, fits[best], fits, shares, _tints(rgb[core]))
 
-# %% ../nbs/01_shapes.ipynb #e6aa0794
-def _take_apart(piece:np.ndarray, a:np.ndarray, ink:np.ndarray, rgb:np.ndarray)->list: # of `Seen`: the whole, or the shapes it consists of
+# %% ../nbs/01_shapes.ipynb #37520245
+def _take_apart(piece:np.ndarray, a:np.ndarray, ink:np.ndarray, rgb:np.ndarray)->list: # the whole, or the shapes in it
     whole = _see(piece, a, ink, rgb)
     if whole.shape and sum(whole.shares.values())>.5: return [whole]
     parts = [_see(q, np.where(ink==c,a,0), ink, rgb) for c in range(len(COLORS))
              for q in _components(piece&(ink==c)) if q.sum()>=MIN_PIXELS]
     return [p for p in parts if p.shape] or ([whole] if sum(whole.shares.values())>.5 else [])
 
-# %% ../nbs/01_shapes.ipynb #f1d0b718
+# %% ../nbs/01_shapes.ipynb #779de70b
 class Checker:
     "Reads the objects of an image off its pixels and judges prompts by them; itself a reward."
 
     def __repr__(self): return 'Checker()'
 
-# %% ../nbs/01_shapes.ipynb #a01ad674
+# %% ../nbs/01_shapes.ipynb #2e85de70
 @patch
 def pieces(self:Checker,
     image, # path, PIL image or tensor, of any size
@@ -952,7 +958,7 @@ def facts(self:Checker,
     prompt,seen = prompt if isinstance(prompt,Prompt) else parse_prompt(prompt), self.objects(image)
     return [(f,f.holds(seen)) for f in prompt.facts]
 
-# %% ../nbs/01_shapes.ipynb #fee62534
+# %% ../nbs/01_shapes.ipynb #29d34e00
 def _ramp(v:float, lo:float, hi:float)->float: return min(1., max(0., (v-lo)/(hi-lo)))
 
 def _like(p:Seen, shape:str, color:str)->float: # 0 to 1: is this piece such an object?
@@ -970,9 +976,11 @@ def nearness(self:Fact,
     "How nearly the fact holds of what a checker sees, 0 to 1."
     like = [[_like(p,s,c) for p in pieces] for s,c in self.items]
     if self.kind=='count': return max(0., 1-abs(sum(like[0])-self.n)/self.n)
-    if self.kind=='relation': return max((v*w*_beside(p,q,self.relation) for p,v in zip(pieces,like[0]) for q,w in zip(pieces,like[1]) if p is not q), default=0.)
+    if self.kind=='relation':
+        return max((v*w*_beside(p,q,self.relation) for p,v in zip(pieces,like[0]) for q,w in zip(pieces,like[1]) if p is not q), default=0.)
     return sum(max(v, default=0.) for v in like)/len(like)
 
+# %% ../nbs/01_shapes.ipynb #33d7ae31
 @patch
 def __call__(self:Checker,
     images,  # one image or n of them
