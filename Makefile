@@ -34,7 +34,7 @@ readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 bundle: $(READY) ## Retrain the embedded model (hours; when interrupted, run it again and it goes on)
-	@$(BIN)/python -m llava_reward_nb.tiny
+	@$(BIN)/python -c "from llava_reward_nb.tiny import build_tiny; build_tiny()"
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \
