@@ -48,7 +48,7 @@ class Phi3VBackbone(nn.Module):
     )->tuple: # hidden states (b,s,d), V (b,v,d), mask (b,v)
         "Projector and language model (paper §3.1)."
         flat,lengths = self.vision(batch) if features is None else features
-        visual = self.model.project(flat.to(next(self.model.img_projection.parameters()).dtype))
+        visual = self.model.project(flat)
         out = self.model(batch['input_ids'], batch['attention_mask'], visual, output_hidden_states=layer is not None)
         return out if layer is None else out[1][layer], *pad_visual(visual, lengths)
 

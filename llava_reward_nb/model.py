@@ -9,12 +9,12 @@ __all__ = ['Ranking', 'PerspectiveConfig', 'RewardModel']
 import json, re
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open, SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
@@ -97,11 +97,14 @@ def add_perspective(self:RewardModel,
                       modules_to_save=[b.projector], init_lora_weights='gaussian', bias='none')
     if self.peft is None: self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name) # not registered: its weights are the backbone's
     else: self.peft.add_adapter(name, lora)
-    b.model.get_submodule(b.projector).modules_to_save[name].float()
+    b.model.get_submodule(b.projector).modules_to_save[name].float().register_forward_pre_hook(_to_float)
     self.heads[name] = ValueHead(b.hidden_size, c.dim, c.skipca, b.eps, c.gate).to(self.device)
     return self.set_perspective(name)
 
 # %% ../nbs/06_model.ipynb #29f9271d
+def _to_float(module, args): return tuple(a.float() for a in args)
+
+# %% ../nbs/06_model.ipynb #71675a7c
 @patch
 def set_perspective(self:RewardModel,
     name:str, # one of `configs`
@@ -114,7 +117,7 @@ def set_perspective(self:RewardModel,
     for n,head in self.heads.items(): head.requires_grad_(n==name)
     return self
 
-# %% ../nbs/06_model.ipynb #689e019d
+# %% ../nbs/06_model.ipynb #93a8c80a
 @patch
 def forward(self:RewardModel,
     features=None, # what `backbone.vision` gave for this batch; None: run the vision tower
@@ -128,7 +131,7 @@ def forward(self:RewardModel,
     real = batch['attention_mask'].to(torch.float32)[...,None]
     return (head(h, visual, mask, prompt)*real).sum(1)/real.sum(1)
 
-# %% ../nbs/06_model.ipynb #14c62452
+# %% ../nbs/06_model.ipynb #344666e7
 @contextmanager
 def _evaluating(model):
     "Dropout off and no gradients, whatever the mode was before."
@@ -145,7 +148,7 @@ def _batches(
     order = sorted(range(len(images)), key=lambda i: (images[i].width/images[i].height, i))
     return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
 
-# %% ../nbs/06_model.ipynb #344666e7
+# %% ../nbs/06_model.ipynb #76bcb5a0
 @patch
 def embed_all(self:RewardModel,
     images,                 # see `as_images`
@@ -165,7 +168,7 @@ def embed_all(self:RewardModel,
     self.set_perspective(was)
     return out
 
-# %% ../nbs/06_model.ipynb #ba952010
+# %% ../nbs/06_model.ipynb #c014762a
 @patch
 def embed(self:RewardModel,
     images,               # see `as_images`
@@ -177,7 +180,7 @@ def embed(self:RewardModel,
     name = perspective or self.active
     return self.embed_all(images, prompts, [name], batch_size)[name]
 
-# %% ../nbs/06_model.ipynb #b585d296
+# %% ../nbs/06_model.ipynb #5ca13d88
 @patch
 def score(self:RewardModel,
     images,               # see `as_images`
@@ -191,7 +194,7 @@ def score(self:RewardModel,
     if self.configs[name].loss=='gpm': loss.score(torch.zeros(1, self.configs[name].dim))
     return loss.score(self.embed(images, prompts, name, batch_size))
 
-# %% ../nbs/06_model.ipynb #c22f0f91
+# %% ../nbs/06_model.ipynb #82dc9765
 @patch
 def compare(self:RewardModel,
     a,                    # first images, n of them
@@ -206,7 +209,7 @@ def compare(self:RewardModel,
     v = self.embed(a+b, as_prompts(prompts, len(a))*2, name, batch_size)
     return self.configs[name].make_loss().prob(v[:len(a)], v[len(a):])
 
-# %% ../nbs/06_model.ipynb #57b67ec1
+# %% ../nbs/06_model.ipynb #db423d43
 Ranking = namedtuple('Ranking', 'order values') # indices best first; value of each image in the order given
 
 @patch
@@ -224,7 +227,7 @@ def rank(self:RewardModel,
     else: values = loss.score(v)
     return Ranking(values.argsort(descending=True, stable=True).tolist(), values)
 
-# %% ../nbs/06_model.ipynb #cb847f93
+# %% ../nbs/06_model.ipynb #41a4631c
 @patch
 def save_perspective(self:RewardModel,
     name:str,                  # which one
@@ -243,7 +246,7 @@ def save_perspective(self:RewardModel,
         (tmp/'reward_config.json').write_text(json.dumps(asdict(self.configs[name]), indent=1)+'\n')
     return Path(folder)
 
-# %% ../nbs/06_model.ipynb #3cafe4cb
+# %% ../nbs/06_model.ipynb #cbdfef69
 @patch
 def save_pretrained(self:RewardModel,
     folder,                          # gets one sub-folder for each perspective
@@ -254,7 +257,7 @@ def save_pretrained(self:RewardModel,
     for n in self.configs: self.save_perspective(n, folder/n, dtype)
     return folder
 
-# %% ../nbs/06_model.ipynb #cbdfef69
+# %% ../nbs/06_model.ipynb #f4985b36
 def _read_weights(path:Path)->dict:
     "Tensors of a .safetensors or .bin file; `CheckpointError` if it is missing, damaged, or holds NaN."
     if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy it again")
@@ -267,7 +270,7 @@ def _read_weights(path:Path)->dict:
         if not isinstance(v, Tensor) or not v.isfinite().all(): raise CheckpointError(f"{path}: {k} holds NaN or infinity (or is no tensor); the training diverged or the file is damaged")
     return sd
 
-# %% ../nbs/06_model.ipynb #a7df6246
+# %% ../nbs/06_model.ipynb #fe71efb2
 def _check_keys(
     got:dict,       # name -> tensor, as read
     need:dict,      # name -> tensor of the right shape
@@ -281,7 +284,7 @@ def _check_keys(
         if k not in need: raise CheckpointError(f"{where}: unexpected {k}; the checkpoint is for another base or another head")
         if v.shape!=need[k].shape: raise CheckpointError(f"{where}: {k} is {tuple(v.shape)}, this base needs {tuple(need[k].shape)}; pass the base it was trained on as base=")
 
-# %% ../nbs/06_model.ipynb #fe71efb2
+# %% ../nbs/06_model.ipynb #5610d63c
 @patch
 def _fill(self:RewardModel,
     name:str,      # a perspective just added
@@ -298,7 +301,7 @@ def _fill(self:RewardModel,
     set_peft_model_state_dict(self.peft, adapter, adapter_name=name)
     self.heads[name].load_state_dict({k:v.float() for k,v in head.items()})
 
-# %% ../nbs/06_model.ipynb #5610d63c
+# %% ../nbs/06_model.ipynb #9160f8c5
 def _read_json(path:Path)->dict:
     if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy it again")
     try: return json.loads(path.read_text())
@@ -311,7 +314,7 @@ def _config_from(d:dict, where:Path, overrides:dict)->PerspectiveConfig:
         f"{where}: unknown field {extra[0]!r}; it was written by version {d.get('version')} of this package, this is {__version__}")
     return PerspectiveConfig(**{**d, **overrides})
 
-# %% ../nbs/06_model.ipynb #e9fb7c99
+# %% ../nbs/06_model.ipynb #b6a60f59
 @patch
 def load_perspective(self:RewardModel,
     folder,              # a perspective's directory, ours or published
@@ -336,7 +339,7 @@ def _check_base(self:RewardModel, c, where):
     if len(mine)!=len(c.fingerprint) or not torch.allclose(torch.tensor(mine), torch.tensor(c.fingerprint), rtol=1e-2, atol=1e-3):
         raise CheckpointError(f"{where}: was trained on another base ({c.base}); pass that one as base=")
 
-# %% ../nbs/06_model.ipynb #b6a60f59
+# %% ../nbs/06_model.ipynb #663a368d
 def _published_config(path:Path)->dict:
     "Our fields from a published reward_config.yaml."
     import yaml
@@ -348,7 +351,7 @@ def _published_config(path:Path)->dict:
                 skipca=bool(y.get('add_cross_attention')), pooling='mean' if y.get('mean_hidden_state') else 'last', layer=y.get('layer_id'),
                 num_crops=int(y.get('num_crops', 16)), base=y.get('base_model'))
 
-# %% ../nbs/06_model.ipynb #663a368d
+# %% ../nbs/06_model.ipynb #4229b02f
 _LAST_LAYER = 32 # layer_id in published files that means: the last, after the final norm
 
 def _published_weights(
@@ -368,7 +371,7 @@ def _published_weights(
             head[leaf if leaf.startswith('value_head') else f'skipca.{leaf}'] = v
     return adapter,head
 
-# %% ../nbs/06_model.ipynb #37c6de85
+# %% ../nbs/06_model.ipynb #a86a641e
 @patch
 def _load_published(self:RewardModel, folder:Path, name:str, overrides:dict)->RewardModel:
     "Add a perspective from the published layout."
@@ -380,7 +383,7 @@ def _load_published(self:RewardModel, folder:Path, name:str, overrides:dict)->Re
     self._fill(name, adapter, head, folder)
     return self
 
-# %% ../nbs/06_model.ipynb #a86a641e
+# %% ../nbs/06_model.ipynb #6d0cf201
 def _perspective_folders(
     folder:Path,      # any of the four kinds
     perspective=None, # name or names to load; None: all
@@ -394,7 +397,7 @@ def _perspective_folders(
     if missing := [n for n in names if n not in found]: raise ValueError(f"no perspective {missing[0]!r} in {folder}; it has {', '.join(found) or 'none'}")
     return {n:found[n] for n in names}
 
-# %% ../nbs/06_model.ipynb #6d0cf201
+# %% ../nbs/06_model.ipynb #174f7cca
 def _find_base(
     folder:Path, # what the user named
     found:dict,  # its perspectives
@@ -411,7 +414,7 @@ def _find_base(
     if said: return said
     raise CheckpointError(f"{first}: does not say which base it belongs to; pass base= (for the published rewards: 'microsoft/Phi-3.5-vision-instruct')")
 
-# %% ../nbs/06_model.ipynb #61551174
+# %% ../nbs/06_model.ipynb #f27a7536
 @patch(cls_method=True)
 def from_pretrained(cls:RewardModel,
     name,                   # "tiny", a folder of one of the four kinds above, or a hub id
@@ -433,7 +436,7 @@ def from_pretrained(cls:RewardModel,
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
 
-# %% ../nbs/06_model.ipynb #f27a7536
+# %% ../nbs/06_model.ipynb #6b077de4
 def _trained_crops(found:dict)->int:
     "The one num_crops of several perspectives; `CheckpointError` if they differ; None without any."
     crops = {}
@@ -445,7 +448,7 @@ def _trained_crops(found:dict)->int:
                                            "load them one at a time, or pass num_crops=")
     return next(iter(crops), None)
 
-# %% ../nbs/06_model.ipynb #68f1f7fa
+# %% ../nbs/06_model.ipynb #1dd2da31
 @patch
 def merge(self:RewardModel,
     perspective:str=None, # default: the active one
