@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from .core import CheckpointError, atomic_path
 from .data import RewardCollator, RewardRecords, load_records
 from .losses import cls_prob
-from .model import PerspectiveConfig, RewardModel, _read_json, _read_weights
+from .model import PerspectiveConfig, RewardModel, _config_from, _read_json, _read_weights
 
 # %% ../nbs/08_trainer.ipynb #6a5e9089
 def pairwise_accuracy(
@@ -113,13 +113,24 @@ class RewardTrainer(Trainer):
         if not any(p.requires_grad for p in model.parameters()): raise ValueError(
             f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: load it again without merge()")
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
-        super().__init__(model, args, RewardCollator(model.backbone.encode), train_dataset, eval_dataset,
-                         **{'compute_metrics':lambda seen: self.metrics(seen), **kwargs})
+        super().__init__(**{**dict(model=model, args=args, data_collator=RewardCollator(model.backbone.encode), train_dataset=train_dataset,
+                                   eval_dataset=eval_dataset, compute_metrics=lambda seen: self.metrics(seen)), **kwargs})
         self.label_names = ['target' if self.loss.pairs else 'label']
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
 
 # %% ../nbs/08_trainer.ipynb #cffef5b9
+@patch
+def to_dict(self:PerspectiveConfig)->dict:
+    "All fields."
+    return asdict(self)
+
+@patch
+def to_json_string(self:PerspectiveConfig)->str:
+    "All fields, as JSON."
+    return json.dumps(asdict(self), indent=1)
+
+# %% ../nbs/08_trainer.ipynb #95f7b4d9
 @patch
 def compute_loss(self:RewardTrainer,
     model,                   # the model, possibly wrapped
@@ -134,7 +145,7 @@ def compute_loss(self:RewardTrainer,
     if num_items_in_batch is not None: loss = loss*len(target)/num_items_in_batch
     return (loss, vectors) if return_outputs else loss
 
-# %% ../nbs/08_trainer.ipynb #8774a6e9
+# %% ../nbs/08_trainer.ipynb #d3b5c7ff
 @patch
 def get_batch_samples(self:RewardTrainer,
     epoch_iterator,  # of batches
@@ -145,7 +156,7 @@ def get_batch_samples(self:RewardTrainer,
     batches,_ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
     return batches, sum(len(b[self.label_names[0]]) for b in batches)
 
-# %% ../nbs/08_trainer.ipynb #2fa5514f
+# %% ../nbs/08_trainer.ipynb #4b5bd6fd
 @patch
 def prediction_step(self:RewardTrainer,
     model,                     # the model, possibly wrapped
@@ -168,7 +179,7 @@ def metrics(self:RewardTrainer,
     if not self.loss.pairs: return label_metrics(p, target)
     return pairwise_accuracy(p[target!=.5]) if (target!=.5).any() else {}
 
-# %% ../nbs/08_trainer.ipynb #11f13555
+# %% ../nbs/08_trainer.ipynb #bbe0401d
 _SAME = ('learning_rate', 'lr_scheduler_type', 'warmup_steps', 'num_train_epochs', 'max_steps', 'per_device_train_batch_size',
          'gradient_accumulation_steps', 'optim', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay', 'max_grad_norm', 'seed', 'data_seed',
          'bf16', 'fp16', 'dataloader_drop_last') # arguments that decide which weights come out
@@ -190,7 +201,7 @@ def _save(self:RewardTrainer,
     self.model.save_perspective(self.perspective, folder/self.perspective)
     with atomic_path(folder/'training_args.json') as p: p.write_text(json.dumps(self.recipe(), indent=1)+'\n')
 
-# %% ../nbs/08_trainer.ipynb #bbe0401d
+# %% ../nbs/08_trainer.ipynb #00d6be24
 def checkpoints(
     folder, # a run's output_dir
 )->dict: # complete checkpoint folder -> name of the perspective in it, by ascending step
@@ -208,7 +219,7 @@ def _complete(folder:Path):
     whole = len(names)==1 and all((folder/f).is_file() for f in need) and any(folder.glob('rng_state*.pth'))
     return names[0] if whole else None
 
-# %% ../nbs/08_trainer.ipynb #00d6be24
+# %% ../nbs/08_trainer.ipynb #115d5dc7
 def _differences(old:dict, new:dict)->str:
     return ', '.join(f"{k} {old.get(k)!r} there and {new[k]!r} here" for k in new if old.get(k)!=new[k])
 
@@ -220,7 +231,7 @@ def _load_from_checkpoint(self:RewardTrainer,
     "Read the perspective back; `CheckpointError` if the checkpoint is of another run."
     where = Path(resume_from_checkpoint); folder = where/self.perspective
     saved,mine = _read_json(folder/'reward_config.json'),asdict(self.model.config)
-    self.model._check_base(PerspectiveConfig(**saved), folder)
+    self.model._check_base(_config_from(saved, folder, {}), folder)
     for k in 'base','fingerprint','version': mine.pop(k)
     if diff := _differences(saved, mine) or _differences(_read_json(where/'training_args.json'), self.recipe()): raise CheckpointError(
         f"{where}: is of another run ({diff}); go on with the same recipe and records, or start anew in another output_dir")
@@ -231,7 +242,7 @@ def _load_best_model(self:RewardTrainer):
     "What `load_best_model_at_end` does."
     self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-# %% ../nbs/08_trainer.ipynb #27ad993e
+# %% ../nbs/08_trainer.ipynb #a714d475
 @patch
 def train(self:RewardTrainer,
     resume_from_checkpoint=None, # True: the last complete checkpoint of output_dir; or a checkpoint's folder; None: start
@@ -252,7 +263,7 @@ def train(self:RewardTrainer,
     self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
     return out
 
-# %% ../nbs/08_trainer.ipynb #03ac2a21
+# %% ../nbs/08_trainer.ipynb #68d17899
 @patch
 def activation_checkpointing_enable(self:RewardModel,
     activation_checkpointing_kwargs=None, # of `torch.utils.checkpoint`
@@ -265,10 +276,10 @@ def activation_checkpointing_enable(self:RewardModel,
 
 @patch
 def gradient_checkpointing_enable(self:RewardModel, gradient_checkpointing_kwargs=None, **kwargs):
-    "The name that transformers before 5.20 calls it by."
+    "The name that older versions of transformers call it by."
     self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-# %% ../nbs/08_trainer.ipynb #8365a3e6
+# %% ../nbs/08_trainer.ipynb #4c332f4d
 def train_perspective(
     model:RewardModel,             # gets the new perspective, active
     name:str,                      # letters, digits, '_' and '-'

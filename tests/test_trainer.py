@@ -1,0 +1,238 @@
+"Training against the reference's numbers; and a run that is killed and goes on, bit for bit."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from torch.testing import assert_close
+
+from llava_reward_nb.core import MODELS
+from llava_reward_nb.data import load_records
+from llava_reward_nb.model import PerspectiveConfig, RewardModel
+from llava_reward_nb.shapes import alignment_pairs
+from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, checkpoints, label_metrics, pairwise_accuracy,
+                                     train_perspective)
+
+TOL = dict(atol=2e-5, rtol=0)
+
+
+def config(folder, **kw):
+    "A small recipe on the CPU, quiet, without checkpoints."
+    small = dict(use_cpu=True, disable_tqdm=True, save_strategy='no', per_device_train_batch_size=4, gradient_accumulation_steps=1,
+                 lora_rank=8, lora_alpha=16, logging_steps=1, learning_rate=1e-3)
+    return RewardConfig(**{**small, 'output_dir': str(folder), **kw})
+
+
+def ours(name, perspective):
+    "Our parameter for one that the reference names."
+    name = name.removeprefix('model.')
+    if name.startswith('vision_embed_tokens.img_projection.'):
+        return name.replace('vision_embed_tokens.img_projection.', f'backbone.model.img_projection.modules_to_save.{perspective}.')
+    if name.startswith('layers.'):
+        return f'backbone.model.language_model.{name}'.replace('.default.', f'.{perspective}.')
+    return f'heads.{perspective}.' + ('' if name.startswith('value_head') else 'skipca.') + name
+
+
+@pytest.fixture
+def toy_run(toy, golden, image, tmp_path):
+    "Function from num_crops to a trainer of the toy reward on the golden pair, with the recipe's optimizer and a constant rate."
+    def make(num_crops, **kw):
+        rm = RewardModel.from_pretrained(toy/'adapter', base=toy/'base', device='cpu', num_crops=num_crops)
+        pair = dict(prompt=golden['prompts']['p0'], chosen_path=image('sq_a'), reject_path=image('sq_b'))
+        return RewardTrainer(rm, config(tmp_path/'run', learning_rate=2e-4, lr_scheduler_type='constant', warmup_steps=0, max_steps=1, **kw), [pair])
+    return make
+
+
+@pytest.mark.parametrize('num_crops', [1, 4])
+def test_loss_and_gradients(toy_run, golden, num_crops):
+    want, t = golden['gradients'][f'num_crops_{num_crops}'], toy_run(num_crops)
+    rm = t.model.train()
+    loss, vectors = t.compute_loss(rm, t.data_collator(t.train_dataset[:1]), return_outputs=True)
+    assert_close(vectors, torch.tensor(want['rewards']), **TOL)
+    assert_close(t.loss.prob(*vectors.chunk(2)).item(), want['prob'], **TOL)
+    assert_close(loss.item(), want['loss'], **TOL)
+    loss.backward()
+    mine = {n: p.grad for n, p in rm.named_parameters() if p.requires_grad}
+    assert {ours(n, rm.active) for n in want['grad_norm']} == set(mine)
+    for n, norm in want['grad_norm'].items(): assert_close(mine[ours(n, rm.active)].norm().item(), norm, rtol=1e-4, atol=0, msg=lambda m: f'{n}: {m}')
+    for n, first in want['grad_first4'].items():
+        g = mine[ours(n, rm.active)]
+        assert_close(g.flatten()[:4], torch.tensor(first), rtol=1e-4, atol=1e-5*g.abs().max().item(), msg=lambda m: f'{n}: {m}')
+    assert_close(torch.stack([g.norm() for g in mine.values()]).norm().item(), want['global_grad_norm'], rtol=1e-4, atol=0)
+
+
+def test_one_step_of_the_recipe(toy_run, golden):
+    want, t = golden['gradients']['one_adamw_step_all_trainable'], toy_run(1)
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    t.train()
+    log = t.state.log_history[0]
+    assert_close(log['grad_norm'], want['norm_before_clip'], rtol=1e-4, atol=0)
+    assert log['learning_rate'] == want['lr']
+    after = torch.tensor(want['rewards_after'])
+    pair = t.train_dataset[0]
+    got = t.model.embed([pair['chosen_path'], pair['reject_path']], pair['prompt'])
+    assert_close(got, after, **TOL)
+    assert_close(t.loss.loss(*got.chunk(2)).item(), want['loss_after'], **TOL)
+    stayed = [n for n, p in t.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
+    moved = [n for n, p in t.model.named_parameters() if not p.requires_grad and not torch.equal(p, before[n])]
+    assert not stayed and not moved
+
+
+def test_schedule(golden, tmp_path):
+    want = golden['schedule']
+    rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu').add_perspective('a', lora_rank=2)
+    t = RewardTrainer(rm, RewardConfig(str(tmp_path), use_cpu=True), load_records(alignment_pairs(1, seed=0)))
+    t.create_optimizer_and_scheduler(want['max_steps'])
+    used = []
+    for _ in range(want['max_steps']):
+        used.append(t.lr_scheduler.get_last_lr()[0])
+        t.optimizer.step(); t.lr_scheduler.step()
+    assert t.args.get_warmup_steps(want['max_steps']) == want['warmup']
+    assert_close(torch.tensor(used), torch.tensor(want['lr_used_at_step']), rtol=1e-6, atol=1e-12)
+    assert_close(t.lr_scheduler.get_last_lr()[0], want['lr_after_last'], rtol=0, atol=1e-12)
+
+
+def test_metrics(golden):
+    g = golden['metrics']
+    m = pairwise_accuracy(g['pairwise_probs'])
+    assert (m['accuracy'], m['accuracy_without_ties']) == (g['accuracy_all'], g['accuracy_without_ties'])
+    m = label_metrics(torch.tensor(g['unpaired_rewards']).sigmoid(), g['labels'])
+    assert m == {k: g[k] for k in ('accuracy', 'f1', 'recall')}
+
+
+RUN = """
+import json, os, signal, sys, torch
+sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
+torch.set_num_threads(1)
+from test_trainer import config
+from llava_reward_nb.core import MODELS
+from llava_reward_nb.data import load_records
+from llava_reward_nb.model import RewardModel
+from llava_reward_nb.shapes import alignment_pairs
+from llava_reward_nb.trainer import train_perspective
+
+folder, dies = sys.argv[2:]
+saves, save = 0, torch.save
+def dying(*args, **kw):
+    "Die in the middle of the second checkpoint, when the optimizer is about to be written."
+    global saves
+    saves += 'optimizer' in str(args[1])
+    if dies=='saving' and saves==2: os.kill(os.getpid(), signal.SIGKILL)
+    save(*args, **kw)
+torch.save = dying
+rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu')
+args = config(folder, num_train_epochs=2, save_strategy='steps', save_steps=3, gradient_accumulation_steps=2, lora_dropout=.05)
+train_perspective(rm, 'alignment', load_records(alignment_pairs(26, seed=3)), args, resume=True)
+"""
+
+
+def weights(folder):
+    "All trained tensors of a saved perspective."
+    from safetensors.torch import load_file
+    return {f'{f}/{k}': v for f in ('adapter_model', 'head') for k, v in load_file(Path(folder)/f'{f}.safetensors').items()}
+
+
+def start(folder, dies='never'):
+    return subprocess.Popen([sys.executable, '-c', RUN, str(Path(__file__).parent), str(folder), dies], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process):
+    out = process.communicate(timeout=600)[0].decode()
+    assert process.returncode == 0, out
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    "Weights after 8 steps in two epochs, with dropout and accumulation."
+    folder = tmp_path_factory.mktemp('straight')
+    finish(start(folder))
+    assert [p.name for p in checkpoints(folder)] == ['checkpoint-6', 'checkpoint-8'] # save_total_limit is 2
+    return weights(folder/'alignment')
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_killed_between_checkpoints(uninterrupted, tmp_path):
+    process = start(tmp_path)
+    until = time.time() + 300
+    while not checkpoints(tmp_path) and time.time() < until and process.poll() is None: time.sleep(.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path/'alignment').exists()
+    finish(start(tmp_path))
+    assert same(weights(tmp_path/'alignment'), uninterrupted)
+
+
+def test_killed_while_saving(uninterrupted, tmp_path):
+    process = start(tmp_path, 'saving')
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path/'checkpoint-6'/'alignment').exists()
+    assert [p.name for p in checkpoints(tmp_path)] == ['checkpoint-3']
+    finish(start(tmp_path))
+    assert same(weights(tmp_path/'alignment'), uninterrupted)
+    assert [p.name for p in checkpoints(tmp_path)] == ['checkpoint-6', 'checkpoint-8']
+    finish(start(tmp_path)) # a run that is done is left as it is
+    assert same(weights(tmp_path/'alignment'), uninterrupted)
+
+
+def tiny(**kw): return RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu', **kw)
+
+
+def test_base_in_bfloat16_leaves_what_is_trained_in_float32(tmp_path):
+    pairs, rm = load_records(alignment_pairs(8, seed=0)), tiny(dtype=torch.bfloat16)
+    m = train_perspective(rm, 'a', pairs, config(tmp_path, num_train_epochs=4), eval_records=pairs)
+    kinds = {n: p.dtype for n, p in rm.named_parameters()}
+    assert {d for n, d in kinds.items() if rm.get_parameter(n).requires_grad} == {torch.float32}
+    assert kinds['backbone.model.language_model.embed_tokens.weight'] == torch.bfloat16
+    assert {v.dtype for v in weights(tmp_path/'a').values()} == {torch.float32}
+    log = [l['loss'] for l in json.loads((tmp_path/'trainer_state.json').read_text())['log_history'] if 'loss' in l]
+    assert sum(log[-2:]) < sum(log[:2]) and m['eval_loss'] < log[0]
+
+
+def test_best_checkpoint_comes_back(tmp_path):
+    pairs, held = load_records(alignment_pairs(12, seed=0)), load_records(alignment_pairs(8, seed=1))
+    rm = tiny().add_perspective('a', lora_rank=8)
+    t = RewardTrainer(rm, config(tmp_path, num_train_epochs=2, learning_rate=5e-3, eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True), pairs, held)
+    t.train()
+    best = min(l['eval_loss'] for l in t.state.log_history if 'eval_loss' in l)
+    assert_close(t.evaluate()['eval_loss'], best, rtol=1e-5, atol=0)
+    now = weights(rm.save_perspective('a', tmp_path/'now'))
+    assert same(now, weights(Path(t.state.best_model_checkpoint)/'a'))
+
+
+@pytest.mark.parametrize('kind,dim,gate', [('bt', 1, False), ('gpm', 2, False), ('gpm', 4, True)])
+@pytest.mark.parametrize('skipca', [True, False])
+def test_every_head_learns_all_its_weights(kind, dim, gate, skipca, tmp_path):
+    rm = tiny().add_perspective('a', PerspectiveConfig(kind, dim, skipca=skipca, gate=gate), lora_rank=4)
+    before = {n: p.detach().clone() for n, p in rm.named_parameters()}
+    RewardTrainer(rm, config(tmp_path, max_steps=2, lr_scheduler_type='constant', warmup_steps=0), load_records(alignment_pairs(4, seed=0))).train()
+    moved = {n for n, p in rm.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in rm.named_parameters() if p.requires_grad}
+    assert any('.gate.' in n for n in moved) == gate and any('skipca' in n for n in moved) == skipca
+
+
+DDP = """
+import sys, torch
+sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
+torch.set_num_threads(1)
+from test_trainer import config, tiny
+from llava_reward_nb.data import load_records
+from llava_reward_nb.shapes import alignment_pairs
+from llava_reward_nb.trainer import train_perspective
+pairs = load_records(alignment_pairs(8, seed=0))
+args = config(sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), max_steps=2, lora_dropout=0., warmup_steps=0, optim='sgd', learning_rate=.1)
+m = train_perspective(tiny(), 'a', pairs, args, eval_records=load_records(alignment_pairs(5, seed=1)))
+print('accuracy', m['eval_accuracy'], m['eval_mean_prob'])
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    script, out = tmp_path/'ddp.py', {}
+    script.write_text(DDP)
+    for n, command in (1, [sys.executable]), (2, [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-port=29571']):
+        done = subprocess.run([*command, script, Path(__file__).parent, tmp_path/str(n), str(8//n)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        out[n] = [l for l in done.stdout.splitlines() if l.startswith('accuracy')]
+    one, two = weights(tmp_path/'1'/'a'), weights(tmp_path/'2'/'a')
+    for k in one: assert_close(one[k], two[k], rtol=0, atol=1e-6)
+    (_, a, p), (_, b, q) = out[1][0].split(), out[2][0].split()
+    assert float(a) == float(b) and abs(float(p)-float(q)) < 1e-4
