@@ -7,13 +7,12 @@ __all__ = ['pairwise_accuracy', 'label_metrics', 'bootstrap_ci', 'RewardConfig',
            'train_perspective']
 
 # %% ../nbs/08_trainer.ipynb #f3708b86
-import json, re, sys
+import json, math, re, sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np, torch
 from fastcore.basics import patch
-from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from .core import CheckpointError, atomic_path
@@ -98,6 +97,7 @@ def _check_records(records, config:PerspectiveConfig, name:str):
         if r is not None and (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
             f"{r.name}: {r.kind}s, but perspective {name!r} has loss {config.loss!r}; 'bt' and 'gpm' learn from pairs, 'cls' from labels")
 
+# %% ../nbs/08_trainer.ipynb #72079cfa
 class RewardTrainer(Trainer):
     "Trains the active perspective of a reward model; ValueError if the records do not fit its loss or nothing is trainable."
     def __init__(self,
@@ -119,7 +119,7 @@ class RewardTrainer(Trainer):
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
 
-# %% ../nbs/08_trainer.ipynb #cffef5b9
+# %% ../nbs/08_trainer.ipynb #95f7b4d9
 @patch
 def to_dict(self:PerspectiveConfig)->dict:
     "All fields."
@@ -130,7 +130,7 @@ def to_json_string(self:PerspectiveConfig)->str:
     "All fields, as JSON."
     return json.dumps(asdict(self), indent=1)
 
-# %% ../nbs/08_trainer.ipynb #95f7b4d9
+# %% ../nbs/08_trainer.ipynb #8774a6e9
 @patch
 def compute_loss(self:RewardTrainer,
     model,                   # the model, possibly wrapped
@@ -145,7 +145,7 @@ def compute_loss(self:RewardTrainer,
     if num_items_in_batch is not None: loss = loss*len(target)/num_items_in_batch
     return (loss, vectors) if return_outputs else loss
 
-# %% ../nbs/08_trainer.ipynb #d3b5c7ff
+# %% ../nbs/08_trainer.ipynb #904fec9d
 @patch
 def get_batch_samples(self:RewardTrainer,
     epoch_iterator,  # of batches
@@ -156,7 +156,7 @@ def get_batch_samples(self:RewardTrainer,
     batches,_ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
     return batches, sum(len(b[self.label_names[0]]) for b in batches)
 
-# %% ../nbs/08_trainer.ipynb #4b5bd6fd
+# %% ../nbs/08_trainer.ipynb #6e774b67
 @patch
 def prediction_step(self:RewardTrainer,
     model,                     # the model, possibly wrapped
@@ -170,6 +170,7 @@ def prediction_step(self:RewardTrainer,
     if prediction_loss_only: return loss, None, None
     return loss, self.loss.prob(*v.chunk(2)) if self.loss.pairs else cls_prob(self.loss.score(v)), inputs[self.label_names[0]]
 
+# %% ../nbs/08_trainer.ipynb #d79c499c
 @patch
 def metrics(self:RewardTrainer,
     seen, # what `Trainer` collected: predictions (n,), label_ids (n,)
@@ -179,7 +180,19 @@ def metrics(self:RewardTrainer,
     if not self.loss.pairs: return label_metrics(p, target)
     return pairwise_accuracy(p[target!=.5]) if (target!=.5).any() else {}
 
-# %% ../nbs/08_trainer.ipynb #bbe0401d
+# %% ../nbs/08_trainer.ipynb #5c471c2b
+@patch
+def log(self:RewardTrainer,
+    logs:dict,       # entry of the log
+    start_time=None, # see `Trainer.log`
+):
+    "Write an entry of the log; ValueError if it says that the loss is no longer finite."
+    Trainer.log(self, logs, start_time)
+    if not math.isfinite(logs.get('loss', 0.)): raise ValueError(
+        f"the loss is {logs['loss']} at step {self.state.global_step}; the run cannot recover: lower learning_rate {self.args.learning_rate:g}, "
+        "or look for what the base makes of the last records")
+
+# %% ../nbs/08_trainer.ipynb #03ac2a21
 _SAME = ('learning_rate', 'lr_scheduler_type', 'warmup_steps', 'num_train_epochs', 'max_steps', 'per_device_train_batch_size',
          'gradient_accumulation_steps', 'optim', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay', 'max_grad_norm', 'seed', 'data_seed',
          'bf16', 'fp16', 'dataloader_drop_last') # arguments that decide which weights come out
@@ -190,6 +203,7 @@ def recipe(self:RewardTrainer)->dict:
     args = json.loads(self.args.to_json_string())
     return dict(records=len(self.train_dataset or []), processes=self.args.world_size, **{k:args[k] for k in _SAME})
 
+# %% ../nbs/08_trainer.ipynb #68d17899
 @patch
 def _save(self:RewardTrainer,
     output_dir=None, # gets a sub-folder with the perspective; default: the run's
@@ -201,7 +215,7 @@ def _save(self:RewardTrainer,
     self.model.save_perspective(self.perspective, folder/self.perspective)
     with atomic_path(folder/'training_args.json') as p: p.write_text(json.dumps(self.recipe(), indent=1)+'\n')
 
-# %% ../nbs/08_trainer.ipynb #00d6be24
+# %% ../nbs/08_trainer.ipynb #39302128
 def checkpoints(
     folder, # a run's output_dir
 )->dict: # complete checkpoint folder -> name of the perspective in it, by ascending step
@@ -219,7 +233,7 @@ def _complete(folder:Path):
     whole = len(names)==1 and all((folder/f).is_file() for f in need) and any(folder.glob('rng_state*.pth'))
     return names[0] if whole else None
 
-# %% ../nbs/08_trainer.ipynb #115d5dc7
+# %% ../nbs/08_trainer.ipynb #f56db81a
 def _differences(old:dict, new:dict)->str:
     return ', '.join(f"{k} {old.get(k)!r} there and {new[k]!r} here" for k in new if old.get(k)!=new[k])
 
@@ -237,12 +251,13 @@ def _load_from_checkpoint(self:RewardTrainer,
         f"{where}: is of another run ({diff}); go on with the same recipe and records, or start anew in another output_dir")
     self.model._fill(self.perspective, _read_weights(folder/'adapter_model.safetensors'), _read_weights(folder/'head.safetensors'), folder)
 
+# %% ../nbs/08_trainer.ipynb #1a019662
 @patch
 def _load_best_model(self:RewardTrainer):
     "What `load_best_model_at_end` does."
     self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-# %% ../nbs/08_trainer.ipynb #a714d475
+# %% ../nbs/08_trainer.ipynb #41450e33
 @patch
 def train(self:RewardTrainer,
     resume_from_checkpoint=None, # True: the last complete checkpoint of output_dir; or a checkpoint's folder; None: start
@@ -263,7 +278,7 @@ def train(self:RewardTrainer,
     self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
     return out
 
-# %% ../nbs/08_trainer.ipynb #68d17899
+# %% ../nbs/08_trainer.ipynb #5b759dbd
 @patch
 def activation_checkpointing_enable(self:RewardModel,
     activation_checkpointing_kwargs=None, # of `torch.utils.checkpoint`
@@ -279,7 +294,7 @@ def gradient_checkpointing_enable(self:RewardModel, gradient_checkpointing_kwarg
     "The name that older versions of transformers call it by."
     self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-# %% ../nbs/08_trainer.ipynb #4c332f4d
+# %% ../nbs/08_trainer.ipynb #7a53a4fa
 def train_perspective(
     model:RewardModel,             # gets the new perspective, active
     name:str,                      # letters, digits, '_' and '-'
@@ -297,6 +312,6 @@ def train_perspective(
     set_seed(args.seed)
     model.add_perspective(name, config, args.lora_rank, args.lora_alpha, args.lora_dropout)
     trainer = RewardTrainer(model, args, records, eval_records, **kwargs)
-    metrics = trainer.train((resume and bool(checkpoints(args.output_dir))) or None).metrics
+    result = trainer.train((resume and bool(checkpoints(args.output_dir))) or None)
     trainer.save_model(); trainer.save_state()
-    return {**metrics, **(trainer.evaluate() if eval_records else {})}
+    return dict(train_loss=result.training_loss, **(trainer.evaluate() if eval_records else {}))
