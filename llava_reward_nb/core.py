@@ -224,9 +224,9 @@ def progress(
     total:int=None, # its length, if it has none
     desc:str='',    # words before the bar
 ):
-    "Loop with a progress bar, in a notebook or a terminal; silent when the output goes to a file."
+    "Loop with a progress bar after two seconds, in a notebook or a terminal; silent when the output goes to a file."
     from tqdm.auto import tqdm
-    return tqdm(it, total=total, desc=desc, leave=False, disable=not (sys.stderr.isatty() or 'ipykernel' in sys.modules))
+    return tqdm(it, total=total, desc=desc, leave=False, delay=2, disable=not (sys.stderr.isatty() or 'ipykernel' in sys.modules))
 
 # %% ../nbs/00_core.ipynb #f31469df
 MODELS = {'tiny': Path(find_spec('llava_reward_nb').origin).parent/'bundle'} # short names of model folders

@@ -51,9 +51,11 @@ class PerspectiveConfig:
 class RewardModel(nn.Module):
     "A frozen multimodal LLM with named perspectives (arXiv 2507.21391, §3); itself a reward."
     def __init__(self,
-        backbone, # see `load_backbone`
+        backbone,      # see `load_backbone`
+        base:str=None, # where it came from; perspectives remember it
     ):
         super().__init__()
+        self.base = base
         self.backbone,self.heads = backbone,nn.ModuleDict()
         self.configs,self.active,self.peft,self.merged = {},None,None,False
 
@@ -92,7 +94,7 @@ def add_perspective(self:RewardModel,
     if not re.fullmatch(r'[\w-]+', name) or name in self.configs or hasattr(nn.ModuleDict, name): raise ValueError(
         f"perspective name {name!r} is {'taken' if name in self.configs else 'not usable'}; use letters, digits, '_' and '-'")
     c,b = config or PerspectiveConfig(),self.backbone
-    self.configs[name] = replace(c, num_crops=b.num_crops, fingerprint=b.fingerprint())
+    self.configs[name] = replace(c, num_crops=b.num_crops, base=c.base or self.base, fingerprint=b.fingerprint())
     lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=b.lora_targets,
                       modules_to_save=[b.projector], init_lora_weights='gaussian', bias='none')
     if self.peft is None: self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name) # not registered: its weights are the backbone's
@@ -430,9 +432,8 @@ def from_pretrained(cls:RewardModel,
     found = _perspective_folders(folder, perspective)
     where = _find_base(folder, found, base)
     if num_crops is None: num_crops = _trained_crops(found)
-    self = cls(load_backbone(where, device, dtype or default_dtype(device), num_crops))
+    self = cls(load_backbone(where, device, dtype or default_dtype(device), num_crops), str(where))
     for n,f in found.items(): self.load_perspective(f, n, overrides)
-    for n,c in self.configs.items(): self.configs[n] = replace(c, base=c.base or str(where))
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
 

@@ -363,11 +363,11 @@ def _alignment(n:int, seed:int)->list:
     return [alignment_pair(np.random.default_rng([seed,i]), category=names[i%len(names)]) for i in range(n)]
 
 TINY = dict( # name -> how many training records, their maker (n, seed), maker of held-out records (n, seed, split), configuration
-    alignment=(32_000, _alignment, alignment_pairs, dict(loss='bt')),
+    alignment=(24_000, _alignment, alignment_pairs, dict(loss='bt')),
     fidelity=(24_000, fidelity_pairs, fidelity_pairs, dict(loss='bt')),
-    overall=(20_000, overall_pairs, overall_pairs, dict(loss='gpm', dim=2)),
-    overall_bt=(20_000, overall_pairs, overall_pairs, dict(loss='bt')),
-    safety=(24_000, safety_labels, safety_labels, dict(loss='cls')))
+    overall=(12_000, overall_pairs, overall_pairs, dict(loss='gpm', dim=2)),
+    overall_bt=(12_000, overall_pairs, overall_pairs, dict(loss='bt')),
+    safety=(12_000, safety_labels, safety_labels, dict(loss='cls')))
 
 # %% ../nbs/12_tiny.ipynb #53a59463
 def stage2(
@@ -422,11 +422,15 @@ def evaluate_tiny(
     seed:int=7,                # of the held-out records; training used 1000 and up
 )->list: # see `accuracy_rows`, with columns perspective and split
     "Accuracies of the tiny perspectives on fresh held-out records."
-    rows,jobs = [],[(p,s) for p in names or TINY for s in splits]
-    for name,split in progress(jobs, desc='measuring'):
-        rm = RewardModel.from_pretrained(model, name, device='cpu').merge()
-        rows += accuracy_rows(right_or_wrong(rm, name, TINY[name][2](n, seed, split)), perspective=name, split=split)
-    return rows
+    jobs = [(model,p,s,n,seed) for p in names or TINY for s in splits]
+    return [r for j in progress(jobs, desc='measuring') for r in _measure(*j)]
+
+def _measure(model, name, split, n=2000, seed=7):
+    rm = RewardModel.from_pretrained(model, name, device='cpu').merge()
+    return accuracy_rows(right_or_wrong(rm, name, TINY[name][2](n, seed, split)), perspective=name, split=split)
+
+def _measure_base(base, split, n=2000, seed=7):
+    return accuracy_rows(base_answers(base, alignment_pairs(n, seed, split)), perspective='base (yes/no)', split=split)
 
 # %% ../nbs/12_tiny.ipynb #469556d6
 def base_answers(
@@ -451,7 +455,7 @@ def ablation_run(
     out,        # folder for this run
     skipca:bool,
     seed:int,
-    n:int=5000, # training pairs
+    n:int=2000, # training pairs
 )->dict: # seed, head, accuracy on 2,000 held-out pairs
     "One run of the ablation."
     path = Path(out)/'result.json'
@@ -486,12 +490,11 @@ def build_tiny(
         launch(stage0, work); launch(stage1, work); save_base(work, work/'base')
     jobs = [('_perspective', work, n) for n in TINY if not (work/'bundle'/n/'reward_config.json').exists()]
     jobs += [('ablation_run', work/'base', work/f'ablation_{head}_{seed}', head, seed) for seed in (1,2,3) for head in (True,False)]
-    with ProcessPoolExecutor(2, mp.get_context('spawn')) as pool: done = list(pool.map(_job, jobs))
-    shutil.copytree(work/'base', work/'bundle'/'base', dirs_exist_ok=True)
-    write_table(_training_log(work), work/'bundle'/'log'/'training.jsonl')
-    write_table([r for r in done if r], work/'bundle'/'log'/'ablation.jsonl')
-    rows = evaluate_tiny(model=work/'bundle')
-    for s in 'train','unseen': rows += accuracy_rows(base_answers(work/'base', alignment_pairs(2000, 7, s)), perspective='base (yes/no)', split=s)
-    write_table(rows, work/'bundle'/'log'/'accuracy.jsonl')
+    checks = [(f, where, *n, s) for s in ('train','unseen') for f,where,*n in [('_measure',work/'bundle',n) for n in TINY]+[('_measure_base',work/'base')]]
+    with ProcessPoolExecutor(2, mp.get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        runs = [r for r in pool.map(_job, jobs) if r]
+        shutil.copytree(work/'base', work/'bundle'/'base', dirs_exist_ok=True)
+        rows = [r for rs in pool.map(_job, checks) for r in rs]
+    for name,table in dict(training=_training_log(work), ablation=runs, accuracy=rows).items(): write_table(table, work/'bundle'/'log'/f'{name}.jsonl')
     with atomic_path(out) as p: shutil.copytree(work/'bundle', p)
     print(f'{out} is ready')
