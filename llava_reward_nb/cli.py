@@ -103,6 +103,11 @@ def table_items(
 # %% ../nbs/14_cli.ipynb #11550806
 def _prompt_error(prompt)->str|None:
     if not isinstance(prompt, str): return f"prompt {prompt!r:.60} is a {type(prompt).__name__}; it must be text ('' if there is none)"
+    if _sound(prompt)!=prompt: return f"prompt {prompt!r:.60} is not valid Unicode; remove lone surrogates"
+
+def _sound(x):
+    "Text that can be written as UTF-8: what cannot (also in file names that are not Unicode) is escaped."
+    return x.encode('utf-8', 'backslashreplace').decode() if isinstance(x, str) else x
 
 def _image_errors(paths)->dict: # path -> what is wrong with it, or None
     from concurrent.futures import ThreadPoolExecutor
@@ -203,7 +208,8 @@ def score_items(
 
 def _rows(items:list)->list:
     "Rows of all items, with an `error` column if there are errors."
-    return [i.row|dict(error=i.error or '') for i in items] if any(i.error for i in items) else [i.row for i in items]
+    bad = any(i.error for i in items)
+    return [{k:_sound(v) for k,v in (i.row|dict(error=i.error or '') if bad else i.row).items()} for i in items]
 
 # %% ../nbs/14_cli.ipynb #e654eb04
 def compare_items(
@@ -348,7 +354,8 @@ def parser_for(
     p = anno_parser(func, prog=func.__name__)
     p.formatter_class,p.epilog,p.allow_abbrev = _Help,'examples:\n'+examples,False
     for a in p._actions:
-        if a.type==list[str]: a.type,a.nargs,a.metavar = str,'+' if a.option_strings else '*',None
+        a.metavar,a.help = None,re.sub(r" \(default: (False|'')?\)$", '', a.help)
+        if a.type==list[str]: a.type,a.nargs = str,'+' if a.option_strings else '*'
         for o in list(a.option_strings):
             for name in (o.replace('_','-'), '--'+o[2:].replace('-','_')) if o.startswith('--') else (): p._option_string_actions[name] = a
         a.option_strings = [o.replace('_','-') for o in a.option_strings]
@@ -605,8 +612,8 @@ def demo_scenes(
 
 # %% ../nbs/14_cli.ipynb #ef224be4
 def demo_scores(
-    folder,       # gets images/ and scores.csv
-    model='tiny', # reward model with the perspectives of the demo
+    folder, # gets images/ and scores.csv
+    rm,     # reward model with the perspectives of the demo
 )->list: # rows of scores.csv: image, prompt, row (perspective that the image was made for), truth, good, scores; overall_rank within a prompt
     "Write the demo's scenes as PNG files, then score and rank them from disk."
     folder = Path(folder); items = []
@@ -615,9 +622,9 @@ def demo_scores(
         with atomic_path(folder/name) as p: s['image'].save(p)
         items.append(Item((str(folder/name),), s['prompt'], dict(image=name, prompt=s['prompt'], row=s['perspective'], truth=s['truth'], good=s['good'])))
     check_items(items); stop_if_bad(items, False)
-    kinds = perspective_kinds(model); rm = load(model, list(kinds))
-    rows = score_items(rm, kinds, items)
+    kinds = {n:c.loss for n,c in rm.configs.items()}
     for text in dict.fromkeys(i.prompt for i in items): rank_items(rm, [n for n,k in kinds.items() if k=='gpm'], [i for i in items if i.prompt==text])
+    rows = score_items(rm, kinds, items)
     write_table(rows, folder/'scores.csv')
     return rows
 
@@ -708,12 +715,11 @@ def accuracy_table(
     return list(out.values())
 
 # %% ../nbs/14_cli.ipynb #4aa34c63
-def _demo_talk(rows:list, folder:Path, model):
+def _demo_talk(rows:list, folder:Path, rm):
     "Compare two of the demo's images and rank a row, in words."
     a,b = (next(r for r in rows if r['good'] is g) for g in (True,False))
-    rm = load(model, ['alignment','overall'])
     pair = Item(tuple(str(folder/r['image']) for r in (a,b)), a['prompt'], dict(image_a=a['image'], image_b=b['image'], prompt=a['prompt']))
-    print('\n2. Two images compared (B: one fact of the prompt is wrong)\n'); _pair_report(compare_items(rm, list(rm.configs), [pair])[0], list(rm.configs), None)
+    print('\n2. Two images compared (B: one fact of the prompt is wrong)\n'); _pair_report(compare_items(rm, names:=list(rm.configs), [pair])[0], names, None)
     print('\n3. Seven images ranked by the overall perspective (a general preference)\n')
     mixed = sorted((r for r in rows if r['row']=='overall'), key=lambda r: r['overall_rank'])
     report([dict(rank=r['overall_rank'], image=r['image'], preference=r['overall'], truth=r['truth'], prompt=r['prompt']) for r in mixed])
@@ -736,10 +742,11 @@ def llava_reward_demo(
     from llava_reward_nb.tiny import evaluate_tiny
     if n<1: raise InputError(f"--n {n}: must be at least 1")
     folder,t0 = Path(out),time.perf_counter()
-    rows = demo_scores(folder)
+    rm = load('tiny', list(perspective_kinds('tiny')))
+    rows = demo_scores(folder, rm)
     print(f"1. {len(rows)} scenes rendered to {folder/'images'} and scored from there in all perspectives ({_seconds(t0)})\n")
-    report([{k:v for k,v in r.items() if k not in ('row','good','safety','overall_rank')} for r in rows[:7]])
-    _demo_talk(rows, folder, 'tiny')
+    report([{k:v for k,v in r.items() if k not in ('row','good','safety','overall','overall_rank')} for r in rows[:7]])
+    _demo_talk(rows, folder, rm)
     print(f"\n4. How often they are right: {n} fresh held-out records for each (95 % bootstrap interval)\n"); t0 = time.perf_counter()
     measured = evaluate_tiny(n)
     print(text_table(accuracy_table(measured))); print(f"({_seconds(t0)})\n")
