@@ -81,6 +81,7 @@ class RewardConfig(TrainingArguments):
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None: self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and gpu # else torch warns at every loop
         if self.disable_tqdm is None: self.disable_tqdm = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
         if self.data_seed is None: self.data_seed = self.seed # else the order would depend on who used the random generator before
         super().__post_init__()
