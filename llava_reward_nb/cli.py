@@ -116,7 +116,7 @@ def _image_errors(paths)->dict: # path -> what is wrong with it, or None
         if not isinstance(p, str): return f"image {p!r:.60} is a {type(p).__name__}; it must be a path"
         try: check_image(p)
         except InputError as e: return str(e)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return dict(zip(paths, progress(pool.map(error, paths), len(paths), 'checking images')))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return dict(zip(paths, list(progress(pool.map(error, paths), len(paths), 'checking images'))))
 
 # %% ../nbs/14_cli.ipynb #52231099
 def check_items(
