@@ -138,9 +138,11 @@ def refresh(self:ReplyCache)->ReplyCache:
 
 def _record(line:bytes):
     "A record of the cache, or None."
-    try: r = json.loads(line)
-    except ValueError: return None
-    return r if isinstance(r, dict) and isinstance(r.get('key'), str) and ('answer' in r or 'refusal' in r) else None
+    try:
+        r = json.loads(line)
+        if 'refusal' not in r: parse_grade(r['answer'])
+        return r if isinstance(r['key'], str) else None
+    except (ValueError, TypeError, KeyError): return None
 
 # %% ../nbs/09d_grader.ipynb #cd896d42
 @patch
@@ -436,7 +438,7 @@ def _row(record:dict, error:str, calls:int, cost:float)->dict:
     if record and 'refusal' in record: error = f"refused: {record['refusal']}"
     grades = parse_grade(record['answer']) if record and 'answer' in record else {}
     row = {n:grades.get(n, (math.nan,))[0] for n in [*ASPECTS, OVERALL]} | {f'{n}_why':grades[n][1] if n in grades else '' for n in [*ASPECTS, OVERALL]}
-    return dict(row, error=error, cached=bool(record) and not calls, calls=calls, dollars=cost, model=record['model'] if record else None)
+    return dict(row, error=error, cached=bool(record) and not calls, calls=calls, dollars=cost, model=record and record['model'])
 
 # %% ../nbs/09d_grader.ipynb #623ca330
 @patch
