@@ -7,8 +7,8 @@ __all__ = ['RULES', 'RELATION_NAMES', 'GENEVAL_TAGS', 'GENEVAL_CLASSES', 'GENEVA
            'COLOR_NAMES', 'TEMPLATES', 'BLANK', 'COLOR_CLIP', 'Detection', 'Rules', 'box_iou', 'keep_detections',
            'box_relations', 'Verdict', 'judge', 'reason_text', 'check_task', 'read_tasks', 'write_samples',
            'read_samples', 'resize_masks', 'mask_box', 'to_detections', 'check_loaded', 'load_strict', 'MaskDetector',
-           'cut_out', 'ColorClassifier', 'clip_pixels', 'GenEval', 'ShapesDetector', 'ToldColors', 'shapes_geneval',
-           'task_of', 'tiny_tasks', 'geneval_scores']
+           'cut_out', 'ColorClassifier', 'GenEval', 'ShapesDetector', 'ToldColors', 'shapes_geneval', 'task_of',
+           'tiny_tasks', 'geneval_scores']
 
 # %% ../nbs/10b_geneval.ipynb #5ff0edbf
 import json
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from .clip import crop_image, normalise, to_floats
 from .core import CheckpointError, InputError, as_images, atomic_path, default_device, progress, read_table, resolve_model
 from .shapes import CATEGORIES, COLORS, MIN_IOU, SHAPES, SIZE, Checker, Prompt, sample_prompt
 
@@ -408,20 +409,6 @@ def anchors(self:ColorClassifier,
     return self.known[label]
 
 # %% ../nbs/10b_geneval.ipynb #7c36e80a
-_MEAN,_STD = (.48145466,.4578275,.40821073), (.26862954,.26130258,.27577711)
-
-def clip_pixels(
-    image:Image.Image, # RGB
-    size:int=224,      # side that the network wants
-)->Tensor: # (3, size, size), normalised
-    "CLIP's own preprocessing: shorter side to `size` (bicubic), centre cut out, half pixels to the even side."
-    w,h = image.size
-    new = (size, int(size*h/w)) if w<=h else (int(size*w/h), size)
-    image = image.resize(new, Image.BICUBIC)
-    x,y = round((new[0]-size)/2), round((new[1]-size)/2)
-    a = torch.from_numpy(np.asarray(image.crop((x, y, x+size, y+size)), np.float32)/255).permute(2,0,1)
-    return (a-torch.tensor(_MEAN)[:,None,None])/torch.tensor(_STD)[:,None,None]
-
 @patch
 @torch.no_grad()
 def __call__(self:ColorClassifier,
@@ -431,7 +418,8 @@ def __call__(self:ColorClassifier,
 )->list: # of color names
     "The colour of each detected object."
     if not detections: return []
-    x = torch.stack([clip_pixels(cut_out(image,d), self.clip.config.vision_config.image_size) for d in detections])
+    size = self.clip.config.vision_config.image_size
+    x = normalise(to_floats([crop_image(cut_out(image,d), size, 'even') for d in detections]))
     e = F.normalize(self.clip.get_image_features(pixel_values=x.to(self.device)).pooler_output.float(), dim=-1)
     return [self.colors[i] for i in (e@self.anchors(label).T).argmax(-1).tolist()]
 
@@ -445,7 +433,7 @@ def from_pretrained(cls:ColorClassifier,
     model = load_strict(CLIPModel, name)
     return cls(model, AutoTokenizer.from_pretrained(str(resolve_model(name))), device)
 
-# %% ../nbs/10b_geneval.ipynb #7b70eb8f
+# %% ../nbs/10b_geneval.ipynb #3a4f6110
 class GenEval:
     "Judges images by GenEval's rules: (images, tasks) -> list of `Verdict`."
     def __init__(self,
@@ -465,7 +453,7 @@ def check(self:GenEval, task, name:str='task')->dict: # the task
             f"{name}: color {want['color']!r}; the classifier knows {', '.join(self.colors.colors)}")
     return task
 
-# %% ../nbs/10b_geneval.ipynb #f018e7f2
+# %% ../nbs/10b_geneval.ipynb #a50f134e
 @patch
 def __call__(self:GenEval,
     images, # one image or n of them
@@ -488,7 +476,7 @@ def from_pretrained(cls:GenEval,
     "The published detector and colour classifier."
     return cls(MaskDetector.from_pretrained(detector, device), ColorClassifier.from_pretrained(clip, device))
 
-# %% ../nbs/10b_geneval.ipynb #96e3292a
+# %% ../nbs/10b_geneval.ipynb #f018e7f2
 class ShapesDetector:
     "The shapes checker as a detector that knows colours: images -> lists of `Detection`."
     classes = SHAPES
@@ -516,12 +504,12 @@ class ToldColors:
         "The colour of each detected object."
         return [d.color for d in detections]
 
-# %% ../nbs/10b_geneval.ipynb #429c0241
+# %% ../nbs/10b_geneval.ipynb #a0c96325
 def shapes_geneval()->GenEval:
     "GenEval for the offline world."
     return GenEval(ShapesDetector(), ToldColors())
 
-# %% ../nbs/10b_geneval.ipynb #150c4ca5
+# %% ../nbs/10b_geneval.ipynb #429c0241
 _TAG_OF = dict(two_objects='two_object', color_attribution='color_attr')
 
 def task_of(
@@ -543,7 +531,7 @@ def tiny_tasks(
     rng = np.random.default_rng(seed)
     return [check_task(task_of(sample_prompt(rng, CATEGORIES[i%len(CATEGORIES)], split)), classes=SHAPES) for i in range(n)]
 
-# %% ../nbs/10b_geneval.ipynb #4b30f308
+# %% ../nbs/10b_geneval.ipynb #15f26342
 def geneval_scores(
     rows, # dicts (or a DataFrame) with 'tag', 'prompt' and 'correct', one for each image
 )->dict: # 'tasks': {tag: (correct, images)}, 'overall', 'images': (correct, n), 'prompts': (with any correct, n)
