@@ -42,7 +42,7 @@ class LLaVAReward:
                                                 "take a 'bt' or 'cls' perspective, or RewardModel.compare")
         self.range = 'unbounded logit, above 0: label 1' if config.loss=='cls' else f'unbounded; P(a over b) = sigmoid((a-b)/{config.tau:g})'
 
-    def __repr__(self): return f"LLaVAReward({self.perspective!r}, {self.model.base})"
+    def __repr__(self): return f"LLaVAReward({self.perspective!r} of {self.model!r})"
 
     def __call__(self,
         images,            # one image or n of them
@@ -187,7 +187,7 @@ def _load_checker(id_or_path, device=None, dtype=None):
     "The checker of the shapes world as a named reward; it has no weights."
     if id_or_path: raise ValueError(f"checker:{id_or_path}: the checker has no model to load; its name is 'checker' alone")
     checker = Checker()
-    checker.name,checker.range = 'checker','0 to 1; 1 only if all facts of the prompt hold'
+    checker.range = '0 to 1; 1 only if all facts of the prompt hold'
     return checker
 
 # %% ../nbs/09e_rewards.ipynb #e9446ce0
@@ -218,7 +218,10 @@ def load_reward(
     "Load a reward by name; ValueError lists the names if there is none like it."
     if callable(spec): return spec
     said,(name,_,where) = str(spec),str(SHORT.get(spec, spec)).partition(':')
-    if name in REWARDS: return REWARDS[name].load(where or REWARDS[name].default, device=device, dtype=dtype, **kw)
+    if name in REWARDS:
+        reward = REWARDS[name].load(where or REWARDS[name].default, device=device, dtype=dtype, **kw)
+        reward.name = name # one class may have several names
+        return reward
     if _perspective_of(said)[0] in MODELS or Path(said).expanduser().is_dir(): return LLaVAReward.from_pretrained(said, device, dtype, **kw)
     names = [*SHORT, *REWARDS]
     near = get_close_matches(name.lower(), names, 1)
