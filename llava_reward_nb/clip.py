@@ -58,7 +58,7 @@ def image_list(
     if not items: raise InputError("no images; pass at least one")
     return items
 
-# %% ../nbs/09_clip.ipynb #8a38dd99
+# %% ../nbs/09_clip.ipynb #e4309c25
 def open_image(
     x,             # path, PIL image, or float tensor (3,h,w) in [0,1]
     name:str=None, # how to call it in errors
@@ -70,7 +70,7 @@ def open_image(
     im.load()
     return im
 
-# %% ../nbs/09_clip.ipynb #00536402
+# %% ../nbs/09_clip.ipynb #117e6772
 def crop_image(
     im:Image.Image, # any mode
     size:int,       # side of the square
@@ -87,7 +87,7 @@ def to_floats(
     "Bytes to floats."
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).float()/255
 
-# %% ../nbs/09_clip.ipynb #bc28b2a7
+# %% ../nbs/09_clip.ipynb #393bb8a9
 def normalise(
     x:Tensor, # (...,3,h,w), in [0,1]
 )->Tensor: # same shape, about -2 to 2
@@ -95,7 +95,7 @@ def normalise(
     mean,std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:,None,None] for v in (CLIP_MEAN, CLIP_STD))
     return (x-mean)/std
 
-# %% ../nbs/09_clip.ipynb #a92e3f8a
+# %% ../nbs/09_clip.ipynb #574c6718
 def letterbox(
     x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
     size:int, # side of the square
@@ -107,7 +107,7 @@ def letterbox(
     l,t = (size-W)//2, (size-H)//2
     return F.pad(x, (l, size-W-l, t, size-H-t))
 
-# %% ../nbs/09_clip.ipynb #413a16f8
+# %% ../nbs/09_clip.ipynb #322c93b2
 def crop_pixels(
     x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
     size:int, # side of the square
@@ -119,7 +119,7 @@ def crop_pixels(
     t,l = crop_start(H, size, rule), crop_start(W, size, rule)
     return x[..., t:t+size, l:l+size]
 
-# %% ../nbs/09_clip.ipynb #0fe40375
+# %% ../nbs/09_clip.ipynb #0c181909
 def check_pixels(
     x, # what a caller of `score_pixels` passed
 )->Tensor: # the same
@@ -129,7 +129,7 @@ def check_pixels(
         raise InputError(f"pixels: got {got}; needed: float tensor (n,3,h,w) in [0,1] (for one image use x[None])")
     return x
 
-# %% ../nbs/09_clip.ipynb #85fc23b0
+# %% ../nbs/09_clip.ipynb #5519ec13
 _PLAIN = re.compile(r"[ -%'-~\n\r\t]*") # what ftfy would return unchanged (but for line ends)
 
 def clean_text(
@@ -143,7 +143,7 @@ def clean_text(
         text = ftfy.fix_text(text)
     return re.sub(r'\s+', ' ', html.unescape(html.unescape(text))).strip().lower()
 
-# %% ../nbs/09_clip.ipynb #af039353
+# %% ../nbs/09_clip.ipynb #433da130
 def check_unicode(
     texts:list, # strings
 )->list: # the same
@@ -154,7 +154,7 @@ def check_unicode(
             f"prompt {s[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates") from None
     return texts
 
-# %% ../nbs/09_clip.ipynb #433da130
+# %% ../nbs/09_clip.ipynb #a38b167f
 def token_ids(
     tokenizer,    # a CLIPTokenizer
     texts:list,   # n strings
@@ -164,7 +164,7 @@ def token_ids(
     rows = tokenizer(texts, truncation=True, max_length=context).input_ids
     return torch.tensor([r+[0]*(context-len(r)) for r in rows])
 
-# %% ../nbs/09_clip.ipynb #06cdc061
+# %% ../nbs/09_clip.ipynb #6d33776b
 def clip_tokenizer(
     words:list, # each becomes one token; anything else is spelled in bytes
 )->CLIPTokenizer:
@@ -178,7 +178,7 @@ def clip_tokenizer(
     vocab = chars+[c+'</w>' for c in chars]+[a+b for a,b in merges]+['<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={t:i for i,t in enumerate(dict.fromkeys(vocab))}, merges=merges)
 
-# %% ../nbs/09_clip.ipynb #6d33776b
+# %% ../nbs/09_clip.ipynb #f7892848
 def find_file(
     name,    # a local folder, or a hub id such as 'owner/name'
     *files,  # names the wanted file may have there, the best first
@@ -198,7 +198,7 @@ def find_file(
     raise CheckpointError(f"{name}: {want} cannot be fetched ({type(why).__name__}: {str(why).strip()[:200]}); if there is no network "
         f"pass a local folder which holds it, if the model is gated log in with `hf auth login`") from None
 
-# %% ../nbs/09_clip.ipynb #f8935bcd
+# %% ../nbs/09_clip.ipynb #9786657f
 def read_tensors(
     path, # .safetensors, or a file of torch.save: .pt, .pth, .bin
 )->dict: # name -> tensor
@@ -212,7 +212,7 @@ def read_tensors(
         raise CheckpointError(f"{path}: holds no state dict (names with tensors); pass the file of the weights")
     return sd
 
-# %% ../nbs/09_clip.ipynb #b4e4ce4c
+# %% ../nbs/09_clip.ipynb #8fda592d
 def strict_load(
     build,                     # function without arguments that makes the model
     tensors:dict,              # its weights: name -> tensor
@@ -238,7 +238,7 @@ def strict_load(
             if b.is_meta: m.register_buffer(n, torch.arange(b.shape[-1]).expand(b.shape), persistent=False)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/09_clip.ipynb #cd834109
+# %% ../nbs/09_clip.ipynb #601af868
 class ClipReward:
     "What CLIPScore, PickScore and HPSv2 share: embed images and prompts with a CLIP model, and take the cosine."
     name, range = 'clip', 'cosine, -1 to 1'
@@ -253,7 +253,8 @@ class ClipReward:
     ):
         t = model.config.text_config
         if len(tokenizer)!=t.vocab_size: raise CheckpointError(
-            f"{self.name}: the tokenizer has {len(tokenizer)} entries, the model {t.vocab_size}; pass tokenizer= the folder or hub id of its own")
+            f"{self.name}: the tokenizer has {len(tokenizer)} entries, the model {t.vocab_size}; "
+            "pass tokenizer= the folder or hub id of its own")
         self.tokenizer,self.device = tokenizer, torch.device(device or default_device())
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.size,self.context = model.config.vision_config.image_size, t.max_position_embeddings
@@ -262,7 +263,7 @@ class ClipReward:
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, self.rule))
     def __repr__(self): return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
 
-# %% ../nbs/09_clip.ipynb #64cc159d
+# %% ../nbs/09_clip.ipynb #6940ced9
 @patch(cls_method=True)
 def from_config(cls:ClipReward,
     text:dict,          # fields of transformers' CLIPTextConfig: hidden_size, num_hidden_layers, …
@@ -274,19 +275,19 @@ def from_config(cls:ClipReward,
     device=None,        # where to compute; None: the best there is
 )->ClipReward:
     "A model with random weights, ready to be trained (`reward.model`) or tested."
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ids = dict(vocab_size=len(tokenizer), **{f'{k}_token_id':getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')})
     both = dict(projection_dim=projection_dim, hidden_act=hidden_act)
     config = CLIPConfig(text_config=dict(text, **ids, **both), vision_config=dict(vision, **both), projection_dim=projection_dim)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(CLIPModel(config), tokenizer, device)
 
-# %% ../nbs/09_clip.ipynb #66126e65
+# %% ../nbs/09_clip.ipynb #a554b7e5
 class CLIPScore(ClipReward):
     "Cosine of OpenAI's CLIP ViT-L/14 (the plain cosine: no 2.5, no cut at zero, no temperature)."
     name, range, default = 'clipscore', 'cosine, about 0.1 to 0.4', 'openai/clip-vit-large-patch14'
 
-# %% ../nbs/09_clip.ipynb #6940ced9
+# %% ../nbs/09_clip.ipynb #09adf6cb
 @patch
 def features(self:ClipReward,
     x:Tensor, # preprocessed images (n,3,size,size)
@@ -295,7 +296,7 @@ def features(self:ClipReward,
     x = x.to(self.device, self.model.visual_projection.weight.dtype)
     return F.normalize(self.model.get_image_features(pixel_values=x).pooler_output.float(), dim=-1)
 
-# %% ../nbs/09_clip.ipynb #7b427167
+# %% ../nbs/09_clip.ipynb #4280c9f8
 def opened_batches(
     images:list,    # of `image_list`
     batch_size:int, # how many at once
@@ -305,7 +306,7 @@ def opened_batches(
     for i in range(0, len(images), batch_size):
         yield i, [open_image(x, None if isinstance(x, (str, Path)) else f'image {j}') for j,x in enumerate(images[i:i+batch_size], i)]
 
-# %% ../nbs/09_clip.ipynb #c350b181
+# %% ../nbs/09_clip.ipynb #4dfcc070
 @patch
 @torch.no_grad()
 def embed_images(self:ClipReward,
@@ -315,7 +316,7 @@ def embed_images(self:ClipReward,
     "Open, preprocess and embed images; `InputError` names the first that cannot be used."
     return torch.cat([self.features(self.preprocess(b)) for _,b in opened_batches(image_list(images), batch_size)])
 
-# %% ../nbs/09_clip.ipynb #0802c53b
+# %% ../nbs/09_clip.ipynb #396e459f
 @patch
 @torch.no_grad()
 def embed_prompts(self:ClipReward,
@@ -329,7 +330,7 @@ def embed_prompts(self:ClipReward,
     e = torch.cat([self.model.get_text_features(input_ids=b).pooler_output.float() for b in ids.split(batch_size)])
     return F.normalize(e, dim=-1)[[row[t] for t in texts]]
 
-# %% ../nbs/09_clip.ipynb #c9910ffb
+# %% ../nbs/09_clip.ipynb #0f1a12b0
 @patch
 def __call__(self:ClipReward,
     images,            # one image or n of them
@@ -342,7 +343,7 @@ def __call__(self:ClipReward,
     t = self.embed_prompts(prompts)
     return (self.scale()*(self.embed_images(items, batch_size)*t).sum(-1)).cpu()
 
-# %% ../nbs/09_clip.ipynb #396e459f
+# %% ../nbs/09_clip.ipynb #4ada4bdc
 @patch
 def score_pixels(self:ClipReward,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
@@ -352,7 +353,7 @@ def score_pixels(self:ClipReward,
     t = self.embed_prompts(as_prompts(prompts, len(check_pixels(pixels))))
     return self.scale()*(self.features(self.preprocess_pixels(pixels))*t).sum(-1)
 
-# %% ../nbs/09_clip.ipynb #33231799
+# %% ../nbs/09_clip.ipynb #fbe21d41
 def read_config(
     path:Path, # a JSON file
 )->dict:
@@ -362,7 +363,7 @@ def read_config(
     if not isinstance(d, dict): raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return d
 
-# %% ../nbs/09_clip.ipynb #0f1a12b0
+# %% ../nbs/09_clip.ipynb #8cda5937
 def load_clip_tokenizer(
     name, # folder or hub id
 )->CLIPTokenizer:
@@ -372,7 +373,7 @@ def load_clip_tokenizer(
     except Exception as e: raise CheckpointError(
         f"{name}: the tokenizer cannot be read ({type(e).__name__}: {str(e)[:200]}); fetch it again") from None
 
-# %% ../nbs/09_clip.ipynb #c563c6c1
+# %% ../nbs/09_clip.ipynb #7d0b8a51
 @patch(cls_method=True)
 def from_pretrained(cls:ClipReward,
     id_or_path=None,     # folder or hub id; None: the published weights
@@ -392,7 +393,7 @@ def from_pretrained(cls:ClipReward,
             except CheckpointError: tokenizer = cls.tokenizer_id
     return cls(model, load_clip_tokenizer(tokenizer), device)
 
-# %% ../nbs/09_clip.ipynb #b8c621e5
+# %% ../nbs/09_clip.ipynb #0b134e58
 @patch
 def save_pretrained(self:ClipReward,
     folder, # made or replaced, whole or not at all
@@ -410,7 +411,7 @@ def save_pretrained(self:ClipReward,
             (f/f'{name}.json').write_text(json.dumps(d, indent=1)+'\n')
     return Path(folder)
 
-# %% ../nbs/09_clip.ipynb #3b078dd2
+# %% ../nbs/09_clip.ipynb #15ce7a3d
 def diversity(
     embeddings:Tensor, # (n,p) unit vectors, n >= 2
 )->float: # 0 (all equal) to 4
@@ -419,7 +420,7 @@ def diversity(
     if n<2: raise InputError(f"diversity of {n} embeddings; it is a mean over pairs, pass at least two")
     return (torch.cdist(embeddings.double(), embeddings.double())**2).sum().item()/(n*(n-1))
 
-# %% ../nbs/09_clip.ipynb #043941b7
+# %% ../nbs/09_clip.ipynb #9456fa2f
 class PickScore(ClipReward):
     "Temperature times cosine of PickScore's CLIP ViT-H/14 (Kirstain et al. 2023)."
     name, range, default = 'pickscore', 'about 16 to 26', 'yuvalkirstain/PickScore_v1'
@@ -437,15 +438,16 @@ def preference(self:PickScore,
     "Probability of each image to be picked among these."
     return self(images, prompt, batch_size).softmax(0)
 
-# %% ../nbs/09_clip.ipynb #ddeb17ff
+# %% ../nbs/09_clip.ipynb #b746d080
 def _block_name(name:str)->str:
     "The name of a tensor inside a transformer block."
-    for a,b in (('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'), ('mlp.c_proj', 'mlp.fc2'), ('attn.', 'self_attn.')):
-        name = name.replace(a, b)
+    names = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2', 'attn.': 'self_attn.'}
+    for theirs,ours in names.items(): name = name.replace(theirs, ours)
     return name
 
 _OPENCLIP = [ # pattern -> name in CLIPModel; the first which fits is taken
-    (r'(visual\.)?transformer\.resblocks\.(\d+)\.(.+)', lambda m: f"{'vision' if m[1] else 'text'}_model.encoder.layers.{m[2]}.{_block_name(m[3])}"),
+    (r'(visual\.)?transformer\.resblocks\.(\d+)\.(.+)', lambda m:
+        f"{'vision' if m[1] else 'text'}_model.encoder.layers.{m[2]}.{_block_name(m[3])}"),
     (r'visual\.class_embedding', lambda m: 'vision_model.embeddings.class_embedding'),
     (r'visual\.conv1\.weight', lambda m: 'vision_model.embeddings.patch_embedding.weight'),
     (r'visual\.positional_embedding', lambda m: 'vision_model.embeddings.position_embedding.weight'),
@@ -458,7 +460,7 @@ _OPENCLIP = [ # pattern -> name in CLIPModel; the first which fits is taken
     (r'text_projection', lambda m: 'text_projection.weight'),
     (r'logit_scale', lambda m: 'logit_scale')]
 
-# %% ../nbs/09_clip.ipynb #488bdbf5
+# %% ../nbs/09_clip.ipynb #70765fbe
 def openclip_state(
     tensors:dict, # names of open_clip -> tensors
     where,        # where they come from, for errors
@@ -475,7 +477,7 @@ def openclip_state(
         else: out[new] = v
     return out
 
-# %% ../nbs/09_clip.ipynb #fb0b2111
+# %% ../nbs/09_clip.ipynb #0f0d72c1
 def openclip_config(
     t:dict, # names of CLIPModel -> tensors
     where,  # where they come from, for errors
@@ -496,7 +498,7 @@ def openclip_config(
     vision |= dict(patch_size=patch_size, image_size=patch_size*math.isqrt(grid-1))
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
 
-# %% ../nbs/09_clip.ipynb #9e5f5969
+# %% ../nbs/09_clip.ipynb #e98be626
 _HPS_FILES = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}
 
 class HPSv2(ClipReward):
@@ -506,7 +508,7 @@ class HPSv2(ClipReward):
     def preprocess(self, images): return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
     def preprocess_pixels(self, x): return normalise(letterbox(x, self.size))
 
-# %% ../nbs/09_clip.ipynb #adce4697
+# %% ../nbs/09_clip.ipynb #0a2c802c
 @patch(cls_method=True)
 def from_pretrained(cls:HPSv2,
     id_or_path=None,     # weights file, folder that holds it, or hub id; None: the published weights
@@ -527,7 +529,7 @@ def from_pretrained(cls:HPSv2,
     self.name = 'hpsv2' if version=='2.0' else 'hpsv2.1'
     return self
 
-# %% ../nbs/09_clip.ipynb #69bb13e8
+# %% ../nbs/09_clip.ipynb #79d535e2
 def reward_mlp(
     width:int, # of the embedding
 )->nn.Sequential: # (n, width) -> (n, 1)
@@ -536,18 +538,19 @@ def reward_mlp(
     for a,b,p in zip(sizes, sizes[1:], (.2, .2, .1, 0, 0)): layers += [nn.Linear(a, b)]+([nn.Dropout(p)] if p else [])
     return nn.Sequential(*layers)
 
-# %% ../nbs/09_clip.ipynb #1a1961cd
+# %% ../nbs/09_clip.ipynb #f1ef38e0
 class _VisionHead(nn.Module):
     "The network of the hub's layout, names included."
     def __init__(self, config:CLIPVisionConfig):
         super().__init__()
         whole = CLIPVisionModelWithProjection(config)
-        self.vision_model,self.visual_projection,self.layers = whole.vision_model, whole.visual_projection, reward_mlp(config.projection_dim)
+        self.vision_model,self.visual_projection = whole.vision_model, whole.visual_projection
+        self.layers = reward_mlp(config.projection_dim)
     def forward(self, x):
         v = self.visual_projection(self.vision_model(pixel_values=x).pooler_output).float()
         return self.layers(F.normalize(v, dim=-1)).squeeze(-1)
 
-# %% ../nbs/09_clip.ipynb #5fd097e1
+# %% ../nbs/09_clip.ipynb #3807a814
 class AestheticScore:
     "LAION's aesthetic predictor (sac+logos+ava1-l14-linearMSE); it does not read the prompt."
     name, range = 'aesthetic', 'about 3 to 8 (ratings from 1 to 10)'
@@ -564,7 +567,7 @@ class AestheticScore:
         self.dtype = model.visual_projection.weight.dtype
     def __repr__(self): return f"AestheticScore({self.range}; {self.size} px, on {self.device})"
 
-# %% ../nbs/09_clip.ipynb #9c9577a3
+# %% ../nbs/09_clip.ipynb #35c5b613
 @patch(cls_method=True)
 def from_pretrained(cls:AestheticScore,
     id_or_path=None,     # folder or hub id of the whole model, or LAION's file of the head; None: the published model
@@ -586,7 +589,7 @@ def from_pretrained(cls:AestheticScore,
     model = strict_load(lambda: _VisionHead(config), tensors, name if alone else path, unused, dtype or torch.float32)
     return cls(model, config, 'even' if alone else 'down', device)
 
-# %% ../nbs/09_clip.ipynb #e98be626
+# %% ../nbs/09_clip.ipynb #e05d8e72
 @patch
 @torch.no_grad()
 def __call__(self:AestheticScore,
@@ -603,7 +606,7 @@ def __call__(self:AestheticScore,
         out.append(self.model(x.to(self.device, self.dtype)))
     return torch.cat(out).cpu()
 
-# %% ../nbs/09_clip.ipynb #3df02599
+# %% ../nbs/09_clip.ipynb #27d75f20
 @patch
 def score_pixels(self:AestheticScore,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients

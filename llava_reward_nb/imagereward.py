@@ -38,7 +38,7 @@ def bert_tokenizer(
     vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *chars, *(f'##{c}' for c in chars if c.isalnum())]+[w.lower() for w in words]
     return BertTokenizer(vocab={t:i for i,t in enumerate(dict.fromkeys(vocab))})
 
-# %% ../nbs/09b_imagereward.ipynb #3474fd95
+# %% ../nbs/09b_imagereward.ipynb #bb77620a
 def prompt_ids(
     tokenizer,   # of `with_blip_tokens`
     texts:list,  # n strings
@@ -47,7 +47,7 @@ def prompt_ids(
     t = tokenizer(check_unicode(texts), padding='max_length', truncation=True, max_length=MAX_LENGTH, return_tensors='pt')
     return t.input_ids, t.attention_mask
 
-# %% ../nbs/09b_imagereward.ipynb #6165c9aa
+# %% ../nbs/09b_imagereward.ipynb #26c77287
 _VISION = [('embeddings.class_embedding', 'cls_token'), ('embeddings.position_embedding', 'pos_embed'),
            ('embeddings.patch_embedding', 'patch_embed.proj'), ('encoder.layers', 'blocks'), ('layer_norm', 'norm'),
            ('self_attn.qkv', 'attn.qkv'), ('self_attn.projection', 'attn.proj'), ('post_layernorm', 'norm')]
@@ -62,7 +62,7 @@ def published_name(
     for ours,theirs in _VISION: rest = rest.replace(ours, theirs)
     return f'blip.visual_encoder.{rest}'
 
-# %% ../nbs/09b_imagereward.ipynb #709370db
+# %% ../nbs/09b_imagereward.ipynb #e086c69b
 def vision_config(
     hidden_size:int,       # D, a multiple of 64: the layout has no field for the number of heads, they are 64 wide
     num_hidden_layers:int, # transformer blocks
@@ -75,7 +75,7 @@ def vision_config(
     return BlipVisionConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, patch_size=patch_size, image_size=image_size,
         num_attention_heads=hidden_size//64, intermediate_size=intermediate_size or 4*hidden_size, hidden_act='gelu', layer_norm_eps=1e-6)
 
-# %% ../nbs/09b_imagereward.ipynb #e086c69b
+# %% ../nbs/09b_imagereward.ipynb #ecb77a81
 _MED = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'max_position_embeddings')
 
 def text_config(
@@ -87,11 +87,11 @@ def text_config(
     "BLIP's text encoder as ImageReward has it; `CheckpointError` for a size that is not stated."
     if missing := [k for k in _MED if not isinstance(med.get(k), int)]: raise CheckpointError(
         f"{where}: states no {', '.join(missing)}; take med_config.json from where the weights come from")
-    return BlipTextConfig(**{k:med[k] for k in _MED}, vocab_size=vocab_size, encoder_hidden_size=width, pad_token_id=med.get('pad_token_id', 0),
-        hidden_act=med.get('hidden_act', 'gelu'), layer_norm_eps=med.get('layer_norm_eps', 1e-12), is_decoder=True,
-        bos_token_id=None, eos_token_id=None)
+    return BlipTextConfig(**{k:med[k] for k in _MED}, vocab_size=vocab_size, encoder_hidden_size=width, is_decoder=True,
+        hidden_act=med.get('hidden_act', 'gelu'), layer_norm_eps=med.get('layer_norm_eps', 1e-12),
+        pad_token_id=med.get('pad_token_id', 0), bos_token_id=None, eos_token_id=None)
 
-# %% ../nbs/09b_imagereward.ipynb #bc4f1e4a
+# %% ../nbs/09b_imagereward.ipynb #63ad239b
 class ImageRewardModel(nn.Module):
     "Vision tower, text encoder and head; pixels and tokens in, raw scores out."
     def __init__(self,
@@ -112,7 +112,7 @@ class ImageRewardModel(nn.Module):
         h = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=V).last_hidden_state[:, 0]
         return self.layers(h.to(self.layers[0].weight.dtype)).squeeze(-1), h
 
-# %% ../nbs/09b_imagereward.ipynb #150660c4
+# %% ../nbs/09b_imagereward.ipynb #03f3cee7
 MEAN, STD = 0.16717362830052426, 1.0333394966054072 # of raw scores over the authors' data
 
 class ImageReward:
@@ -134,7 +134,7 @@ class ImageReward:
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, 'even'))
     def __repr__(self): return f"ImageReward({self.range}; {self.size} px, on {self.device})"
 
-# %% ../nbs/09b_imagereward.ipynb #c1173772
+# %% ../nbs/09b_imagereward.ipynb #ed3b8b2c
 @patch(cls_method=True)
 def from_config(cls:ImageReward,
     med:dict,    # sizes of the text encoder, fields as in med_config.json: hidden_size, num_hidden_layers, …
@@ -149,7 +149,7 @@ def from_config(cls:ImageReward,
         torch.manual_seed(seed)
         return cls(ImageRewardModel(v, text_config(med, len(tokenizer), v.hidden_size)), tokenizer, device)
 
-# %% ../nbs/09b_imagereward.ipynb #6537a488
+# %% ../nbs/09b_imagereward.ipynb #2ba93ccf
 @patch
 def raw(self:ImageReward,
     x:Tensor,     # preprocessed images (n,3,s,s)
@@ -160,7 +160,7 @@ def raw(self:ImageReward,
     dtype = self.model.text.embeddings.word_embeddings.weight.dtype
     return self.model(x.to(self.device, dtype), ids.to(self.device), mask.to(self.device))
 
-# %% ../nbs/09b_imagereward.ipynb #03f3cee7
+# %% ../nbs/09b_imagereward.ipynb #bc2fe2d5
 @patch
 @torch.no_grad()
 def __call__(self:ImageReward,
@@ -175,7 +175,7 @@ def __call__(self:ImageReward,
         out.append(self.raw(self.preprocess(opened), prompts[i:i+batch_size])[0])
     return ((torch.cat(out)-MEAN)/STD).cpu()
 
-# %% ../nbs/09b_imagereward.ipynb #f4279fc6
+# %% ../nbs/09b_imagereward.ipynb #bf996c16
 @patch
 def score_pixels(self:ImageReward,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
@@ -185,7 +185,7 @@ def score_pixels(self:ImageReward,
     prompts = as_prompts(prompts, len(check_pixels(pixels)))
     return (self.raw(self.preprocess_pixels(pixels), prompts)[0]-MEAN)/STD
 
-# %% ../nbs/09b_imagereward.ipynb #ed3b8b2c
+# %% ../nbs/09b_imagereward.ipynb #f685e56c
 @patch
 def rank(self:ImageReward,
     images,            # n images
@@ -195,7 +195,7 @@ def rank(self:ImageReward,
     "The place of each image among these."
     return (self(images, prompt, batch_size).argsort(descending=True).argsort()+1).tolist()
 
-# %% ../nbs/09b_imagereward.ipynb #2ba93ccf
+# %% ../nbs/09b_imagereward.ipynb #1b7d3e83
 _UNUSED = r'blip\.(text_encoder\.embeddings\.position_ids|(vision|text)_proj\.(weight|bias))'
 
 def _vision_sizes(t:dict, where)->dict:
@@ -208,7 +208,7 @@ def _vision_sizes(t:dict, where)->dict:
             num_hidden_layers=1+max(int(m[1]) for k in t if (m := re.match(r'blip\.visual_encoder\.blocks\.(\d+)\.', k))))
     except KeyError as e: raise CheckpointError(f"{where}: lacks {e.args[0]}; is it an ImageReward checkpoint?") from None
 
-# %% ../nbs/09b_imagereward.ipynb #fabcab5f
+# %% ../nbs/09b_imagereward.ipynb #8b333076
 def load_bert_tokenizer(
     name, # folder or hub id
 )->BertTokenizer:
@@ -218,7 +218,7 @@ def load_bert_tokenizer(
     except Exception as e: raise CheckpointError(
         f"{name}: the tokenizer cannot be read ({type(e).__name__}: {str(e)[:200]}); fetch it again") from None
 
-# %% ../nbs/09b_imagereward.ipynb #1807ac3b
+# %% ../nbs/09b_imagereward.ipynb #4c989691
 @patch(cls_method=True)
 def from_pretrained(cls:ImageReward,
     id_or_path=None,     # folder or hub id; None: the published weights
@@ -239,7 +239,7 @@ def from_pretrained(cls:ImageReward,
     beside = path.parent/'bert'
     return cls(model, load_bert_tokenizer(tokenizer or (beside if beside.is_dir() else cls.tokenizer_id)), device)
 
-# %% ../nbs/09b_imagereward.ipynb #bf996c16
+# %% ../nbs/09b_imagereward.ipynb #beec63e4
 @patch
 def save_pretrained(self:ImageReward,
     folder, # made or replaced, whole or not at all
@@ -249,7 +249,8 @@ def save_pretrained(self:ImageReward,
     med = {k:getattr(c, k) for k in _MED+('hidden_act', 'layer_norm_eps', 'pad_token_id', 'vocab_size')}
     with atomic_path(folder) as f:
         self.tokenizer.save_pretrained(f/'bert')
-        (f/'med_config.json').write_text(json.dumps(dict(med, encoder_width=c.encoder_hidden_size, add_cross_attention=True), indent=1)+'\n')
+        med |= dict(encoder_width=c.encoder_hidden_size, add_cross_attention=True)
+        (f/'med_config.json').write_text(json.dumps(med, indent=1)+'\n')
         state = {published_name(k):p.cpu().contiguous() for k,p in self.model.state_dict().items()}
         save_file(state, f/'ImageReward.safetensors', metadata={'format': 'pt'})
     return Path(folder)

@@ -276,6 +276,29 @@ def test_offline_error_says_what_is_needed(monkeypatch):
         with pytest.raises(CheckpointError, match=f'{need} cannot be fetched(.|\n)*pass a local folder'): c.from_pretrained(f'nobody-at-all/{c.name}')
 
 
+@pytest.mark.parametrize('section', ['pickscore', 'hpsv2'])
+def test_tokenizer_of_the_ancestor_where_there_is_none(toys, tmp_path, monkeypatch, section):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    shutil.copytree(toys/NAMES[section], tmp_path/'bare', ignore=shutil.ignore_patterns('tokenizer*', 'vocab*', 'merges*'))
+    with pytest.raises(CheckpointError, match='^laion/CLIP-ViT-H-14-laion2B-s32B-b79K: tokenizer.json or vocab.json cannot be fetched'):
+        CLASSES[section].from_pretrained(tmp_path/'bare', device='cpu')
+    again = CLASSES[section].from_pretrained(tmp_path/'bare', device='cpu', tokenizer=toys/'clip')
+    assert len(again.tokenizer) == again.model.config.text_config.vocab_size
+
+
+def test_saved_folder_is_read_by_transformers(rewards, toys, tmp_path):
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    rewards['pickscore'].save_pretrained(tmp_path/'saved')
+    model, processor = CLIPModel.from_pretrained(tmp_path/'saved'), CLIPImageProcessorPil.from_pretrained(tmp_path/'saved')
+    for k, v in load_file(toys/'pickscore'/'model.safetensors').items(): assert_close(model.state_dict()[k], v, atol=0, rtol=0)
+    x = torch.tensor(np.array(processor([image('land'), image('pal')]).pixel_values))
+    assert_close(rewards['pickscore'].preprocess([image('land'), image('pal')]), x)
+    again = PickScore.from_pretrained(tmp_path/'saved', device='cpu')
+    assert_close(again(image('sq'), PROMPTS['curly']), rewards['pickscore'](image('sq'), PROMPTS['curly']), atol=2e-5, rtol=0)
+
+
 # ---- text
 
 @settings(max_examples=300, deadline=None)
