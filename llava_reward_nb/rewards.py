@@ -222,7 +222,7 @@ def load_reward(
         reward = REWARDS[name].load(where or REWARDS[name].default, device=device, dtype=dtype, **kw)
         reward.name = name # one class may have several names
         return reward
-    if _perspective_of(said)[0] in MODELS or Path(said).expanduser().is_dir(): return LLaVAReward.from_pretrained(said, device, dtype, **kw)
+    if said and (_perspective_of(said)[0] in MODELS or Path(said).expanduser().is_dir()): return LLaVAReward.from_pretrained(said, device, dtype, **kw)
     names = [*SHORT, *REWARDS]
     near = get_close_matches(name.lower(), names, 1)
     raise ValueError(f"no reward is called {said!r}{f'; did you mean {near[0]!r}?' if near else ''}; there are {', '.join(names)}, and folders with a "
