@@ -23,9 +23,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, Qwen2VLConfig, Qwen2VLModel, T5Config, T5Model
+from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, Qwen2VLConfig, Qwen2VLModel,
+                          T5Config, T5Model)
 
-from .core import CheckpointError, InputError, as_prompts, default_device, default_dtype, progress, reward_inputs
+from .core import (CheckpointError, InputError, as_prompts, default_device, default_dtype, progress,
+                                  reward_inputs)
 from .phi3v import CLIP_L14_336, CLIP_MEAN, CLIP_STD, load_tokenizer, plain_ids
 
 # %% ../nbs/09c_vqa.ipynb #b665b960
@@ -55,10 +57,12 @@ class AskReward(nn.Module):
         images,prompts = reward_inputs(images, prompts)
         if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
         self.check(images, prompts)
-        starts = progress(range(0, len(images), batch_size), desc=self.name)
+        starts = range(0, len(images), batch_size)
+        if len(starts)>1: starts = progress(starts, desc=self.name)
         out = torch.cat([self.score_batch(images[i:i+batch_size], prompts[i:i+batch_size]).float().cpu() for i in starts])
-        if not out.isfinite().all(): raise ValueError(f"{self.name}: the score of image {int((~out.isfinite()).nonzero()[0])} is not "
-            f"finite; the model overflows in {next(self.parameters()).dtype}, load it with dtype=torch.float32")
+        bad = (~out.isfinite()).nonzero().flatten().tolist()
+        if bad: raise ValueError(f"{self.name}: the score of image {bad[0]} is not finite; the model overflows in "
+            f"{next(self.parameters()).dtype}, load it with dtype=torch.float32")
         return out
 
 # %% ../nbs/09c_vqa.ipynb #500ac947
@@ -73,8 +77,8 @@ def fetch(
         f"{name}: no such folder or file; pass one, or a hub id such as 'owner/name'")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as e: raise CheckpointError(f"{name}: cannot be fetched from the hub ({type(e).__name__}); go online, log in with "
-        f"`hf auth login` if it is gated, or pass a local folder that holds its {', '.join(patterns)}") from None
+    except Exception as e: raise CheckpointError(f"{name}: cannot be fetched from the hub ({type(e).__name__}); go online, "
+        f"log in with `hf auth login` if it is gated, or pass a local folder with its {', '.join(patterns)}") from None
 
 # %% ../nbs/09c_vqa.ipynb #4c9d5517
 def weight_files(
@@ -87,16 +91,16 @@ def weight_files(
         if index.is_file():
             files = [path/f for f in sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))]
             lost = [f.name for f in files if not f.is_file()]
-            if lost: raise CheckpointError(f"{path}: lacks {', '.join(lost)}, which {index.name} names; fetch the missing parts")
+            if lost: raise CheckpointError(f"{path}: lacks {', '.join(lost)}, named by {index.name}; fetch the missing parts")
             return files
         if (path/one).is_file(): return [path/one]
-    raise CheckpointError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, whole or in parts; fetch the complete model")
+    raise CheckpointError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor parts; fetch the complete model")
 
 # %% ../nbs/09c_vqa.ipynb #ea56f624
 def read_tensors(
     path:Path, # .safetensors, or a file of `torch.save`
 ): # generator of (key, tensor)
-    "Tensors of a weights file, one after the other, without unpickling code; `CheckpointError` if it is damaged or holds anything else."
+    "Tensors of a weights file, one after the other, without running pickled code; `CheckpointError` if it is damaged or another file."
     try:
         if path.suffix=='.safetensors':
             with safe_open(path, framework='pt') as f: yield from ((k,f.get_tensor(k)) for k in f.keys())
@@ -117,7 +121,8 @@ def tensor_shapes(
     if path.suffix!='.safetensors': return {k:tuple(t.shape) for k,t in read_tensors(path)}
     try:
         with safe_open(path, framework='pt') as f: return {k:tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise CheckpointError(f"{path}: cannot be read ({e}); fetch it again") from None
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path}: cannot be read ({e}); fetch it again") from None
 
 # %% ../nbs/09c_vqa.ipynb #bc83c39d
 def load_strict(
@@ -129,20 +134,21 @@ def load_strict(
     dtype=torch.float32, # what they are stored as
     rows:tuple=(),      # parameters that are cut to the rows the model has
 )->nn.Module: # in eval mode, frozen
-    "Fill a model from files; `CheckpointError` names the key that is unknown, missing, of another shape, not finite or contradictory."
-    need, state, where = dict(model.named_parameters()), {}, str(files[0].parent)
+    "Fill a model from files; `CheckpointError` names a key that is unknown, missing, misshapen, not finite or contradictory."
+    need, state = dict(model.named_parameters()), {}
     for f in files:
         for key,t in read_tensors(f):
             if re.fullmatch(unused, key): continue
             ours = rename(key)
-            if ours not in need: raise CheckpointError(f"{f}: unknown tensor {key}; does the file belong to another model?")
+            if ours not in need: raise CheckpointError(f"{f}: unknown tensor {key}; is the file another model's?")
             if ours in rows and len(t)>len(need[ours]): t = t[:len(need[ours])]
             t = _checked(t, need[ours].shape, f"{f}: {key}").to(device, dtype)
             if ours in state and not torch.equal(t, state[ours]): raise CheckpointError(
                 f"{f}: {key} is a second copy of a table and differs from the first; fetch the model again")
             state.setdefault(ours, t)
     missing = sorted(set(need)-set(state))
-    if missing: raise CheckpointError(f"{where}: lacks {', '.join(missing[:3])}{' and more' if len(missing)>3 else ''}; fetch the complete model")
+    if missing: raise CheckpointError(f"{files[0].parent}: lacks {', '.join(missing[:3])}{' and more' if len(missing)>3 else ''}; "
+                                      "fetch the complete model")
     model.load_state_dict(state, strict=False, assign=True)
     _fill_buffers(model, device)
     return model.requires_grad_(False).eval()
@@ -150,29 +156,33 @@ def load_strict(
 # %% ../nbs/09c_vqa.ipynb #b7f518b1
 def _checked(t:Tensor, shape:tuple, name:str)->Tensor:
     "The tensor, if it has the shape and is made of finite floats; `CheckpointError` if not."
-    if tuple(t.shape)!=tuple(shape): raise CheckpointError(f"{name} has shape {tuple(t.shape)}, the model needs {tuple(shape)}; they belong to different models")
-    if not t.is_floating_point() or not t.isfinite().all(): raise CheckpointError(f"{name} ({t.dtype}) holds NaN or infinity, or no floats; fetch the file again")
+    if tuple(t.shape)!=tuple(shape): raise CheckpointError(
+        f"{name} has shape {tuple(t.shape)}, the model needs {tuple(shape)}; they belong to different models")
+    if not t.is_floating_point() or not t.isfinite().all(): raise CheckpointError(
+        f"{name} ({t.dtype}) holds NaN or infinity, or no floats; fetch the file again")
     return t
 
 def _fill_buffers(model:nn.Module, device):
     "Make the buffers that are computed, not stored."
-    for name,b in list(model.named_buffers()):
-        owner,_,leaf = name.rpartition('.')
-        if b.is_meta: setattr(model.get_submodule(owner), leaf, getattr(type(m:=model.get_submodule(owner))(m.config), leaf).to(device))
+    for name in [n for n,b in model.named_buffers() if b.is_meta]:
+        path,_,leaf = name.rpartition('.')
+        owner = model.get_submodule(path)
+        setattr(owner, leaf, getattr(type(owner)(owner.config), leaf).to(device))
 
 # %% ../nbs/09c_vqa.ipynb #59f585a3
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.' # VQAScore's question; {} is the prompt
 _SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 STYLES = {'t5_chat': (f'{_SYSTEM} USER: ', ' ASSISTANT: '), 't5_chat_no_system': ('USER: ', ' ASSISTANT: '),
-          't5_chat_no_system_no_user': ('', ' : ')} # before the image, after the question; the first is the published setting
+          't5_chat_no_system_no_user': ('', ' : ')} # before the image, after the question; the first is the usual one
 
 def ask(
     question:str, # with {} where the prompt goes
     prompt:str,   # any text, taken literally
 )->str:
     "The question about a prompt; `ValueError` if it has no place, or several, for it."
-    if question.count('{}')!=1: raise ValueError(f"question {question!r} has {question.count('{}')} places {{}} for the prompt; it needs one")
+    n = question.count('{}')
+    if n!=1: raise ValueError(f"question {question!r} has {n} places {{}} for the prompt; it needs one")
     return question.replace('{}', prompt)
 
 # %% ../nbs/09c_vqa.ipynb #1af87227
@@ -180,9 +190,9 @@ def ask(
 def _literal_t5(tokenizer)->Tokenizer:
     "T5's tokenizer, blind to special strings; its post-processor still appends `</s>`."
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    if spec['model']['type']!='Unigram': raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer is no T5 tokenizer ({spec['model']['type']}, needed: Unigram)")
-    special = {t['content'] for t in spec['added_tokens']}
-    spec['model']['vocab'] = [[f'\0special{i}\0' if piece in special else piece, score] for i,(piece,score) in enumerate(spec['model']['vocab'])]
+    model, special = spec['model'], {t['content'] for t in spec['added_tokens']}
+    if model['type']!='Unigram': raise CheckpointError(f"{tokenizer.name_or_path}: no T5 tokenizer ({model['type']}, needed: Unigram)")
+    model['vocab'] = [[f'\0special{i}\0' if p in special else p, score] for i,(p,score) in enumerate(model['vocab'])]
     return Tokenizer.from_str(json.dumps(spec|dict(added_tokens=[], truncation=None, padding=None)))
 
 def t5_ids(
@@ -191,7 +201,8 @@ def t5_ids(
 )->list: # of int, ending with `</s>`
     "Token ids of a text; `InputError` if it is not valid Unicode."
     try: text.encode('utf-8')
-    except UnicodeEncodeError as e: raise InputError(f"prompt {text[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates") from None
+    except UnicodeEncodeError as e:
+        raise InputError(f"prompt {text[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates") from None
     return _literal_t5(tokenizer).encode(text).ids
 
 # %% ../nbs/09c_vqa.ipynb #f3bef6e6
@@ -269,12 +280,13 @@ class VQAScore(AskReward):
         if style not in STYLES: raise ValueError(f"style {style!r}; known: {', '.join(STYLES)}")
         self.tokenizer,self.question,self.style,self.size = tokenizer,question,style,vision.image_size
         self.labels = t5_ids(tokenizer, answer)
-        self.vision_tower = CLIPVisionModel(CLIPVisionConfig(**vision.to_dict()|dict(num_hidden_layers=vision.num_hidden_layers-1)))
+        cut, d = vision.to_dict()|dict(num_hidden_layers=vision.num_hidden_layers-1), t5.d_model
+        self.vision_tower = CLIPVisionModel(CLIPVisionConfig(**cut))
         self.vision_tower.post_layernorm = nn.Identity()
-        self.mm_projector = nn.Sequential(nn.Linear(vision.hidden_size, t5.d_model), nn.GELU(), nn.Linear(t5.d_model, t5.d_model))
+        self.mm_projector = nn.Sequential(nn.Linear(vision.hidden_size, d), nn.GELU(), nn.Linear(d, d))
         self.t5 = T5Model(t5)
         self.t5.set_input_embeddings(self.t5.shared)
-        self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
+        self.lm_head = nn.Linear(d, t5.vocab_size, bias=False)
 
 # %% ../nbs/09c_vqa.ipynb #677c78e2
 @patch
@@ -343,13 +355,13 @@ def _flant5_name(key:str)->str:
 def _flant5_unused(layers:int)->str:
     "Keys left out: what comes after the next-to-last layer of the tower, tables that are computed, and CLIP's text side."
     tower = r'(vision_tower\.vision_tower\.)?vision_model\.'
-    return '|'.join([rf'{tower}encoder\.layers\.{layers-1}\..*', rf'{tower}post_layernorm\..*', rf'{tower}embeddings\.position_ids',
+    return '|'.join([tower+rf'(encoder\.layers\.{layers-1}\..*|post_layernorm\..*|embeddings\.position_ids)',
                      r'text_model\..*', r'(text|visual)_projection\.weight', r'logit_scale',
                      r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight'])
 
 # %% ../nbs/09c_vqa.ipynb #23d8a331
-_FLANT5 = dict(model_type='clip_t5', mm_projector_type='mlp2x_gelu', mm_vision_select_layer=-2, mm_vision_select_feature='patch',
-               image_aspect_ratio='pad', feed_forward_proj='gated-gelu', tie_word_embeddings=False) # the one arrangement that is published
+_FLANT5 = dict(model_type='clip_t5', mm_projector_type='mlp2x_gelu', mm_vision_select_layer=-2, # the one arrangement
+               mm_vision_select_feature='patch', image_aspect_ratio='pad', feed_forward_proj='gated-gelu', tie_word_embeddings=False)
 _T5_SIZES = ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_decoder_layers', 'num_heads', 'relative_attention_num_buckets',
              'relative_attention_max_distance', 'layer_norm_epsilon', 'feed_forward_proj', 'decoder_start_token_id')
 
@@ -359,15 +371,16 @@ def read_config(
     "config.json; `CheckpointError` if it is missing or damaged."
     path = folder/'config.json'
     try: return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise CheckpointError(f"{path}: missing or not JSON ({e}); the folder must be a complete model folder") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: missing or not JSON ({e}); the folder must be a complete model folder") from None
 
 def _flant5_config(folder:Path)->dict:
     "config.json of CLIP-FlanT5; `CheckpointError` if it is arranged another way."
-    c = read_config(folder)
+    c, path = read_config(folder), folder/'config.json'
     for k,v in _FLANT5.items():
-        if c.get(k, v)!=v: raise CheckpointError(f"{folder/'config.json'}: {k} is {c[k]!r}; only CLIP-FlanT5 with {v!r} can be built")
+        if c.get(k, v)!=v: raise CheckpointError(f"{path}: {k} is {c[k]!r}; only CLIP-FlanT5 with {v!r} can be built")
     missing = [k for k in ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_heads', 'mm_vision_tower') if k not in c]
-    if missing: raise CheckpointError(f"{folder/'config.json'}: lacks {', '.join(missing)}; take it from the model's own folder")
+    if missing: raise CheckpointError(f"{path}: lacks {', '.join(missing)}; take it from the model's own folder")
     return c
 
 # %% ../nbs/09c_vqa.ipynb #b148ae23
@@ -381,7 +394,8 @@ def _tower_config(folder:Path, name:str)->CLIPVisionConfig:
 def _t5_tokenizer(folder:Path, d_model:int):
     "The tokenizer of the folder, else FLAN-T5's of that width."
     if (folder/'tokenizer.json').is_file(): return load_tokenizer(folder)
-    return load_tokenizer(fetch(f"google/flan-t5-{'xxl' if d_model==4096 else 'xl'}", ['tokenizer*', 'special_tokens_map.json']))
+    flan = 'google/flan-t5-xxl' if d_model==4096 else 'google/flan-t5-xl'
+    return load_tokenizer(fetch(flan, ['tokenizer*', 'special_tokens_map.json']))
 
 # %% ../nbs/09c_vqa.ipynb #5f2dcfa7
 @patch(cls_method=True)
@@ -400,9 +414,11 @@ def from_pretrained(cls:VQAScore,
     t5 = T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **{k:c[k] for k in _T5_SIZES if k in c})
     with torch.device('meta'): model = cls(t5, vision, tokenizer, question, answer, style)
     files = weight_files(folder)
-    if not any(k.startswith('vision_tower.') for f in files for k in tensor_shapes(f)): files += weight_files(fetch(c['mm_vision_tower']))
-    dtype = dtype or {torch.float16:torch.float32}.get(d:=default_dtype(device), d)
-    return load_strict(model, files, _flant5_name, _flant5_unused(vision.num_hidden_layers), device, dtype, ('t5.shared.weight', 'lm_head.weight'))
+    has_tower = any(k.startswith('vision_tower.') for f in files for k in tensor_shapes(f))
+    if not has_tower: files += weight_files(fetch(c['mm_vision_tower']))
+    if dtype is None: dtype = torch.bfloat16 if default_dtype(device)==torch.bfloat16 else torch.float32
+    return load_strict(model, files, _flant5_name, _flant5_unused(vision.num_hidden_layers), device, dtype,
+                       rows=('t5.shared.weight', 'lm_head.weight'))
 
 # %% ../nbs/09c_vqa.ipynb #0995fcb8
 def spellings(
@@ -413,7 +429,7 @@ def spellings(
     texts = [s+w for w in (word.lower(), word.capitalize(), word.upper()) for s in ('', ' ')]
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
     found = sorted({i[0] for i in ids if len(i)==1 and i[0]!=tokenizer.unk_token_id})
-    if not found: raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has no single token for {word!r}; ask this model in another way")
+    if not found: raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has no single token for {word!r}; take another model")
     return found
 
 def yes_prob(
@@ -428,7 +444,7 @@ def yes_prob(
     return (y-n).sigmoid() if against_no else y.exp()
 
 # %% ../nbs/09c_vqa.ipynb #bd083479
-_QWEN = ('qwen2_vl', 'qwen2_5_vl', 'qwen3_vl') # model types whose processor is rebuilt here
+_QWEN = ('qwen2_vl', 'qwen2_5_vl', 'qwen3_vl', 'qwen3_vl_moe') # model types whose processor is rebuilt here
 
 class QwenProcessor:
     "Image and text processing of the Qwen-VL family, for images only."
@@ -444,7 +460,8 @@ class QwenProcessor:
         "Model input."
         pix, pad = self.image_processor(images, return_tensors='pt'), '<|image_pad|>'
         counts = (pix['image_grid_thw'].prod(-1)//self.image_processor.merge_size**2).tolist()
-        out = self.tokenizer([t.replace(pad, pad*n) for t,n in zip(text, counts)], padding=True, padding_side='right', return_tensors='pt')
+        text = [t.replace(pad, pad*n) for t,n in zip(text, counts)]
+        out = self.tokenizer(text, padding=True, padding_side='right', return_tensors='pt')
         kinds = (out['input_ids']==self.tokenizer.convert_tokens_to_ids(pad)).int()
         return dict(input_ids=out['input_ids'], attention_mask=out['attention_mask'], mm_token_type_ids=kinds, **pix)
 
@@ -452,7 +469,7 @@ class QwenProcessor:
 def load_processor(
     folder:Path, # model folder
 ): # something with a tokenizer and a chat template
-    "The processor of an image-text model; `CheckpointError` says what it lacks."
+    "The processor of an image-text model; `CheckpointError` says what it lacks, `ImportError` which package it needs."
     if read_config(folder).get('model_type') in _QWEN:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         tok = load_tokenizer(folder)
@@ -463,8 +480,10 @@ def load_processor(
         return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
     from transformers import AutoProcessor
     try: return AutoProcessor.from_pretrained(folder)
-    except ImportError as e: raise CheckpointError(f"{folder}: its processor needs a package that is not installed; install torchvision ({str(e).strip().splitlines()[0]})") from None
-    except (OSError, ValueError, KeyError) as e: raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); the folder must be a complete image-text model") from None
+    except ImportError as e:
+        raise ImportError(f"{folder}: its processor needs a package that is missing, most likely `pip install torchvision` ({e})") from None
+    except (OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); the folder must be a complete image-text model") from None
 
 # %% ../nbs/09c_vqa.ipynb #c2ae6d14
 class PYes(AskReward):
@@ -479,15 +498,16 @@ class PYes(AskReward):
         super().__init__()
         ask(question, '')
         tok = processor.tokenizer
-        if model.config.is_encoder_decoder: raise CheckpointError(f"{tok.name_or_path}: is an encoder-decoder; P(yes) needs a decoder-only chat model")
+        if model.config.is_encoder_decoder: raise CheckpointError(
+            f"{tok.name_or_path}: is an encoder-decoder; P(yes) needs a decoder-only chat model")
         if not (getattr(processor, 'chat_template', None) or tok.chat_template): raise CheckpointError(
             f"{tok.name_or_path}: has no chat template; take an instruction-tuned model")
         self.model,self.processor,self.question,self.against_no = model,processor,question,against_no
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token
         tok.padding_side = 'right'
         self.yes,self.no = spellings(tok, 'yes'), spellings(tok, 'no')
-        special = {t.content for t in tok.added_tokens_decoder.values() if t.special} | {getattr(processor, 'image_token', None) or ''}
-        self.commands = sorted(t for t in special if t.strip())
+        special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
+        self.commands = sorted(t for t in special|{getattr(processor, 'image_token', '')} if t and t.strip())
 
 # %% ../nbs/09c_vqa.ipynb #d5cb39de
 @patch
@@ -497,7 +517,8 @@ def check(self:PYes,
 ):
     "`InputError` for prompts with control strings."
     for i,p in enumerate(prompts):
-        if (bad := next((t for t in self.commands if t in p), None)): raise InputError(f"prompt {i}: contains {bad!r}, which this model reads as a command; leave it out")
+        bad = [t for t in self.commands if t in p]
+        if bad: raise InputError(f"prompt {i}: contains {bad[0]!r}, which this model reads as a command; leave it out")
 
 @patch
 def encode(self:PYes,
@@ -505,11 +526,12 @@ def encode(self:PYes,
     prompts:list, # b strings
 )->dict: # tensors on the CPU
     "Model input: one user turn, image then question, and the start of an answer."
-    turn = lambda im, p: [dict(role='user', content=[dict(type='image', image=im), dict(type='text', text=ask(self.question, p))])]
-    turns, start = [turn(im, p) for im,p in zip(images, prompts)], dict(add_generation_prompt=True)
+    said = [[dict(type='image', image=im), dict(type='text', text=ask(self.question, p))] for im,p in zip(images, prompts)]
+    turns, start = [[dict(role='user', content=c)] for c in said], dict(add_generation_prompt=True)
     if isinstance(self.processor, QwenProcessor):
         return self.processor(self.processor.tokenizer.apply_chat_template(turns, tokenize=False, **start), images)
-    return self.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors='pt', processor_kwargs=dict(padding=True), **start)
+    return self.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors='pt',
+                                              processor_kwargs=dict(padding=True), **start)
 
 # %% ../nbs/09c_vqa.ipynb #f37867f4
 @patch
@@ -518,9 +540,10 @@ def score_batch(self:PYes,
     prompts:list, # b strings
 )->Tensor: # (b,)
     "P(yes) of one batch."
-    batch, dtype = self.encode(images, prompts), next(self.parameters()).dtype
-    batch = {k:v.to(self.device, dtype if v.is_floating_point() else None) for k,v in batch.items() if isinstance(v, Tensor)}
-    last = batch['attention_mask'].sum(-1)-1
+    move = lambda v: v.to(self.device, next(self.parameters()).dtype if v.is_floating_point() else None)
+    batch = {k:move(v) for k,v in self.encode(images, prompts).items() if isinstance(v, Tensor)}
+    mask = batch['attention_mask']
+    last = (mask*torch.arange(mask.shape[1], device=mask.device)).argmax(-1) # on whichever side its processor pads
     keep, at = last.unique(return_inverse=True)
     try: logits = self.model(**batch, logits_to_keep=keep, use_cache=False).logits
     except TypeError: logits, at = self.model(**batch).logits, last # a model that cannot choose
@@ -535,28 +558,32 @@ def from_pretrained(cls:PYes,
     question:str=QUESTION,  # with {} where the prompt goes
     against_no:bool=True,   # see `yes_prob`
 )->PYes:
-    "Load any `AutoModelForImageTextToText`, without code from its folder; `CheckpointError` if weights are missing, left over or not finite."
+    "Load any `AutoModelForImageTextToText`, without code of its own; `CheckpointError` if weights are missing, left over or not finite."
     folder, device = fetch(name, ('*.json', '*.jinja', '*.safetensors', '*.model', '*.txt')), device or default_device()
-    processor = load_processor(folder)
-    try: model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or default_dtype(device), output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e: raise CheckpointError(f"{folder}: cannot be loaded as an image-text model ({str(e).strip().splitlines()[0]})") from None
+    processor, dtype = load_processor(folder), dtype or default_dtype(device)
+    try: model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e: raise CheckpointError(
+        f"{folder}: cannot be loaded as an image-text model ({str(e).strip().splitlines()[0]})") from None
     for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
-        if info[k]: raise CheckpointError(f"{folder}: {k.replace('_', ' ')} {sorted(map(str, info[k]))[:3]}; fetch the model again, or with the version of transformers it was saved by")
+        if info[k]: raise CheckpointError(f"{folder}: {k.replace('_', ' ')} {sorted(map(str, info[k]))[:3]}; fetch the model again, "
+                                          "or use the version of transformers that saved it")
     bad = next((k for k,v in model.named_parameters() if not v.isfinite().all()), None)
     if bad: raise CheckpointError(f"{folder}: {bad} holds NaN or infinity; fetch the file again, or load another dtype")
     return cls(model.to(device).eval().requires_grad_(False), processor, question, against_no)
 
-# %% ../nbs/09c_vqa.ipynb #e309a8f7
+# %% ../nbs/09c_vqa.ipynb #b20383ca
 REWARD_TOKEN, SLOT = '<|Reward|>', '{text_prompt}' # where HPSv3's score is read, and where the prompt goes
 
 def published_instruction()->str:
     "The text HPSv3 was trained with, read from the source of the installed package `hpsv3`; '' if it is not installed."
     spec = find_spec('hpsv3')
-    path = Path(next(iter(spec.submodule_search_locations)))/'dataset'/'data_collator_qwen.py' if spec and spec.submodule_search_locations else None
-    if path is None or not path.is_file(): return ''
-    consts = {t.id:n.value.value for n in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
-              for t in n.targets if isinstance(t, ast.Name)}
-    return consts.get('INSTRUCTION', '') + consts.get('prompt_with_special_token', '')
+    places = list(spec.submodule_search_locations or []) if spec else []
+    path = Path(places[0] if places else '')/'dataset'/'data_collator_qwen.py'
+    if not path.is_file(): return ''
+    tree, found = ast.parse(path.read_text(encoding='utf-8')), {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant): found[ast.unparse(node.targets[0])] = node.value.value
+    return found.get('INSTRUCTION', '') + found.get('prompt_with_special_token', '')
 
 def load_instruction(
     folder:Path, # where instruction.txt may lie
@@ -564,13 +591,13 @@ def load_instruction(
     "HPSv3's text with `{text_prompt}` and `<|Reward|>` once each; `CheckpointError` says how to get it."
     own = folder/'instruction.txt'
     text = own.read_text(encoding='utf-8') if own.is_file() else published_instruction()
-    if not text: raise CheckpointError(f"{own}: no such file, and the package `hpsv3` is not installed; HPSv3 needs the text it was trained "
-        "with: `pip install --no-deps hpsv3` (it is read, never run), or write it to that file")
-    if text.count(SLOT)!=1 or text.count(REWARD_TOKEN)!=1 or text.find(SLOT)>text.find(REWARD_TOKEN): raise CheckpointError(
+    if not text: raise CheckpointError(f"{own}: no such file, and the package `hpsv3` is not installed; HPSv3 needs the text it was "
+        "trained with: `pip install --no-deps hpsv3` (it is read, never run), or write it to that file")
+    if [text.count(t) for t in (SLOT, REWARD_TOKEN)]!=[1,1] or text.find(SLOT)>text.find(REWARD_TOKEN): raise CheckpointError(
         f"{own if own.is_file() else 'hpsv3'}: the text needs {SLOT} once and, after it, {REWARD_TOKEN} once")
     return text
 
-# %% ../nbs/09c_vqa.ipynb #40882ae5
+# %% ../nbs/09c_vqa.ipynb #7634e188
 PIXELS = 256*28*28 # area HPSv3 resizes images to
 
 def qwen_size(
@@ -580,15 +607,15 @@ def qwen_size(
     factor:int=28,     # sides are multiples of this
     name:str='image',  # how to call it in errors
 )->tuple: # (height, width)
-    "Size after resizing to an area, keeping the ratio: rounded down from above, up from below; `InputError` beyond a ratio of 200."
-    if max(height,width)>200*min(height,width): raise InputError(f"{name}: {width}x{height} is too thin; cut it to a ratio below 200")
+    "Size after resizing to an area: rounded down from above, up from below; `InputError` beyond a ratio of 200."
+    if max(height,width)>200*min(height,width): raise InputError(f"{name}: {width}x{height} is too thin; cut it to a ratio up to 200")
     h,w = round(height/factor)*factor, round(width/factor)*factor
     scale = math.sqrt(height*width/pixels)
     down = lambda x: max(factor, math.floor(x/scale/factor)*factor)
     up = lambda x: math.ceil(x/scale/factor)*factor
     return (down(height),down(width)) if h*w>pixels else (up(height),up(width)) if h*w<pixels else (h,w)
 
-# %% ../nbs/09c_vqa.ipynb #091f1d6a
+# %% ../nbs/09c_vqa.ipynb #50dcccba
 def qwen_patches(
     x:Tensor, # (3, h, w) normalised, sides multiples of 28
 )->tuple: # patches (n, 3*2*14*14), grid (3,) = 1, rows, columns
@@ -604,9 +631,9 @@ def qwen_pixels(
     h,w = qwen_size(image.height, image.width)
     return normalize(to_tensor(image.resize((w,h), Image.Resampling.BICUBIC)))
 
-# %% ../nbs/09c_vqa.ipynb #88593bbf
-_TURN = ('<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>', '<|vision_end|>',
-         '<|im_end|>\n<|im_start|>assistant\n') # Qwen2-VL's chat template around an image and a text
+# %% ../nbs/09c_vqa.ipynb #c426e7a0
+_TURN = ('<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>',
+         '<|vision_end|>', '<|im_end|>\n<|im_start|>assistant\n') # Qwen2-VL's chat template around an image and a text
 
 class HPSv3(AskReward):
     "Human preference score v3 (arXiv 2508.03789): the mean of Qwen2-VL's reward head."
@@ -624,7 +651,7 @@ class HPSv3(AskReward):
         self.rm_head = nn.Sequential(nn.Linear(config.text_config.hidden_size, 1024), nn.ReLU(), nn.Dropout(.05),
                                      nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
 
-# %% ../nbs/09c_vqa.ipynb #c426e7a0
+# %% ../nbs/09c_vqa.ipynb #fcab3477
 @patch
 def prompt_ids(self:HPSv3,
     prompt:str, # plain text
@@ -634,10 +661,10 @@ def prompt_ids(self:HPSv3,
     special = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
     plain = lambda text: plain_ids(self.tokenizer, text, add_special_tokens=False)
     before,after = self.instruction.split(REWARD_TOKEN)
-    return [*special(_TURN[0]), *[self.image_id]*n, *special(_TURN[1]), *plain(before.replace(SLOT, prompt)), self.reward_id,
-            *plain(after), *special(_TURN[2])]
+    return [*special(_TURN[0]), *[self.image_id]*n, *special(_TURN[1]),
+            *plain(before.replace(SLOT, prompt)), self.reward_id, *plain(after), *special(_TURN[2])]
 
-# %% ../nbs/09c_vqa.ipynb #5e591847
+# %% ../nbs/09c_vqa.ipynb #f3567fb4
 @patch
 def mu_sigma(self:HPSv3,
     pixels:list,  # b tensors (3, h, w) from `qwen_pixels`
@@ -650,11 +677,11 @@ def mu_sigma(self:HPSv3,
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(self.device)
     at = torch.tensor([r.tolist().index(self.reward_id) for r in rows], device=self.device)
     positions = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape) # plain, for image tokens too
-    out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=torch.cat(patches).to(self.device),
-                     image_grid_thw=torch.stack(grids).to(self.device), use_cache=False).last_hidden_state
+    out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                     pixel_values=torch.cat(patches).to(self.device), image_grid_thw=torch.stack(grids).to(self.device)).last_hidden_state
     return self.rm_head(out[torch.arange(len(at)), at].float())
 
-# %% ../nbs/09c_vqa.ipynb #fcab3477
+# %% ../nbs/09c_vqa.ipynb #2f6227ab
 @patch
 def score_batch(self:HPSv3,
     images:list,  # b RGB images
@@ -681,7 +708,7 @@ def score_pixels(self:HPSv3,
     x = normalize(resize_pixels(pixels.float(), qwen_size(*pixels.shape[-2:])))
     return self.mu_sigma(list(x), as_prompts(prompts, len(x)))[:,0]
 
-# %% ../nbs/09c_vqa.ipynb #2f6227ab
+# %% ../nbs/09c_vqa.ipynb #cd7d7447
 def hpsv3_name(
     key:str, # in the published file
 )->str: # of our parameter
@@ -689,27 +716,29 @@ def hpsv3_name(
     if key.startswith('visual.'): return f'model.{key}'
     return re.sub(r'^model\.(?!visual\.|language_model\.)', 'model.language_model.', key)
 
-# %% ../nbs/09c_vqa.ipynb #cd7d7447
+# %% ../nbs/09c_vqa.ipynb #86274b65
 @patch(cls_method=True)
 def from_pretrained(cls:HPSv3,
     name='MizzenAI/HPSv3',  # folder or hub id with HPSv3.safetensors, or the file itself
     device=None,            # default: the best there is
     dtype:torch.dtype=None, # of Qwen2-VL; default: half precision on GPUs. The head stays in float32
-    base='Qwen/Qwen2-VL-7B-Instruct', # folder or hub id with config.json and tokenizer, where the weights' folder has none
+    base='Qwen/Qwen2-VL-7B-Instruct', # folder or hub id with config.json and tokenizer, if the first has none
 )->HPSv3:
     "Load HPSv3 strictly; `CheckpointError` names the file or tensor at fault, or how to get the instruction."
     path, device = fetch(name, ['HPSv3.safetensors', 'instruction.txt']), device or default_device()
     file = path/'HPSv3.safetensors' if path.is_dir() else path
     if not file.is_file(): raise CheckpointError(f"{file}: no such file; take HPSv3.safetensors from MizzenAI/HPSv3")
     instruction = load_instruction(file.parent)
-    home = file.parent if (file.parent/'config.json').is_file() else fetch(base, ['config.json', 'tokenizer*', 'vocab.json', 'merges.txt'])
+    home = file.parent
+    if not (home/'config.json').is_file(): home = fetch(base, ['config.json', 'tokenizer*', 'vocab.json', 'merges.txt'])
     c, tokenizer = read_config(home), load_tokenizer(home)
-    if c.get('model_type')!='qwen2_vl': raise CheckpointError(f"{home}: model_type is {c.get('model_type')!r}; HPSv3 is built on 'qwen2_vl'")
+    if c.get('model_type')!='qwen2_vl': raise CheckpointError(f"{home}: model_type is {c.get('model_type')!r}; HPSv3 needs 'qwen2_vl'")
     config = Qwen2VLConfig(**c)
-    config.text_config.vocab_size = max([s[0] for k,s in tensor_shapes(file).items() if k.endswith('embed_tokens.weight')], default=0)
+    rows = max([s[0] for k,s in tensor_shapes(file).items() if k.endswith('embed_tokens.weight')], default=0)
+    config.text_config.vocab_size = rows
     with torch.device('meta'): model = cls(config, tokenizer, instruction)
-    if model.reward_id>=config.text_config.vocab_size: raise CheckpointError(f"{file}: its embedding table has {config.text_config.vocab_size} rows and no place "
-        f"for {REWARD_TOKEN}, which is token {model.reward_id}; file and tokenizer belong to different models")
+    if model.reward_id>=rows: raise CheckpointError(f"{file}: its embedding table has {rows} rows and no place for {REWARD_TOKEN}, "
+        f"which is token {model.reward_id}; file and tokenizer belong to different models")
     model = load_strict(model, [file], hpsv3_name, r'lm_head\.weight', device, dtype or default_dtype(device))
     model.rm_head.float()
     return model
