@@ -195,7 +195,7 @@ def prompt_generators(
     if isinstance(seed, (list, tuple)):
         if len(seed)!=len(prompts): raise SteeringError(f"{len(seed)} seeds for {len(prompts)} prompts; pass one number, or one for each prompt")
         seeds = seed
-    else: seeds = [seed if published else zlib.crc32(p.encode())*2**31 + seed%2**31 for p in prompts]
+    else: seeds = [seed if published else zlib.crc32(f'{seed} {p}'.encode()) for p in prompts] # 32 bits: a CPU generator ignores the others
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 # %% ../nbs/10_steering.ipynb #8a41cb5d
