@@ -19,7 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import InputError, load_image, read_table
+from .clip import open_image
+from .core import InputError, read_table
 from .data import Fault
 from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, read_tasks, task_of
 from .shapes import CATEGORIES, COLORS, SHAPES, Checker, hard_negative, make_prompt, overall_group, render, sample_prompt, scene_for
@@ -30,13 +31,13 @@ from .shapes import add_artifact, ARTIFACTS, LOOKALIKES, alignment_pairs, safety
 class Item:
     "One image with one prompt, to be scored."
     id:str        # hash of the image's name and the prompt
-    image:object  # path, PIL image, or anything with `load()`
+    image:object  # path, PIL image or `StoredImage`
     prompt:str    # '' if there is none
     name:str      # how to call the image in messages
 
     def load(self)->Image.Image:
-        "The image; `InputError` if it does not open."
-        try: return load_image(self.image.load() if hasattr(self.image,'row') else self.image, self.name)
+        "The image in the mode it is stored in, since some metrics resize first and convert to RGB afterwards; `InputError` if it does not open."
+        try: return open_image(self.image.load() if isinstance(self.image,StoredImage) else self.image, self.name)
         except InputError as e: raise InputError(str(e) if self.name in str(e) else f'{self.name}: {e}') from None
 
 def item_id(
@@ -73,15 +74,16 @@ class Benchmark:
 # %% ../nbs/10c_benchmarks.ipynb #f8c7c00a
 @patch
 def head(self:Benchmark,
-    n:int=None, # rows of each part; None: all
+    n:int=None, # rows of each part, and of generated images of each model and guidance; None: all
 )->Benchmark:
     "The first rows of each part; `InputError` if `n` is not positive."
     if n is None: return self
     if n<1: raise InputError(f"limit {n}; it must be at least 1")
     seen,rows = {},[]
     for r in self.rows:
-        seen[r['part']] = seen.get(r['part'],0)+1
-        if seen[r['part']]<=n: rows.append(r)
+        key = r['part'],r['kind'],*((r['model'],r['guidance']) if r['kind']=='sample' else ())
+        seen[key] = seen.get(key,0)+1
+        if seen[key]<=n: rows.append(r)
     used = {r[k] for r in rows for k in ('a','b') if r.get(k)}
     return replace(self, rows=rows, items={i:v for i,v in self.items.items() if i in used})
 
@@ -503,7 +505,7 @@ def read_generated(
     path:Path,               # folder in GenEval's layout, perhaps one for each model and guidance, or a table
     skip_bad:bool=False,     # leave faulty records out instead of stopping
     tasks=GENEVAL_PROMPTS,   # for tables of GenEval images: path or address of the task file
-    classes=GENEVAL_CLASSES, # what the detector can find
+    classes=(*GENEVAL_CLASSES,*SHAPES), # what the detector can find
     **kw,                    # of `SPECS`
 )->Benchmark:
     "Generated images of a prompt set."

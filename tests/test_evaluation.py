@@ -1,0 +1,422 @@
+"Statistics against golden numbers; benchmarks from their upstream layouts; runs that are killed, resumed and re-tabulated; tables."
+import io, json, math, os, signal, subprocess, sys, time, warnings
+from pathlib import Path
+
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from llava_reward_nb import stats
+from llava_reward_nb.benchmarks import SPECS, load_benchmark, load_prompts
+from llava_reward_nb.core import InputError
+from llava_reward_nb.evaluation import *
+from llava_reward_nb.geneval import write_samples
+from llava_reward_nb.shapes import Checker
+from llava_reward_nb.tables import Table
+
+GOLDEN = json.loads((Path(__file__).parent/'golden'/'evaluation'/'statistics.json').read_text(encoding='utf-8'))
+
+
+def near(a, b, tol=1e-6):
+    a, b = float(a), math.nan if b is None else float(b) # golden files write 'nan' or null
+    assert math.isnan(a) and math.isnan(b) or abs(a-b) <= tol, (a, b)
+
+
+# ---- statistics
+
+@pytest.mark.parametrize('case', GOLDEN['mj_bench']['by_threshold'], ids=lambda c: str(c['threshold']))
+def test_mjbench_accuracy(case):
+    g = GOLDEN['mj_bench']
+    pred = stats.pair_decisions(g['score_0'], g['score_1'], case['threshold'])
+    assert [{0: '0', 1: '1', .5: 'tie'}[p] for p in pred] == case['predictions']
+    label, sub = np.array(g['label']), np.array(g['subcategory'])
+    macro = []
+    for where, want in [(np.ones(len(pred), bool), case['all']), *[(sub == k, v) for k, v in case['per_subcategory'].items()]]:
+        p, t = pred[where], label[where]
+        assert (len(p), int((p == t).sum()), int((p == .5).sum())) == (want['pairs'], want['correct'], want['ties'])
+        near(stats.accuracy(p, t), want['accuracy_with_ties'])
+        near(stats.accuracy(p, t, ties=False), want['accuracy_without_ties'])
+        macro.append(stats.accuracy(p, t))
+    near(np.mean(macro[1:]), case['macro_accuracy_with_ties'])
+
+
+def test_pair_probabilities():
+    g = GOLDEN['mj_bench']['pair_probabilities']
+    p = np.array(g['probs'])
+    pred = stats.pair_decisions(p, np.full(len(p), .5))
+    near(stats.accuracy(pred, np.zeros(len(p))), g['proportion'])
+    near(stats.accuracy(pred, np.zeros(len(p)), ties=False), g['proportion_without_ties'])
+
+
+def test_bias():
+    g = GOLDEN['mj_bench']['bias']
+    scores, groups = [], []
+    for k, v in g['per_occupation'].items():
+        for m, x in stats.bias_scores(v['scores']).items(): near(x, v[m])
+        scores += v['scores']; groups += [k]*len(v['scores'])
+    for m, x in stats.mean_bias(scores, groups).items(): near(x, g['mean'][m])
+
+
+@pytest.mark.parametrize('case', GOLDEN['correlations']['cases'], ids=lambda c: c['name'])
+def test_correlations(case):
+    for name, f in dict(pearson=stats.pearson, spearman=stats.spearman, kendall_tau_b=stats.kendall_tau_b).items():
+        near(f(case['x'], case['y']), case[name])
+        near(f(case['y'], case['x']), case[name])
+
+
+@pytest.mark.parametrize('case', GOLDEN['binary']['cases'], ids=lambda c: c['name'])
+def test_binary(case):
+    pred = stats.threshold_decisions(case['rewards'])
+    assert pred.astype(int).tolist() == case['predictions']
+    near(stats.accuracy(pred, case['labels']), case['accuracy'])
+    for key, positive in (('positive_1_safe', 1), ('positive_0_unsafe', 0)):
+        for m, f in dict(f1=stats.f1, recall=stats.recall, precision=stats.precision).items():
+            near(f(pred, case['labels'], positive), case[key][m])
+
+
+def golden_particles():
+    g = GOLDEN['particle_summary']
+    rows = [dict(prompt_set='p', model='m', prompt=str(i), seed=0, particle=k, guidance='g', guidance_score=p['scores'][g['guidance']][k],
+                 **{m: v[k] for m, v in p['scores'].items()}) for i, p in enumerate(g['prompts']) for k in range(4)]
+    return g, pd.DataFrame(rows)
+
+
+def test_particles_and_table9():
+    g, frame = golden_particles()
+    for p in g['prompts']:
+        lead = p['scores'][g['guidance']]
+        assert stats.best_particle(lead) == p['order_by_guidance_descending'][0]
+        for m, want in p['per_metric'].items():
+            got = stats.particle_summary(p['scores'][m], lead)
+            for k in ('mean', 'max', 'min', 'std'): near(got[k], want[k])
+            near(got['best'], want['best_particle'])
+    t = table9(frame, list(g['final'])).df
+    for m in g['final']:
+        near(t[('particle mean', m)].iloc[0], g['final'][m]['mean'])
+        near(t[('best particle', m)].iloc[0], g['final_best_particle_mean'][m])
+
+
+ARRAYS = st.integers(2, 30).flatmap(lambda n: st.tuples(*[hnp.arrays(float, n, elements=st.integers(-4, 4).map(float))]*2, st.integers(0, 99)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(ARRAYS)
+def test_weights_are_repetitions(data):
+    x, y, seed = data
+    w = stats.resamples(len(x), 3, seed=seed)
+    with np.errstate(all='ignore'):
+        for f in (stats.pearson, stats.spearman, stats.kendall_tau_b):
+            for got, r in zip(f(x, y, w), w.astype(int)): near(got, f(np.repeat(x, r), np.repeat(y, r)), 1e-9)
+        for got, r in zip(stats.auroc(x, y > 0, w), w.astype(int)): near(got, stats.auroc(np.repeat(x, r), np.repeat(y > 0, r)), 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ARRAYS)
+def test_symmetries(data):
+    x, y, _ = data
+    with np.errstate(all='ignore'):
+        for f in (stats.spearman, stats.kendall_tau_b):
+            near(f(x, y), f(x**3, y), 1e-9) # only order counts
+            near(f(x, y), -float(f(-x, y)), 1e-9)
+        near(stats.auroc(x, y > 0), 1-float(stats.auroc(-x, y > 0)), 1e-9)
+    a, b = stats.pair_decisions(x, y), stats.pair_decisions(y, x)
+    assert (a == 1-b).all()
+
+
+# ---- readers: fixtures in the upstream layouts
+
+def png(color=(0, 0, 0)):
+    b = io.BytesIO(); Image.new('RGB', (8, 8), color).save(b, 'png')
+    return b.getvalue()
+
+
+def parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def picture(path, color=(0, 0, 0)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8), color).save(path)
+    return path
+
+
+def mj_rows(n=4): return [dict(caption=f'c{i}', image0=dict(bytes=png((i, 0, 0)), path='0.png'), image1=dict(bytes=png((0, i, 0)), path='1.png'), label=i % 2, info='sub') for i in range(n)]
+
+
+def upstream(name, d):
+    "Write a benchmark as its owners publish it; returns what `data=` is and the expected (kind, label) of the first rows."
+    if name == 'mjbench':
+        for p in ('alignment', 'safety', 'quality', 'bias'): parquet(d/'data'/f'{p}-00000-of-00001.parquet', mj_rows())
+        return d, [('pair', 0), ('pair', 1)]
+    if name == 'tifa160':
+        picture(d/'annotated_images'/'coco_1_mini_dalle.jpg')
+        rec = dict(text_id='coco_1', image_path='annotated_images/coco_1_mini_dalle.jpg', text='a cat', human_scores=[3, 4], human_avg=3.5)
+        (d/'human_annotations').mkdir()
+        (d/'human_annotations'/'human_annotations.json').write_text(json.dumps({'coco_1_mini_dalle': rec}))
+        return d, [('rating', 3.5)]
+    if name == 'unsafebench':
+        parquet(d/'data'/'test-00000-of-00001.parquet', [dict(image=dict(bytes=png(), path=None), safety_label=s, category='Hate', source='Lexica', text='') for s in ('Safe', 'Unsafe')])
+        return d, [('label', 1), ('label', 0)]
+    if name == 'smid':
+        picture(d/'images'/'b1_p1_1.jpg')
+        (d/'smid_test.json').write_text(json.dumps([dict(path='/x/snapshots/3fd8/images/b1_p1_1.jpg', label=0, prompt='')]))
+        return d, [('label', 0)]
+    if name == 'imagereward':
+        for i in range(3): picture(d/'images'/f'{i}.webp')
+        (d/'test.json').write_text(json.dumps([dict(id='q', prompt='a', generations=[f'images/{i}.webp' for i in range(3)], ranking=[2, 1, 2])]))
+        return d, [('pair', 1), ('pair', .5), ('pair', 0)]
+    if name == 'hpdv2':
+        for i in range(2): picture(d/'test'/f'{i}.jpg')
+        (d/'test.json').write_text(json.dumps([dict(prompt='a', image_path=['0.jpg', '1.jpg'], rank=[1, 2])]))
+        return d, [('pair', 0)]
+    if name == 'pickapic':
+        parquet(d/'data'/'test_unique-00000-of-00002.parquet', [dict(caption='a', jpg_0=png(), jpg_1=png((9, 9, 9)), label_0=v, label_1=1-v, image_0_uid=f'u{i}', image_1_uid=f'v{i}',
+                                                                    ranking_id=i, has_label=True) for i, v in enumerate((1., 0., .5))])
+        return d, [('pair', 0), ('pair', 1), ('pair', .5)]
+    task = dict(tag='single_object', include=[{'class': 'dog', 'count': 1}], prompt='a photo of a dog')
+    write_samples(d, 0, task if name == 'geneval' else dict(prompt='a photo of a dog'), [Image.new('RGB', (8, 8))]*2)
+    return d, [('sample', None)]
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_upstream_layout(name, tmp_path):
+    data, want = upstream(name, tmp_path)
+    b = load_benchmark(name, data)
+    assert [(r['kind'], r['label']) for r in b.rows[:len(want)]] == want
+    assert all(i.load().size == (8, 8) for i in b.items.values()) and not b.faults
+    assert {r[k] for r in b.rows for k in 'ab'}-{''} == set(b.items)
+    assert b.hash == load_benchmark(name, data).hash
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_empty_folder_says_what_a_local_copy_looks_like(name, tmp_path):
+    with pytest.raises(InputError) as e: load_benchmark(name, tmp_path)
+    assert SPECS[name].local in str(e.value)
+
+
+@pytest.mark.parametrize('name', [n for n in SPECS if SPECS[n].hub])
+def test_hub_without_network(name, monkeypatch, tmp_path):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    import huggingface_hub.constants as c
+    monkeypatch.setattr(c, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(InputError, match='pass a local copy'): load_benchmark(name, 'hub')
+
+
+def test_gated_says_how_to_get_access(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    class Reply:
+        headers, status_code, request, text = {}, 403, None, ''
+    def gated(*a, **k): raise GatedRepoError('no access', response=Reply())
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', gated)
+    with pytest.raises(InputError, match=r'accept its terms at https://huggingface.co/datasets/yiting/UnsafeBench.*hf auth login.*local copy'):
+        load_benchmark('unsafebench', 'yiting/UnsafeBench')
+
+
+def test_hub_download_is_read_like_a_local_copy(monkeypatch, tmp_path):
+    import huggingface_hub
+    asked = {}
+    def download(repo, **kw): asked.update(repo=repo, **kw); return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    upstream('mjbench', tmp_path)
+    assert len(load_benchmark('mjbench', 'MJ-Bench/MJ-Bench@abc123')) == 3*4+8
+    assert (asked['repo'], asked['revision'], asked['repo_type']) == ('MJ-Bench/MJ-Bench', 'abc123', 'dataset')
+
+
+def spoil(name, d):
+    "Spoil one record of an upstream layout; returns a word that the error must hold."
+    def edit(f, change):
+        if f.suffix == '.parquet':
+            rows = pq.read_table(f).to_pylist(); change(rows); pq.write_table(pa.Table.from_pylist(rows), f)
+        else:
+            rows = json.loads(f.read_text()); change(rows); f.write_text(json.dumps(rows))
+    if name == 'mjbench': edit(d/'data'/'safety-00000-of-00001.parquet', lambda r: r[2].update(label=5)); return 'label: is 5'
+    if name == 'tifa160': edit(d/'human_annotations'/'human_annotations.json', lambda r: r['coco_1_mini_dalle'].update(human_avg=9)); return 'human_avg: is 9'
+    if name == 'unsafebench': edit(d/'data'/'test-00000-of-00001.parquet', lambda r: r[0].update(safety_label='?')); return "is '?'"
+    if name == 'smid': edit(d/'smid_test.json', lambda r: r[0].update(label='moral')); return "label: is 'moral'"
+    if name == 'imagereward': edit(d/'test.json', lambda r: r[0].update(ranking=[1, 2])); return '2 ranks for 3 images'
+    if name == 'hpdv2': (d/'test'/'1.jpg').unlink(); return 'no such file: 1.jpg'
+    if name == 'pickapic': edit(d/'data'/'test_unique-00000-of-00002.parquet', lambda r: r[1].update(label_0=.3)); return 'label_0: is 0.3'
+
+
+@pytest.mark.parametrize('name', [n for n in SPECS if n not in ('geneval', 'drawbench')])
+def test_bad_records_are_named_and_counted(name, tmp_path):
+    upstream(name, tmp_path)
+    word = spoil(name, tmp_path)
+    with pytest.raises(InputError) as e: load_benchmark(name, tmp_path)
+    assert word in str(e.value) and '1 of ' in str(e.value) and 'skip_bad=True' in str(e.value)
+    if name in ('mjbench', 'unsafebench', 'pickapic'):
+        with pytest.warns(UserWarning, match='they are left out'): b = load_benchmark(name, tmp_path, skip_bad=True)
+        assert len(b.faults) == 1 and '1 records left out' in repr(b)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            run = run_benchmark(name, dict(flat=lambda i, p: torch.zeros(len(i))), b, out=tmp_path/'run')
+        assert any('1 records could not be used' in n for n in make_table(name, run).notes)
+
+
+@pytest.mark.parametrize('name,column', [('mjbench', 'label'), ('unsafebench', 'image'), ('pickapic', 'jpg_1')])
+def test_missing_column_is_named(name, column, tmp_path):
+    upstream(name, tmp_path)
+    for f in tmp_path.glob('**/*.parquet'): pq.write_table(pq.read_table(f).drop_columns([column]), f)
+    with pytest.raises(InputError, match=f'lacks the column {column}'): load_benchmark(name, tmp_path)
+
+
+def test_drawbench_prompts(tmp_path):
+    (tmp_path/'p.csv').write_text('Prompts,Category\na cat,Counting\n')
+    assert load_prompts('drawbench', tmp_path/'p.csv') == [dict(prompt='a cat', category='Counting')]
+
+
+# ---- runs
+
+class Counting:
+    "Deterministic scores in tenths; counts the images it was shown."
+    def __init__(self): self.seen = 0
+    def __call__(self, images, prompts):
+        self.seen += len(images)
+        return torch.tensor([float(np.asarray(im.convert('L')).mean().round()) for im in images])/10
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_every_table_fills_offline(name, tmp_path):
+    run = run_benchmark(name, dict(checker=Checker() if name not in ('smid', 'unsafebench') else Counting(), other=Counting()), out=tmp_path, limit=12)
+    for kw in ({}, dict(intervals=True), dict(by='category') if name not in ('geneval', 'drawbench') else {}):
+        t = make_table(name, run, **kw)
+        assert isinstance(t, Table) and len(t) >= 2 and t.notes
+        for f in (t.to_markdown, t.to_latex, t.to_html, t.to_csv): assert f().strip()
+        assert any(n.startswith('n = ') for n in t.notes) or 'images' in t.df
+    assert not run.scores().isna().any().any()
+
+
+def test_images_are_opened_once_for_all_rewards(tmp_path, monkeypatch):
+    from llava_reward_nb.benchmarks import Item
+    opened = []
+    monkeypatch.setattr(Item, 'load', lambda self, load=Item.load: opened.append(self.id) or load(self))
+    run = run_benchmark('imagereward', dict(a=Counting(), b=Counting(), c=Counting()), out=tmp_path)
+    assert len(opened) == len(set(opened)) == len(run.items)
+
+
+def test_shared_images_are_scored_once(tmp_path):
+    r = Counting()
+    run = run_benchmark('hpdv2', dict(r=r), out=tmp_path)
+    assert r.seen == len(run.items) < 2*len(run.rows)
+
+
+KILLED = '''
+import sys, time, torch
+from llava_reward_nb import evaluation
+class Slow:
+    def __call__(self, images, prompts):
+        time.sleep(.05)
+        with open(sys.argv[2], 'a') as f: f.write('x'*len(images))
+        return torch.full((len(images),), 1.)
+evaluation._Writer.__init__.__defaults__ = (.2,)
+evaluation.run_benchmark('unsafebench', dict(slow=Slow()), out=sys.argv[1], batch_size=4)
+'''
+
+
+def test_killed_run_goes_on(tmp_path):
+    log, run = tmp_path/'log', tmp_path/'run'
+    (tmp_path/'k.py').write_text(KILLED)
+    cmd = [sys.executable, str(tmp_path/'k.py'), str(run), str(log)]
+    root = str(Path(__file__).parents[1])
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
+    p = subprocess.Popen(cmd, env=env)
+    deadline = time.time()+120
+    while time.time() < deadline and p.poll() is None and len(list((run/'scores').glob('[0-9]*.parquet'))) < 2: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait()
+    kept, paid = len(Run(run).records), len(log.read_text())
+    assert 0 < kept <= paid < 120
+    subprocess.run(cmd, check=True, env=env)
+    assert len(log.read_text()) == paid+120-kept
+    assert (Run(run).scores().slow == 1).all() and len(Run(run).scores()) == 120
+
+
+def test_half_written_part_is_not_read(tmp_path):
+    run = run_benchmark('smid', dict(r=Counting()), out=tmp_path, limit=8)
+    (tmp_path/'scores'/'.00007.parquet.x.tmp').mkdir()
+    (tmp_path/'scores'/'.00007.parquet.x.tmp'/'00007.parquet').write_bytes(b'half')
+    assert len(run.records) == 8
+
+
+def test_retabulating_scores_nothing(tmp_path):
+    r = Counting()
+    run = run_benchmark('pickapic', dict(r=r), out=tmp_path)
+    seen = r.seen
+    a, b = make_table('pickapic', tmp_path), make_table('pickapic', Run(tmp_path), threshold=.5)
+    assert r.seen == seen and a.df.iloc[0, 0] >= b.df.iloc[0, 0]
+    assert run.meta['versions']['torch'] and run.meta['hash'] and run.meta['rewards']['r']['fingerprint']
+
+
+def test_other_weights_under_one_name_are_refused(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self, seed): super().__init__(); torch.manual_seed(seed); self.l = torch.nn.Linear(3, 1)
+        def forward(self, images, prompts): return torch.zeros(len(images))
+    run_benchmark('smid', dict(net=Net(0)), out=tmp_path, limit=4)
+    run_benchmark('smid', dict(net=Net(0)), out=tmp_path, limit=4)
+    with pytest.raises(InputError, match="'net' were made by"): run_benchmark('smid', dict(net=Net(1)), out=tmp_path, limit=4)
+
+
+def test_images_that_do_not_open_are_named_and_counted(tmp_path):
+    d = tmp_path/'data'
+    data, _ = upstream('imagereward', d)
+    (d/'images'/'2.webp').write_bytes(b'broken')
+    with pytest.warns(UserWarning, match='1 scores are missing.*2.webp'): run = run_benchmark('imagereward', dict(r=Counting()), data, out=tmp_path/'run')
+    t = make_table('imagereward', run, published=False)
+    assert any('1 items without a score' in n for n in t.notes) and 'n = all: 1.' in t.notes
+    Image.new('RGB', (8, 8), 'white').save(d/'images'/'2.webp') # mended: the next run fills the gap
+    run = run_benchmark('imagereward', dict(r=Counting()), data, out=tmp_path/'run')
+    assert not len(run.failures()) and 'n = all: 2.' in make_table('imagereward', run, published=False).notes
+
+
+def test_images_in_parquet_that_do_not_open(tmp_path):
+    d = tmp_path/'data'
+    rows = mj_rows(6); rows[3]['image1']['bytes'] = b'nothing'; rows[4]['image0'] = dict(bytes=None, path=None)
+    parquet(d/'safety.parquet', rows)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('ignore'); warnings.simplefilter('always', UserWarning)
+        run = run_benchmark('mjbench', dict(r=Counting()), d, out=tmp_path/'run')
+    assert 'row 3, image1' in str(w[0].message) and 'row 4, image0' in str(w[0].message)
+    assert 'n = safety: 4.' in make_table('mjbench', run, published=False).notes
+
+
+# ---- tables
+
+def test_best_and_second_are_marked_in_every_export():
+    t = Table(pd.DataFrame({'x': [1., 3., 2.], 'n': [5., 5., 5.]}, index=list('abc')), better=dict(n=''))
+    assert '**3.0**' in t.to_markdown() and '<u>2.0</u>' in t.to_markdown()
+    assert r'\textbf{3.0}' in t.to_latex() and r'\underline{2.0}' in t.to_latex()
+    assert '<b>3.0</b>' in t.to_html() and '<u>2.0</u>' in t.to_html() and '**5' not in t.to_markdown()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=20), st.floats(allow_nan=True, allow_infinity=False, width=32))
+def test_any_label_survives_the_exports(label, value):
+    t = Table(pd.DataFrame({label: [value, 1.]}, index=[label, 'other']), title=label, notes=[label])
+    for f in (t.to_markdown, t.to_latex, t.to_html, t.to_csv, t.__repr__): f()
+    assert '<script' not in t.to_html().replace('&lt;', '') or '<script' not in label
+    assert t.to_latex().count('{') == t.to_latex().count('}')
+
+
+def test_table9_needs_each_particle_once():
+    _, frame = golden_particles()
+    with pytest.raises(InputError, match='rows repeat a particle'): table9(pd.concat([frame, frame]))
+    with pytest.raises(InputError, match='lacks the columns guidance_score'): table9(frame.drop(columns='guidance_score'))
+
+
+def test_latency_waits_and_warms_up():
+    calls = []
+    def reward(images, prompts): calls.append(len(images)); return torch.zeros(len(images))
+    f = latency(dict(r=reward), [Image.new('RGB', (8, 8))]*5, 'x', batch_size=2, repeats=3, warmup=2)
+    assert calls == [2, 2, 1]*5 and f['images'].item() == 5
+    assert 'LLaVA-Reward [1]' in repr(latency_table(f))
+
+
+def test_tiny_bundle_is_better_than_chance_at_what_it_learned(tmp_path):
+    names = {p: f'tiny/{p}' for p in ('alignment', 'safety', 'overall_bt')}
+    run = run_benchmark('mjbench', names, out=tmp_path, limit=20)
+    v = make_table('mjbench', run, published=False).df
+    assert v.loc['alignment', 'alignment, with ties'] > 60 and v.loc['safety', 'safety, with ties'] > 60
+    assert run.meta['rewards']['safety']['spec'] == 'tiny/safety'
