@@ -33,8 +33,10 @@ export: $(READY) ## Write the package from the notebooks, then clean the noteboo
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-bundle: $(READY) ## Retrain the embedded model (hours; when interrupted, run it again and it goes on)
+bundle: $(READY) ## Retrain the embedded models (hours; when interrupted, run it again and it goes on)
 	@$(BIN)/python -c "from llava_reward_nb.tiny import build_tiny; build_tiny()"
+	@$(BIN)/python -c "from llava_reward_nb.tiny_metrics import build_metrics; build_metrics()"
+	@$(BIN)/python -c "from llava_reward_nb.tiny_diffusion import build_diffusion; build_diffusion()"
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \

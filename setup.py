@@ -30,13 +30,14 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'dev')},
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={lib: ['bundle/**']},
     entry_points={
         'console_scripts': [
             *(f'{name} = {cli}:{name}' for name in
               ('llava_reward_score', 'llava_reward_compare', 'llava_reward_train', 'llava_reward_demo')),
+            *(f'{name} = {lib}.commands:{name}' for name in ('llava_reward_eval', 'llava_reward_table', 'llava_reward_latency')),
             f'llava_reward_bench = {lib}.bench:llava_reward_bench',
         ],
         'nbdev': [f'{lib} = {lib}._modidx:d'],

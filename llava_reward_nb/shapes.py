@@ -44,7 +44,7 @@ def _allowed(shape:str, split:str)->list: # the colors that `shape` may have in 
 class Obj:
     "One coloured shape."
     shape:str       # one of `SHAPES`
-    color:str       # a key of `COLORS`
+    color:str       # a key of `COLORS`; an (r,g,b) can be drawn, but has no name
     x:float         # centre, in pixels of a 64x64 image, from the left
     y:float         # from the top
     r:float         # radius of the circle of about the same area, in pixels
@@ -100,7 +100,7 @@ def _fill(
     k:float,        # canvas pixels per scene pixel
     rgb:tuple=None, # default: the color of `o`
 ):
-    ImageDraw.Draw(im).polygon((outline(o)*k).ravel().tolist(), fill=rgb or COLORS[o.color])
+    ImageDraw.Draw(im).polygon((outline(o)*k).ravel().tolist(), fill=rgb or COLORS.get(o.color, o.color))
 
 # %% ../nbs/01_shapes.ipynb #5a5ca905
 STROKE = 3. # of a sign, in pixels
