@@ -22,9 +22,10 @@ from PIL import Image
 from .clip import open_image
 from .core import InputError, read_table
 from .data import Fault
-from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, read_tasks, task_of
-from .shapes import CATEGORIES, COLORS, SHAPES, Checker, hard_negative, make_prompt, overall_group, render, sample_prompt, scene_for
-from .shapes import add_artifact, ARTIFACTS, LOOKALIKES, alignment_pairs, safety_labels
+from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, read_tasks, tiny_tasks
+from .shapes import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker, add_artifact,
+                                    alignment_pairs,
+    hard_negative, make_prompt, overall_group, parse_prompt, render, safety_labels, sample_prompt, scene_for)
 
 # %% ../nbs/10c_benchmarks.ipynb #6090e72c
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Item:
     name:str      # how to call the image in messages
 
     def load(self)->Image.Image:
-        "The image in the mode it is stored in, since some metrics resize first and convert to RGB afterwards; `InputError` if it does not open."
+        "The image in the mode it is stored in (some metrics resize first, then convert); `InputError` if it does not open."
         try: return open_image(self.image.load() if isinstance(self.image,StoredImage) else self.image, self.name)
         except InputError as e: raise InputError(str(e) if self.name in str(e) else f'{self.name}: {e}') from None
 
@@ -47,13 +48,13 @@ def item_id(
     "Stable id of an image with a prompt."
     return hashlib.sha1(f'{name}\n{prompt}'.encode()).hexdigest()[:16]
 
-# %% ../nbs/10c_benchmarks.ipynb #a8a8cb83
+# %% ../nbs/10c_benchmarks.ipynb #aac5bba6
 @dataclass
 class Benchmark:
     "Items to score, and rows that say what is asked of the scores."
     name:str                                   # such as 'mjbench'
     items:dict                                 # id -> `Item`
-    rows:list                                  # dicts: kind, a, b, label, part, category, group, and whatever else the kind needs
+    rows:list                                  # dicts: kind, a, b, label, part, category, group, …
     source:str                                 # where it was read from
     faults:list = field(default_factory=list)  # `Fault` of the records that are left out
 
@@ -62,16 +63,19 @@ class Benchmark:
     @property
     def hash(self)->str: # 16 hex digits
         "Changes if any row or item does."
-        return hashlib.sha256(json.dumps([self.rows, list(self.items)], sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.rows, list(self.items)], sort_keys=True,
+                                         default=str).encode()).hexdigest()[:16]
 
     def __repr__(self):
         parts = {}
         for r in self.rows: parts[r['part'],r['kind']] = parts.get((r['part'],r['kind']),0)+1
-        said = ', '.join(f"{n} {k}{'s' if n!=1 and k!='bias' else ''}{' of '+p if p else ''}" for (p,k),n in parts.items())
+        said = ', '.join(f"{n} {k}{'s' if n!=1 and k!='bias' else ''}{' of '+p if p else ''}"
+                         for (p,k),n in parts.items())
         left = len({f.index for f in self.faults})
-        return f"{self.name} from {self.source}: {said}; {len(self.items)} items" + (f"; {left} records left out" if left else '')
+        return f"{self.name} from {self.source}: {said}; {len(self.items)} items" + (f"; {left} records left out"
+                if left else '')
 
-# %% ../nbs/10c_benchmarks.ipynb #f8c7c00a
+# %% ../nbs/10c_benchmarks.ipynb #ed24ad0e
 @patch
 def head(self:Benchmark,
     n:int=None, # rows of each part, and of generated images of each model and guidance; None: all
@@ -87,7 +91,7 @@ def head(self:Benchmark,
     used = {r[k] for r in rows for k in ('a','b') if r.get(k)}
     return replace(self, rows=rows, items={i:v for i,v in self.items.items() if i in used})
 
-# %% ../nbs/10c_benchmarks.ipynb #3efc7236
+# %% ../nbs/10c_benchmarks.ipynb #c6bf9ae1
 @lru_cache(4)
 def _group_column(path:str, stamp:float, group:int, column:str): # one row group of one column
     import pyarrow.parquet as pq
@@ -109,14 +113,17 @@ class StoredImage:
         if isinstance(x, str): return Path(self.path).parent/x
         if not x: raise InputError(f"{self.path}, row {self.row}, {self.column}: holds no image")
         try: return Image.open(io.BytesIO(x))
-        except Exception: raise InputError(f"{self.path}, row {self.row}, {self.column}: {len(x)} bytes that are not an image that Pillow can read") from None
+        except Exception:
+            raise InputError(f"{self.path}, row {self.row}, {self.column}: {len(x)} bytes that are not an image that "
+                             "Pillow can read") from None
 
     def __str__(self): return f'{Path(self.path).name}:{self.row}:{self.column}'
 
-# %% ../nbs/10c_benchmarks.ipynb #c6bf9ae1
+# %% ../nbs/10c_benchmarks.ipynb #0523f4eb
 def _is_image(t)->bool: # an Arrow type
     import pyarrow as pa
-    return pa.types.is_binary(t) or pa.types.is_large_binary(t) or (pa.types.is_struct(t) and any(f.name=='bytes' for f in t))
+    return pa.types.is_binary(t) or pa.types.is_large_binary(t) or (pa.types.is_struct(t)
+            and any(f.name=='bytes' for f in t))
 
 def _read_parquet(path:Path)->list:
     import pyarrow.parquet as pq
@@ -140,18 +147,22 @@ def read_rows(
     path = Path(path)
     if path.suffix.lower()=='.parquet' and path.is_file(): return _read_parquet(path)
     rows = read_table(path)
-    if isinstance(rows, dict): rows = [dict({'key':k}, **v) if isinstance(v,dict) else v for k,v in rows.items()] # {key: record}
-    if not isinstance(rows, list) or not all(isinstance(r,dict) for r in rows): raise InputError(f"{path}: is not a list of records")
+    if isinstance(rows, dict):
+        rows = [dict({'key':k}, **v) if isinstance(v,dict) else v for k,v in rows.items()] # {key: record}
+    if not isinstance(rows, list) or not all(isinstance(r,dict) for r in rows):
+        raise InputError(f"{path}: is not a list of records")
     return rows
 
-# %% ../nbs/10c_benchmarks.ipynb #85663de1
+# %% ../nbs/10c_benchmarks.ipynb #62aa26a1
 class Collector:
     "Gathers items, rows and faults while a benchmark is read."
     def __init__(self,
         name:str,      # of the benchmark
         source:str,    # where it is read from
         folders=(),    # where relative image paths may start
-    ): self.name,self.source,self.folders,self.items,self.rows,self.faults,self.count = name,source,[Path(f) for f in folders],{},[],[],0
+    ):
+        self.name,self.source,self.folders = name,source,[Path(f) for f in folders]
+        self.items,self.rows,self.faults,self.count = {},[],[],0
 
     def need(self,
         rows:list,     # records
@@ -161,11 +172,13 @@ class Collector:
         "`InputError` if there are no records or the first ones lack a column."
         if not rows: raise InputError(f"{where}: no records")
         lacking = [c for c in columns if not any(c in r for r in rows)]
-        if lacking: raise InputError(f"{where}: lacks the column{'s' if len(lacking)>1 else ''} {', '.join(lacking)}; it has {', '.join(map(str,rows[0]))}")
+        if lacking:
+            raise InputError(f"{where}: lacks the column{'s' if len(lacking)>1 else ''} {', '.join(lacking)}; it has "
+                             f"{', '.join(map(str,rows[0]))}")
 
     def fault(self, field:str, reason:str): self.faults.append(Fault(self.count, field, reason))
 
-# %% ../nbs/10c_benchmarks.ipynb #4f74a09c
+# %% ../nbs/10c_benchmarks.ipynb #75122e19
 @patch
 def find(self:Collector,
     x, # path as written in a record
@@ -185,19 +198,24 @@ def item(self:Collector,
 )->str|None: # id, None if there is a fault
     "Register an image with a prompt."
     prompt = '' if prompt is None else prompt
-    if not isinstance(prompt, str): return self.fault('prompt', f"is {prompt!r:.60}, a {type(prompt).__name__}; it must be a string")
-    if isinstance(image, dict): image = Image.open(io.BytesIO(image['bytes'])) if image.get('bytes') else image.get('path')
+    if not isinstance(prompt, str):
+        return self.fault('prompt', f"is {prompt!r:.60}, a {type(prompt).__name__}; it must be a string")
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image['bytes'])) if image.get('bytes') else image.get('path')
     if isinstance(image, (str, os.PathLike)) and str(image):
         name = name or str(image); found = self.find(image)
-        if found is None: return self.fault(field, f"no such file: {image}{' below '+', '.join(map(str,self.folders)) if self.folders else ''}")
+        if found is None:
+            return self.fault(field, "no such file: "
+                              f"{image}{' below '+', '.join(map(str,self.folders)) if self.folders else ''}")
         image = found
-    elif not isinstance(image, (Image.Image, StoredImage)): return self.fault(field, f"is {image!r:.60}; it must be an image or a path")
+    elif not isinstance(image, (Image.Image, StoredImage)):
+        return self.fault(field, f"is {image!r:.60}; it must be an image or a path")
     name = name or str(image)
     key = item_id(name, prompt)
     self.items.setdefault(key, Item(key, image, prompt, name))
     return key
 
-# %% ../nbs/10c_benchmarks.ipynb #62aa26a1
+# %% ../nbs/10c_benchmarks.ipynb #ee5cedd5
 @patch
 def add(self:Collector,
     kind:str,         # 'pair', 'label', 'rating', 'bias' or 'sample'
@@ -221,15 +239,17 @@ def done(self:Collector,
     bad = len({f.index for f in self.faults})
     if bad:
         more = [f'… and {len(self.faults)-5} more'] if len(self.faults)>5 else []
-        report = '\n  '.join([f"{self.name}, {self.source}: {bad} of {self.count} records cannot be used:", *map(str,self.faults[:5]), *more])
+        report = '\n  '.join([f"{self.name}, {self.source}: {bad} of {self.count} records cannot be used:",
+                              *map(str,self.faults[:5]), *more])
         if not skip_bad: raise InputError(report+'\nmend them, or leave them out with skip_bad=True')
         if not self.rows: raise InputError(report+'\nnone is left')
         warnings.warn(report+'\nthey are left out', stacklevel=2)
     if not self.rows: raise InputError(f"{self.name}, {self.source}: no records")
     used = {r[k] for r in self.rows for k in ('a','b')}
-    return Benchmark(self.name, {i:v for i,v in self.items.items() if i in used}, self.rows, str(self.source), self.faults)
+    return Benchmark(self.name, {i:v for i,v in self.items.items() if i in used}, self.rows, str(self.source),
+                     self.faults)
 
-# %% ../nbs/10c_benchmarks.ipynb #be976d40
+# %% ../nbs/10c_benchmarks.ipynb #ea9bd61b
 _HUB_ID = re.compile(r'\w[\w.-]*/[\w.-]+(@[\w.-]+)?') # owner/name, perhaps @revision
 
 def hub_folder(
@@ -242,12 +262,18 @@ def hub_folder(
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     repo,_,revision = name.partition('@'); page = f'https://huggingface.co/datasets/{repo}'
     instead = f"Or pass a local copy: {local}"
-    try: return Path(snapshot_download(repo, repo_type='dataset', revision=revision or None, allow_patterns=list(patterns)))
-    except GatedRepoError: raise InputError(f"{name}: is gated; accept its terms at {page} and log in with `hf auth login` (or set HF_TOKEN). {instead}") from None
-    except RepositoryNotFoundError: raise InputError(f"{name}: no such data set on the hub, or it is private; look at {page}. {instead}") from None
-    except (HfHubHTTPError, OSError, ValueError) as e: raise InputError(f"{name}: cannot be read from the hub ({str(e).splitlines()[0]:.120}). {instead}") from None
+    try:
+        return Path(snapshot_download(repo, repo_type='dataset', revision=revision or None,
+                                      allow_patterns=list(patterns)))
+    except GatedRepoError:
+        raise InputError(f"{name}: is gated; accept its terms at {page} and log in with `hf auth login` (or set "
+                         f"HF_TOKEN). {instead}") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{name}: no such data set on the hub, or it is private; look at {page}. {instead}") from None
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise InputError(f"{name}: cannot be read from the hub ({str(e).splitlines()[0]:.120}). {instead}") from None
 
-# %% ../nbs/10c_benchmarks.ipynb #eec103af
+# %% ../nbs/10c_benchmarks.ipynb #274b6885
 def _files(folder:Path, *patterns)->list: # the files of the first pattern that matches any
     for p in patterns:
         found = sorted(f for f in folder.glob(p) if f.is_file())
@@ -258,7 +284,7 @@ def _no_files(where, local:str): return InputError(f"{where}: holds no file of t
 
 def _text(r:dict, *keys)->str: return next((str(r[k]) for k in keys if r.get(k) not in (None,'')), '')
 
-# %% ../nbs/10c_benchmarks.ipynb #95d80f7f
+# %% ../nbs/10c_benchmarks.ipynb #0e3eb09c
 PERSPECTIVES = ('alignment','safety','quality','bias')
 
 def _binary(c:Collector, x, field:str='label'): # 0 or 1, None with a fault
@@ -281,24 +307,29 @@ def _read_mj_file(c:Collector, path:Path, part:str):
         return
     c.need(rows, ('caption','image0') if part=='bias' else ('caption','image0','image1','label'), path)
     if 'model' in rows[0] and 'subcategory' in rows[0] and 'info' not in rows[0]: raise InputError(
-        f"{path}: has the columns of the data set that later replaced MJ-Bench on the hub (subcategory, model); the benchmark has info. "
+        f"{path}: has the columns of the data set that later replaced MJ-Bench on the hub (subcategory, model); the "
+        "benchmark has info. "
         "Pass a copy of the original, or an old revision as MJ-Bench/MJ-Bench@revision")
     for r in rows:
         ids = [c.item(r[k], r['caption'], k) for k in ('image0','image1') if r.get(k) is not None]
         if part=='bias':
-            for i in ids: c.add('bias', i, part='bias', category=_text(r,'caption'), group=_text(r,'caption'), info=_text(r,'info'))
+            for i in ids:
+                c.add('bias', i, part='bias', category=_text(r,'caption'), group=_text(r,'caption'), info=_text(r,'info'))
         elif len(ids)<2: c.fault('image1', "is missing")
-        else: c.add('pair', *ids, _binary(c,r.get('label')), part, _text(r,'info','subcategory'), group=_text(r,'caption'))
+        else:
+            c.add('pair', *ids, _binary(c,r.get('label')), part, _text(r,'info','subcategory'), group=_text(r,'caption'))
         c.count += 1
 
-# %% ../nbs/10c_benchmarks.ipynb #ea9bd61b
+# %% ../nbs/10c_benchmarks.ipynb #d5342e6c
 def read_mjbench(
     path:Path,           # folder with <perspective>*.parquet (also below data/) or <perspective>*.json, or one such file
     skip_bad:bool=False, # leave faulty records out instead of stopping
+    images=None,         # folder of the images that JSON names
     **kw,                # of `SPECS`
 )->Benchmark:
     "MJ-Bench: pairs of up to three perspectives, and bias."
-    path = Path(path); c = Collector('mjbench', str(path), [path.parent if path.is_file() else path])
+    path = Path(path)
+    c = Collector('mjbench', str(path), [*([images] if images else []), path.parent if path.is_file() else path])
     if path.is_file():
         part = next((p for p in PERSPECTIVES if p in path.stem.lower()), path.stem)
         _read_mj_file(c, path, part)
@@ -309,26 +340,30 @@ def read_mjbench(
         for f in fs: _read_mj_file(c, f, part)
     return c.done(skip_bad)
 
-# %% ../nbs/10c_benchmarks.ipynb #29567f10
+# %% ../nbs/10c_benchmarks.ipynb #66cde1a9
 def _add_ranking(c:Collector, prompt, images:list, ranks:list, part:str=''):
-    if len(images)!=len(ranks) or len(images)<2: return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each of at least two")
-    if not all(isinstance(r,(int,float)) and not isinstance(r,bool) and r==r for r in ranks): return c.fault('ranking', f"is {ranks!r:.60}; ranks must be numbers")
+    if len(images)!=len(ranks) or len(images)<2:
+        return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each of at least "
+                       "two")
+    if not all(isinstance(r,(int,float)) and not isinstance(r,bool) and r==r for r in ranks):
+        return c.fault('ranking', f"is {ranks!r:.60}; ranks must be numbers")
     ids = [c.item(im, prompt, f'image {k}') for k,im in enumerate(images)]
     for i in range(len(ids)):
         for j in range(i+1, len(ids)):
             c.add('pair', ids[i], ids[j], .5 if ranks[i]==ranks[j] else int(ranks[j]<ranks[i]), part, group=str(prompt))
 
-def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str)->Benchmark:
+def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str, images=None)->Benchmark:
     path = Path(path); files = [path] if path.is_file() else _files(path, *patterns)
     if not files: raise _no_files(path, local)
-    c = Collector(name, str(path), {f:None for q in files for f in (q.parent, *([path] if path.is_dir() else []), q.parent/'test')})
+    near = {f:None for q in files for f in (q.parent, *([path] if path.is_dir() else []), q.parent/'test')}
+    c = Collector(name, str(path), [*([images] if images else []), *near])
     for f in files:
         rows = read_rows(f)
-        images = next((k for k in ('generations','image_path','file_path') if rows and k in rows[0]), 'image_path')
+        paths = next((k for k in ('generations','image_path','file_path') if rows and k in rows[0]), 'image_path')
         ranks = next((k for k in ('ranking','rank') if rows and k in rows[0]), 'rank')
-        c.need(rows, ('prompt',images,ranks), f)
-        if not isinstance(rows[0][images], list): rows = _by_prompt(rows, images, ranks)
-        for r in rows: _add_ranking(c, r['prompt'], r[images], r[ranks]); c.count += 1
+        c.need(rows, ('prompt',paths,ranks), f)
+        if not isinstance(rows[0][paths], list): rows = _by_prompt(rows, paths, ranks)
+        for r in rows: _add_ranking(c, r['prompt'], r[paths], r[ranks]); c.count += 1
     return c.done(skip_bad)
 
 def _by_prompt(rows:list, images:str, ranks:str)->list: # one record for each image -> one for each prompt
@@ -338,24 +373,26 @@ def _by_prompt(rows:list, images:str, ranks:str)->list: # one record for each im
         g[images].append(r[images]); g[ranks].append(r[ranks])
     return list(out.values())
 
-# %% ../nbs/10c_benchmarks.ipynb #0e3eb09c
+# %% ../nbs/10c_benchmarks.ipynb #347e6090
 def read_imagereward(
-    path:Path,           # test.json (id, prompt, generations, ranking), metadata-test.parquet (prompt_id, prompt, image_path, rank), or their folder
+    path:Path,           # test.json (prompt, generations, ranking), metadata-test.parquet (prompt, image_path, rank), or their folder
     skip_bad:bool=False, # leave faulty records out instead of stopping
+    images=None,         # folder of the images, if elsewhere
     **kw,                # of `SPECS`
 )->Benchmark:
     "ImageReward's test rankings."
-    return _read_rankings('imagereward', path, skip_bad, ('**/test.json','**/metadata-test.parquet'), kw['local'])
+    return _read_rankings('imagereward', path, skip_bad, ('**/test.json','**/metadata-test.parquet'), kw['local'], images)
 
 def read_hpdv2(
     path:Path,           # test.json (prompt, image_path, rank), or the folder it lies in beside test/
     skip_bad:bool=False, # leave faulty records out instead of stopping
+    images=None,         # folder of the images, if elsewhere
     **kw,                # of `SPECS`
 )->Benchmark:
     "HPDv2's test rankings."
-    return _read_rankings('hpdv2', path, skip_bad, ('**/test.json',), kw['local'])
+    return _read_rankings('hpdv2', path, skip_bad, ('**/test.json',), kw['local'], images)
 
-# %% ../nbs/10c_benchmarks.ipynb #6e7383e0
+# %% ../nbs/10c_benchmarks.ipynb #6ca3dbb3
 def read_pickapic(
     path:Path,           # Parquet file, or folder with test_unique*.parquet or test*.parquet
     skip_bad:bool=False, # leave faulty records out instead of stopping
@@ -372,12 +409,14 @@ def read_pickapic(
             ids = [c.item(r[f'jpg_{k}'], r['caption'], f'jpg_{k}', name=r.get(f'image_{k}_uid') or None) for k in (0,1)]
             label = {1.:0, 0.:1, .5:.5}.get(r['label_0'])
             ok = label is not None and r.get('label_1', 1-r['label_0'])==1-r['label_0'] and r.get('has_label', True)
-            if not ok: c.fault('label_0', f"is {r['label_0']!r:.40} (label_1 {r.get('label_1')!r:.40}, has_label {r.get('has_label', True)}); it must be 0, 0.5 or 1, label_1 the rest")
+            if not ok:
+                c.fault('label_0', f"is {r['label_0']!r:.40} (label_1 {r.get('label_1')!r:.40}, has_label "
+                        f"{r.get('has_label', True)}); it must be 0, 0.5 or 1, label_1 the rest")
             c.add('pair', *ids, label if ok else None, group=r['caption'])
             c.count += 1
     return c.done(skip_bad)
 
-# %% ../nbs/10c_benchmarks.ipynb #08d5d058
+# %% ../nbs/10c_benchmarks.ipynb #f3339680
 def _read_labels(c:Collector, path:Path):
     rows = read_rows(path)
     if rows and 'safety_label' in rows[0]:
@@ -385,24 +424,27 @@ def _read_labels(c:Collector, path:Path):
         for r in rows:
             label = {'safe':1,'unsafe':0}.get(str(r['safety_label']).strip().lower())
             if label is None: c.fault('safety_label', f"is {r['safety_label']!r:.60}; it must be Safe or Unsafe")
-            c.add('label', c.item(r['image'], r.get('text'), 'image'), label=label, category=_text(r,'category'), origin=_text(r,'source'))
+            c.add('label', c.item(r['image'], r.get('text'), 'image'), label=label, category=_text(r,'category'),
+                  origin=_text(r,'source'))
             c.count += 1
         return
     c.need(rows, ('path','label'), path)
     for r in rows:
-        c.add('label', c.item(r.get('path'), r.get('prompt'), 'path'), label=_binary(c,r.get('label')), category=_text(r,'category'), origin=_text(r,'source'))
+        c.add('label', c.item(r.get('path'), r.get('prompt'), 'path'), label=_binary(c,r.get('label')),
+              category=_text(r,'category'), origin=_text(r,'source'))
         c.count += 1
 
 def _labels_of(name:str, path, skip_bad:bool, patterns:tuple, local:str, images=None)->Benchmark:
     path = Path(path); files = [path] if path.is_file() else _files(path, *patterns)
     if not files: raise _no_files(path, local)
-    c = Collector(name, str(path), [*([images] if images else []), *dict.fromkeys(f.parent for f in files), *([path] if path.is_dir() else [])])
+    c = Collector(name, str(path), [*([images] if images else []), *dict.fromkeys(f.parent for f in files),
+                                    *([path] if path.is_dir() else [])])
     for f in files: _read_labels(c, f)
     return c.done(skip_bad)
 
-# %% ../nbs/10c_benchmarks.ipynb #d82e6e93
+# %% ../nbs/10c_benchmarks.ipynb #be4f4b67
 def read_unsafebench(
-    path:Path,           # Parquet with image and safety_label, JSON with path and label, or a folder with test*.parquet or *test*.json
+    path:Path,           # Parquet (image, safety_label), JSON (path, label), or a folder with test*.parquet or *nsafe*test*.json
     skip_bad:bool=False, # leave faulty records out instead of stopping
     images=None,         # folder of the images that JSON names
     **kw,                # of `SPECS`
@@ -419,9 +461,10 @@ def read_smid(
     "SMID's images; 1 = moral."
     return _labels_of('smid', path, skip_bad, ('**/smid_test.json','**/smid*.json'), kw['local'], images)
 
-# %% ../nbs/10c_benchmarks.ipynb #347e6090
+# %% ../nbs/10c_benchmarks.ipynb #a63edbf1
 DSG_MODELS = {'mini-dalle':'mini_dalle', 'vq-diffusion':'vq_diffusion', 'sd1dot1':'stable_diffusion_v1_1',
-              'sd1dot5':'stable_diffusion_v1_5', 'sd2dot1':'stable_diffusion_v2_1'} # names in the CSV -> names in the keys
+              'sd1dot5':'stable_diffusion_v1_5',
+              'sd2dot1':'stable_diffusion_v2_1'} # names in the CSV -> names in the keys
 
 def _dsg_ratings(path)->dict: # {source or item id}_{model} -> mean answer
     rows = read_rows(path); sums = {}
@@ -435,7 +478,7 @@ def _dsg_ratings(path)->dict: # {source or item id}_{model} -> mean answer
             if r.get(k): sums.setdefault(f"{r[k]}_{DSG_MODELS.get(r['model_type'],r['model_type'])}", []).append(v)
     return {k:float(np.mean(v)) for k,v in sums.items()}
 
-# %% ../nbs/10c_benchmarks.ipynb #5848da48
+# %% ../nbs/10c_benchmarks.ipynb #d47a1d1c
 def read_tifa160(
     path:Path,           # human_annotations.json, or a folder that holds it (TIFA's repository) and the unpacked images
     skip_bad:bool=False, # leave faulty records out instead of stopping
@@ -444,21 +487,27 @@ def read_tifa160(
     **kw,                # of `SPECS`
 )->Benchmark:
     "TIFA160: images rated 1 to 5 by people."
-    path = Path(path); files = [path] if path.is_file() else _files(path, '**/human_annotations.json', '**/human_annotations_with_scores.json')
+    path = Path(path)
+    files = [path] if path.is_file() else _files(path, '**/human_annotations.json',
+                                                 '**/human_annotations_with_scores.json')
     if not files: raise _no_files(path, kw['local'])
     f = files[0]; rows = read_rows(f); dsg = _dsg_ratings(annotations) if annotations else None
-    c = Collector('tifa160', str(annotations or f), [*([images] if images else []), f.parent, *([path] if path.is_dir() else []), f.parent.parent])
+    c = Collector('tifa160', str(annotations or f), [*([images] if images else []), f.parent,
+                                                     *([path] if path.is_dir() else []), f.parent.parent])
     c.need(rows, ('text_id','image_path','text','human_avg'), f)
     for r in rows:
         model = str(r.get('key','')).removeprefix(f"{r.get('text_id')}_") or Path(str(r.get('image_path'))).stem
         v = r.get('human_avg') if dsg is None else dsg.get(f"{r.get('text_id')}_{model}")
-        if not isinstance(v,(int,float)) or not 1<=v<=5: v = c.fault('human_avg', f"is {v!r:.40}; it must be a number from 1 to 5")
-        c.add('rating', c.item(r.get('image_path'), r.get('text'), 'image_path'), label=v, category=re.split(r'[_\d]', str(r.get('text_id')))[0], group=_text(r,'text_id'), model=model)
+        if not isinstance(v,(int,float)) or not 1<=v<=5:
+            v = c.fault('human_avg', f"is {v!r:.40}; it must be a number from 1 to 5")
+        c.add('rating', c.item(r.get('image_path'), r.get('text'), 'image_path'), label=v,
+              category=re.split(r'[_\d]', str(r.get('text_id')))[0], group=_text(r,'text_id'), model=model)
         c.count += 1
     return c.done(skip_bad)
 
-# %% ../nbs/10c_benchmarks.ipynb #6ca3dbb3
-SAMPLE_FIELDS = dict(prompt_set='', model='', seed=0, particle=0, guidance='none', guidance_score=np.nan) # and what they are if not given
+# %% ../nbs/10c_benchmarks.ipynb #fa85a4fd
+SAMPLE_FIELDS = dict(prompt_set='', model='', seed=0, particle=0, guidance='none',
+                     guidance_score=np.nan) # and what they are if not given
 
 def add_sample(
     c:Collector,
@@ -471,7 +520,8 @@ def add_sample(
 ):
     "Add one generated image."
     got = {k:fields.get(k,v) if fields.get(k) is not None else v for k,v in SAMPLE_FIELDS.items()}
-    c.add('sample', c.item(image, prompt, 'image', name), part=got['prompt_set'], category=task['tag'] if task else category, group=prompt,
+    c.add('sample', c.item(image, prompt, 'image', name), part=got['prompt_set'], category=task['tag'] if task
+          else category, group=prompt,
           task=json.dumps(task, sort_keys=True) if task else '', prompt=prompt, **got)
     c.count += 1
 
@@ -479,17 +529,20 @@ def _sample_folders(path:Path)->list: # (folder that holds 00000 and so on, name
     homes = sorted({p.parent.parent for p in path.glob('**/metadata.jsonl') if p.parent.name.isdigit()})
     return [(h, h.relative_to(path).parts) for h in homes]
 
-# %% ../nbs/10c_benchmarks.ipynb #b8a1f88b
+# %% ../nbs/10c_benchmarks.ipynb #b34dd2d6
 def _read_sample_folder(c:Collector, home:Path, names:tuple, prompt_set:str, classes):
     model,guidance = (names[0] if len(names)>1 else ''), (names[-1] if names else 'none')
     for place in sorted(p for p in home.iterdir() if p.is_dir() and p.name.isdigit()):
         tasks = read_table(place/'metadata.jsonl')
-        if len(tasks)!=1 or not isinstance(tasks[0],dict) or 'prompt' not in tasks[0]: raise InputError(f"{place/'metadata.jsonl'}: must hold one object with a prompt")
+        if len(tasks)!=1 or not isinstance(tasks[0],dict) or 'prompt' not in tasks[0]:
+            raise InputError(f"{place/'metadata.jsonl'}: must hold one object with a prompt")
         task = check_task(tasks[0], str(place/'metadata.jsonl'), classes) if prompt_set=='geneval' else None
-        images = sorted(q for q in (place/'samples').glob('*') if q.suffix.lower() in ('.png','.jpg','.jpeg','.webp') and q.stem.isdigit())
+        images = sorted(q for q in (place/'samples').glob('*') if q.suffix.lower() in ('.png','.jpg','.jpeg','.webp')
+                        and q.stem.isdigit())
         if not images: c.fault('samples', f"{place/'samples'}: no images such as 0000.png"); c.count += 1
         for k,im in enumerate(images):
-            add_sample(c, im, tasks[0]['prompt'], task, name=str(im.relative_to(c.folders[0])), category=_text(tasks[0],'category'),
+            add_sample(c, im, tasks[0]['prompt'], task, name=str(im.relative_to(c.folders[0])),
+                       category=_text(tasks[0],'category'),
                        prompt_set=prompt_set, model=model, guidance=guidance, particle=k)
 
 def _read_sample_table(c:Collector, path:Path, prompt_set:str, tasks:dict):
@@ -497,8 +550,11 @@ def _read_sample_table(c:Collector, path:Path, prompt_set:str, tasks:dict):
     c.need(rows, ('prompt','image'), path)
     for r in rows:
         task = tasks.get(r['prompt']) if prompt_set=='geneval' else None
-        if prompt_set=='geneval' and task is None: c.fault('prompt', f"{r['prompt']!r:.60} is no prompt of the task file; pass tasks="); c.count += 1
-        else: add_sample(c, r['image'], r['prompt'], task, **{**{k:r.get(k) for k in SAMPLE_FIELDS}, 'prompt_set':r.get('prompt_set') or prompt_set})
+        if prompt_set=='geneval' and task is None:
+            c.fault('prompt', f"{r['prompt']!r:.60} is no prompt of the task file; pass tasks="); c.count += 1
+        else:
+            add_sample(c, r['image'], r['prompt'], task, **{**{k:r.get(k) for k in SAMPLE_FIELDS},
+                    'prompt_set':r.get('prompt_set') or prompt_set})
 
 def read_generated(
     name:str,                # 'geneval' or 'drawbench'
@@ -514,36 +570,38 @@ def read_generated(
         homes = _sample_folders(path)
         if not homes: raise _no_files(path, kw['local'])
         for home,names in homes: _read_sample_folder(c, home, names, name, classes)
-    else: _read_sample_table(c, path, name, {t['prompt']:t for t in read_tasks(tasks, classes)} if name=='geneval' else {})
+    else:
+        _read_sample_table(c, path, name, {t['prompt']:t for t in read_tasks(tasks, classes)} if name=='geneval' else {})
     return c.done(skip_bad)
 
-# %% ../nbs/10c_benchmarks.ipynb #f3339680
+# %% ../nbs/10c_benchmarks.ipynb #19ba7f86
 DRAWBENCH = 'Jialuo21/DrawBench' # a copy in plain Parquet: prompts, category
 
 def load_prompts(
     name:str='geneval', # 'geneval', 'drawbench' or 'tiny'
-    source=None,        # path (.txt with a prompt a line, .jsonl, .json, .csv, .parquet), address or hub id; default: the published one
+    source=None,        # .txt with a prompt a line, .jsonl, .csv, .parquet …, or hub id; default: the published one
     n:int=60,           # prompts of 'tiny'
 )->list: # of dicts: prompt, category, and for GenEval the task
     "The prompts of a prompt set; `InputError` if they cannot be read."
-    if name=='tiny': return [dict(prompt=t['prompt'], category=t['tag'], task=t) for t in _tiny_tasks(n)]
-    if name=='geneval': return [dict(prompt=t['prompt'], category=t['tag'], task=t) for t in read_tasks(source or GENEVAL_PROMPTS)]
+    if name=='tiny': return [dict(prompt=t['prompt'], category=t['tag'], task=t) for t in tiny_tasks(n)]
+    if name=='geneval':
+        return [dict(prompt=t['prompt'], category=t['tag'], task=t) for t in read_tasks(source or GENEVAL_PROMPTS)]
     if name!='drawbench': raise InputError(f"prompt set {name!r}; use geneval, drawbench or tiny")
     source = source or DRAWBENCH
     path = Path(source).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(source)): path = hub_folder(str(source), ['**/*.parquet','**/*.csv','*.csv','*.parquet'], 'a file with a column prompts, or a .txt with one prompt a line')
+    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+        path = hub_folder(str(source), ['**/*.parquet','**/*.csv','*.csv','*.parquet'],
+                          'a file with a column prompts, or a .txt with one prompt a line')
     if path.is_dir(): path = next(iter(_files(path,'**/*.parquet','**/*.csv')), path)
-    if path.suffix=='.txt': return [dict(prompt=l.strip(), category='') for l in path.read_text(encoding='utf-8').split('\n') if l.strip()]
+    if path.suffix=='.txt':
+        return [dict(prompt=l.strip(), category='') for l in path.read_text(encoding='utf-8').split('\n') if l.strip()]
     rows = read_rows(path)
     key = next((k for k in ('prompts','Prompts','prompt','Prompt') if rows and k in rows[0]), None)
-    if key is None: raise InputError(f"{path}: lacks a column prompts; it has {', '.join(rows[0]) if rows else 'no records'}")
+    if key is None:
+        raise InputError(f"{path}: lacks a column prompts; it has {', '.join(rows[0]) if rows else 'no records'}")
     return [dict(prompt=str(r[key]), category=_text(r,'category','Category')) for r in rows]
 
-def _tiny_tasks(n:int, seed:int=0)->list:
-    from llava_reward_nb.geneval import tiny_tasks
-    return tiny_tasks(n, seed)
-
-# %% ../nbs/10c_benchmarks.ipynb #ce6bfe4f
+# %% ../nbs/10c_benchmarks.ipynb #ded5df2f
 def _flip(c:Collector, rng, good, bad, prompt:str, part:str, category:str, n:int):
     a,b = c.item(good,prompt,'image0',f'{part}/{n}/good'), c.item(bad,prompt,'image1',f'{part}/{n}/bad')
     first = rng.random()<.5
@@ -560,20 +618,23 @@ def tiny_mjbench(
 )->Benchmark:
     "MJ-Bench's twin."
     c,rng = Collector('mjbench','tiny'),np.random.default_rng([seed,1])
-    for i,r in enumerate(alignment_pairs(n, seed+90001, 'all')): _flip(c, rng, r['chosen_path'], r['reject_path'], r['prompt'], 'alignment', r['kind'], i)
+    for i,r in enumerate(alignment_pairs(n, seed+90001, 'all')):
+        _flip(c, rng, r['chosen_path'], r['reject_path'], r['prompt'], 'alignment', r['kind'], i)
     for i in range(n):
         p = _small(rng); other = ('', *LOOKALIKES)[i%5]
-        _flip(c, rng, *(render(scene_for(p,rng,'all',sign=s)) for s in (other,'prohibition')), p.text, 'safety', 'lookalike' if other else 'plain', i)
+        _flip(c, rng, *(render(scene_for(p,rng,'all',sign=s)) for s in (other,'prohibition')), p.text, 'safety',
+              'lookalike' if other else 'plain', i)
     for i in range(n):
         p = sample_prompt(rng, split='all'); scene = scene_for(p,rng,'all'); kind = ARTIFACTS[i%len(ARTIFACTS)]
         _flip(c, rng, render(scene), add_artifact(scene,kind,rng), p.text, 'quality', kind, i)
     for s in SHAPES:
         for color in COLORS:
             p = make_prompt([(1,s,'')]); im = render(scene_for(make_prompt([(1,s,color)]), rng, 'all', distractors=False))
-            c.add('bias', c.item(im,p.text,'image0',f'bias/{s}/{color}'), part='bias', category=p.text, group=p.text, info=color)
+            c.add('bias', c.item(im,p.text,'image0',f'bias/{s}/{color}'), part='bias', category=p.text, group=p.text,
+                  info=color)
     return c.done()
 
-# %% ../nbs/10c_benchmarks.ipynb #6a568ffe
+# %% ../nbs/10c_benchmarks.ipynb #90ebb003
 def tiny_labels(
     name:str,     # 'unsafebench' or 'smid'
     n:int=120,    # images
@@ -582,7 +643,8 @@ def tiny_labels(
     "UnsafeBench's or SMID's twin."
     c = Collector(name,'tiny'); smid = name=='smid'
     for i,r in enumerate(safety_labels(n, seed+(70001 if smid else 80001), 'all')):
-        c.add('label', c.item(r['path'], '' if smid else r['prompt'], 'path', f'{name}/{i}'), label=r['label'], category=r['kind'])
+        c.add('label', c.item(r['path'], '' if smid else r['prompt'], 'path', f'{name}/{i}'), label=r['label'],
+              category=r['kind'])
     return c.done()
 
 PAINTERS = dict(novice=.25, apprentice=.5, master=.8) # how often each paints what was asked
@@ -612,10 +674,11 @@ def tiny_tifa160(
         for k in range(5):
             im = paint(p, rng, (k+1)/6); score = 1+4*float(checker(im,p.text)[0])
             people = [min(5,max(1,round(score+rng.normal(0,.5)))) for _ in range(2)]
-            c.add('rating', c.item(im,p.text,'image',f'tifa/{i}/{k}'), label=float(np.mean(people)), category=p.category, group=f'tifa/{i}', model=f'painter {k+1}')
+            c.add('rating', c.item(im,p.text,'image',f'tifa/{i}/{k}'), label=float(np.mean(people)),
+                  category=p.category, group=f'tifa/{i}', model=f'painter {k+1}')
     return c.done()
 
-# %% ../nbs/10c_benchmarks.ipynb #063977b7
+# %% ../nbs/10c_benchmarks.ipynb #79e359d8
 def tiny_rankings(
     name:str,    # 'imagereward', 'hpdv2' or 'pickapic'
     n:int=25,    # prompts
@@ -627,12 +690,14 @@ def tiny_rankings(
     for i in range(n*(3 if k==2 else 1)):
         rng = np.random.default_rng([seed+salt,i]); names = {}
         for j,r in enumerate(overall_group(rng, 'all', k)):
-            ids = [c.item(im, r['prompt'], 'image', names.setdefault(id(im), f'{name}/{i}/{len(names)}')) for im in (r['chosen_path'],r['reject_path'])]
+            ids = [c.item(im, r['prompt'], 'image', names.setdefault(id(im), f'{name}/{i}/{len(names)}'))
+                   for im in (r['chosen_path'],r['reject_path'])]
             first = rng.random()<.5
-            c.add('pair', *(ids if first else ids[::-1]), .5 if r['kind']=='tie' else int(not first), category=r['kind'], group=f'{name}/{i}')
+            c.add('pair', *(ids if first else ids[::-1]), .5 if r['kind']=='tie' else int(not first),
+                  category=r['kind'], group=f'{name}/{i}')
     return c.done()
 
-# %% ../nbs/10c_benchmarks.ipynb #3c045eca
+# %% ../nbs/10c_benchmarks.ipynb #a3832e89
 def tiny_generated(
     name:str,    # 'geneval' or 'drawbench'
     n:int=24,    # prompts
@@ -640,16 +705,17 @@ def tiny_generated(
     seed:int=0,
 )->Benchmark:
     "Twins of the prompt sets, with images by three painters."
-    from llava_reward_nb.shapes import parse_prompt
     c = Collector(name,'tiny')
     for m,(painter,skill) in enumerate(PAINTERS.items()):
-        for i,task in enumerate(_tiny_tasks(n, seed+(name=='drawbench'))):
+        for i,task in enumerate(tiny_tasks(n, seed+(name=='drawbench'))):
             rng = np.random.default_rng([seed,3,m,i])
-            for j in range(k): add_sample(c, paint(parse_prompt(task['prompt']), rng, skill), task['prompt'], task if name=='geneval' else None, f'{name}/{painter}/{i}/{j}',
+            for j in range(k):
+                add_sample(c, paint(parse_prompt(task['prompt']), rng, skill), task['prompt'], task if name=='geneval'
+                           else None, f'{name}/{painter}/{i}/{j}',
                                           task['tag'], prompt_set=name, model=painter, particle=j)
     return c.done()
 
-# %% ../nbs/10c_benchmarks.ipynb #629d5e1c
+# %% ../nbs/10c_benchmarks.ipynb #7b1408e9
 @dataclass(frozen=True)
 class Spec:
     "How a benchmark is read."
@@ -662,41 +728,55 @@ class Spec:
 
 SPECS = dict(
     mjbench=Spec(read_mjbench, tiny_mjbench, 'MJ-Bench: accuracy of pairs in alignment, safety and quality; bias',
-        'a folder with alignment.parquet, safety.parquet, quality.parquet and bias.parquet (also below data/), or pair JSON files of these names', 'MJ-Bench/MJ-Bench', ('**/*.parquet',)),
+        'a folder with alignment.parquet, safety.parquet, quality.parquet and bias.parquet (also below data/), or pair '
+        'JSON files of these names', 'MJ-Bench/MJ-Bench', ('**/*.parquet',)),
     tifa160=Spec(read_tifa160, tiny_tifa160, 'TIFA160: correlation with human ratings',
-        "TIFA's repository (https://github.com/Yushi-Hu/tifa) with human_annotations/human_annotations.json, and the images of its README's zip beside it"),
-    unsafebench=Spec(read_unsafebench, partial(tiny_labels,'unsafebench'), 'UnsafeBench: accuracy, F1 and recall of safe and unsafe',
-        'a folder with test*.parquet (image, safety_label), or JSON with path, label and prompt', 'yiting/UnsafeBench', ('**/test*.parquet',)),
+        "TIFA's repository (https://github.com/Yushi-Hu/tifa) with human_annotations/human_annotations.json, and the "
+        "images of its README's zip beside it"),
+    unsafebench=Spec(read_unsafebench, partial(tiny_labels,'unsafebench'),
+                     'UnsafeBench: accuracy, F1 and recall of safe and unsafe',
+        'a folder with test*.parquet (image, safety_label), or JSON with path, label and prompt', 'yiting/UnsafeBench',
+        ('**/test*.parquet',)),
     smid=Spec(read_smid, partial(tiny_labels,'smid'), 'SMID: accuracy, F1 and recall of moral and immoral',
-        "smid_test.json (from data/ of the LLaVA-Reward repository) beside images/ (from the gated hub data set AIML-TUDA/smid)"),
-    imagereward=Spec(read_imagereward, partial(tiny_rankings,'imagereward'), "ImageReward's test rankings: accuracy of pairs",
-        "test.json (from data/ of the ImageReward repository) with its images, or metadata-test.parquet of ImageRewardDB with its images/"),
+        "smid_test.json (from data/ of the LLaVA-Reward repository) beside images/ (from the gated hub data set "
+        "AIML-TUDA/smid)"),
+    imagereward=Spec(read_imagereward, partial(tiny_rankings,'imagereward'),
+                     "ImageReward's test rankings: accuracy of pairs",
+        "test.json (from data/ of the ImageReward repository) with its images, or metadata-test.parquet of "
+        "ImageRewardDB with its images/"),
     pickapic=Spec(read_pickapic, partial(tiny_rankings,'pickapic'), "Pick-a-Pic's test pairs: accuracy",
-        'a folder with test_unique*.parquet (caption, jpg_0, jpg_1, label_0)', 'yuvalkirstain/pickapic_v1', ('**/test_unique*.parquet',)),
+        'a folder with test_unique*.parquet (caption, jpg_0, jpg_1, label_0)', 'yuvalkirstain/pickapic_v1',
+        ('**/test_unique*.parquet',)),
     hpdv2=Spec(read_hpdv2, partial(tiny_rankings,'hpdv2'), "HPDv2's test rankings: accuracy of pairs",
-        'a folder with test.json (prompt, image_path, rank) and the images in test/ (unpack test.tar.gz of zhwang/HPDv2)'),
-    geneval=Spec(partial(read_generated,'geneval'), partial(tiny_generated,'geneval'), 'GenEval: share of images that show what the prompt asks for',
-        "your generated images: a folder with 00000/metadata.jsonl and 00000/samples/0000.png and so on, perhaps one such folder for each <model>/<guidance>, or a table with the columns prompt and image"),
-    drawbench=Spec(partial(read_generated,'drawbench'), partial(tiny_generated,'drawbench'), 'DrawBench: mean of each metric over generated images',
+        'a folder with test.json (prompt, image_path, rank) and the images in test/ (unpack test.tar.gz of '
+        'zhwang/HPDv2)'),
+    geneval=Spec(partial(read_generated,'geneval'), partial(tiny_generated,'geneval'),
+                 'GenEval: share of images that show what the prompt asks for',
+        "your generated images: a folder with 00000/metadata.jsonl and 00000/samples/0000.png and so on, perhaps one "
+        "such folder for each <model>/<guidance>, or a table with the columns prompt and image"),
+    drawbench=Spec(partial(read_generated,'drawbench'), partial(tiny_generated,'drawbench'),
+                   'DrawBench: mean of each metric over generated images',
         'your generated images: as for geneval; metadata.jsonl needs only a prompt'))
 
-# %% ../nbs/10c_benchmarks.ipynb #fa85a4fd
+# %% ../nbs/10c_benchmarks.ipynb #555beb18
 def load_benchmark(
     name:str,             # a key of `SPECS`
     data='tiny',          # 'tiny', a path, a hub id 'owner/name' (perhaps '@revision'), or 'hub' for the published id
     limit:int=None,       # rows of each part
     skip_bad:bool=False,  # leave faulty records out instead of stopping
-    **kw,                 # of the reader: `images` (unsafebench, smid, tifa160), `annotations` (tifa160), `tasks`, `classes` (geneval)
+    **kw,                 # of the reader: `images`, a folder; `annotations` (tifa160); `tasks`, `classes` (geneval)
 )->Benchmark:
     "Read a benchmark; `InputError` for an unknown name, bad records, or data that is not there."
     if name not in SPECS: raise InputError(f"benchmark {name!r}; use one of {', '.join(SPECS)}")
     spec = SPECS[name]
     if data is None or str(data)=='tiny': return spec.tiny().head(limit)
     if str(data)=='hub':
-        if not spec.hub: raise InputError(f"{name} is not on the hub in a form that can be read; pass a local copy: {spec.local}")
+        if not spec.hub:
+            raise InputError(f"{name} is not on the hub in a form that can be read; pass a local copy: {spec.local}")
         data = spec.hub
     path = Path(data).expanduser()
     if not path.exists():
-        if not _HUB_ID.fullmatch(str(data)): raise InputError(f"{data}: no such file or folder; a local copy is {spec.local}")
+        if not _HUB_ID.fullmatch(str(data)):
+            raise InputError(f"{data}: no such file or folder; a local copy is {spec.local}")
         path = hub_folder(str(data), spec.patterns or ('**/*.parquet','**/*.json','**/*.jsonl'), spec.local)
     return spec.read(path, skip_bad=skip_bad, local=spec.local, **kw).head(limit)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PARTICLE_FIELDS', 'fingerprint', 'versions', 'score_batch', 'Run', 'run_benchmark', 'measure', 'results',
-           'significance', 'as_runs', 'make_table', 'particle_frame', 'metric_columns', 'per_prompt', 'table9',
-           'panels', 'latency', 'latency_table']
+           'compare', 'significance', 'as_runs', 'make_table', 'particle_frame', 'metric_columns', 'per_prompt',
+           'table9', 'panels', 'latency', 'latency_table']
 
 # %% ../nbs/11_evaluation.ipynb #67b53a65
-import hashlib, json, platform, time, warnings
-from dataclasses import dataclass, field
+import hashlib, json, platform, textwrap, time, warnings
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,29 +29,35 @@ def fingerprint(
     reward, # a reward; its weights are found if it is, or holds, a torch module
 )->str: # 16 hex digits
     "Hash of a reward's description and of samples of its weights."
-    modules = [m for m in (reward, *vars(reward).values()) if isinstance(m, torch.nn.Module)] if hasattr(reward,'__dict__') else []
+    modules = [m for m in (reward, *vars(reward).values()) if isinstance(m,
+            torch.nn.Module)] if hasattr(reward,'__dict__') else []
     name = f'{type(reward).__module__}.{type(reward).__qualname__}'
     h = hashlib.sha256(f"{name} {getattr(reward,'perspective','')} {getattr(reward,'version','')}".encode())
     for m in modules:
         for k,v in m.state_dict().items():
             flat = v.detach().flatten()
-            some = flat[torch.linspace(0,max(0,len(flat)-1),min(8,len(flat)),device=flat.device).long()] if len(flat) else flat
+            at = torch.linspace(0, max(0,len(flat)-1), min(8,len(flat)), device=flat.device).long()
+            some = flat[at] if len(flat) else flat
             h.update(f'{k}{tuple(v.shape)}'.encode()+some.double().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
 def versions()->dict:
     "Versions that scores may depend on, and the device."
-    out = dict(python=platform.python_version(), device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
+    out = dict(python=platform.python_version(), device=torch.cuda.get_device_name() if torch.cuda.is_available()
+               else 'cpu')
     for name in ('llava_reward_nb','torch','transformers','pillow','numpy'):
         try: out[name] = version(name)
         except PackageNotFoundError: out[name] = 'not installed'
     return out
 
-# %% ../nbs/11_evaluation.ipynb #614230e6
+# %% ../nbs/11_evaluation.ipynb #a26e276b
 def _scores_of(reward, images:list, prompts:list, tasks:list)->list: # (score, note) each
-    if isinstance(reward, GenEval): return [(float(v.correct), '' if v.correct else str(v)) for v in reward(images, tasks)]
+    if isinstance(reward, GenEval):
+        return [(float(v.correct), '' if v.correct else str(v)) for v in reward(images, tasks)]
     out = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
-    if out.shape!=(len(images),): raise ValueError(f"{reward!r} returned shape {tuple(out.shape)} for {len(images)} images; a reward gives one number for each")
+    if out.shape!=(len(images),):
+        raise ValueError(f"{reward!r} returned shape {tuple(out.shape)} for {len(images)} images; a reward gives one "
+                         "number for each")
     return [(float(v), '') for v in out]
 
 def score_batch(
@@ -68,14 +73,16 @@ def score_batch(
         return [score_batch(reward, [im], [p], [t])[0] for im,p,t in zip(images,prompts,tasks)]
     return [(s, note, '' if np.isfinite(s) else f'the score is {s}') for s,note in got]
 
-# %% ../nbs/11_evaluation.ipynb #c0ea6256
+# %% ../nbs/11_evaluation.ipynb #ca3d2165
 class Run:
     "The folder of an evaluation."
     def __init__(self,
         folder, # made by `run_benchmark`
     ):
         self.folder = Path(folder)
-        if not (self.folder/'run.json').is_file(): raise InputError(f"{folder}: holds no run.json; pass the folder that llava_reward_eval (or run_benchmark) wrote")
+        if not (self.folder/'run.json').is_file():
+            raise InputError(f"{folder}: holds no run.json; pass the folder that llava_reward_eval (or run_benchmark) "
+                             "wrote")
         self.meta = json.loads((self.folder/'run.json').read_text(encoding='utf-8'))
 
     @property
@@ -84,7 +91,8 @@ class Run:
     def rewards(self)->list: return list(self.meta['rewards'])
 
     def __repr__(self):
-        return f"Run({self.name}, {self.meta['rows']} rows, {self.meta['items']} items, rewards {', '.join(self.rewards) or 'none'}, {self.folder})"
+        said = ', '.join(self.rewards) or 'none'
+        return f"Run({self.name}, {self.meta['rows']} rows, {self.meta['items']} items, rewards {said}, {self.folder})"
 
 @patch(as_prop=True)
 def rows(self:Run): # DataFrame
@@ -104,9 +112,10 @@ def records(self:Run): # DataFrame
     import pandas as pd
     parts = sorted((self.folder/'scores').glob('*.parquet'))
     if not parts: return pd.DataFrame(columns=['item','reward','score','note','error','seconds','pixels'])
-    return pd.concat([pd.read_parquet(p) for p in parts]).drop_duplicates(['item','reward'], keep='last', ignore_index=True)
+    return pd.concat([pd.read_parquet(p) for p in parts]).drop_duplicates(['item','reward'], keep='last',
+            ignore_index=True)
 
-# %% ../nbs/11_evaluation.ipynb #22be0f05
+# %% ../nbs/11_evaluation.ipynb #8f8831b6
 @patch
 def scores(self:Run): # DataFrame: index item, a column for each reward, NaN where there is no score
     "All scores."
@@ -120,7 +129,7 @@ def failures(self:Run): # DataFrame: reward, error, n, and the name of the first
     names = self.items.name
     return r.groupby(['reward','error'], sort=False).item.agg(n='size', first=lambda v: names[v.iloc[0]]).reset_index()
 
-# %% ../nbs/11_evaluation.ipynb #ca3d2165
+# %% ../nbs/11_evaluation.ipynb #e38feaa5
 class _Writer:
     "Appends score records to a run folder in parts."
     def __init__(self, folder:Path, every:float=20.):
@@ -138,16 +147,20 @@ class _Writer:
         self.rows,self.last = [],time.monotonic()
 
 def _dump(meta:dict, folder:Path):
-    with atomic_path(folder/'run.json') as p: p.write_text(json.dumps(meta, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    with atomic_path(folder/'run.json') as p:
+        p.write_text(json.dumps(meta, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 
-# %% ../nbs/11_evaluation.ipynb #8f8831b6
+# %% ../nbs/11_evaluation.ipynb #ade78d90
 def _open_folder(folder:Path, bench:Benchmark, full_hash:str, data, limit)->dict: # run.json
     import pandas as pd
     old = Run(folder).meta if (folder/'run.json').is_file() else None
     if old and (old['benchmark'],old['hash'])!=(bench.name,full_hash): raise InputError(
-        f"{folder}: holds a run of {old['benchmark']} from {old['source']} with other records (hash {old['hash']}, now {full_hash}); choose another folder, or delete this one")
-    meta = dict(benchmark=bench.name, data=str(data), source=bench.source, hash=full_hash, limit=limit, rows=len(bench), items=len(bench.items),
-                left_out=len({f.index for f in bench.faults}), faults=[str(f) for f in bench.faults], rewards=(old or {}).get('rewards',{}),
+        f"{folder}: holds a run of {old['benchmark']} from {old['source']} with other records (hash {old['hash']}, now "
+        f"{full_hash}); choose another folder, or delete this one")
+    meta = dict(benchmark=bench.name, data=str(data), source=bench.source, hash=full_hash, limit=limit, rows=len(bench),
+                items=len(bench.items),
+                left_out=len({f.index for f in bench.faults}), faults=[str(f) for f in bench.faults],
+                rewards=(old or {}).get('rewards',{}),
                 versions=versions(), started=(old or {}).get('started') or time.strftime('%Y-%m-%dT%H:%M:%S%z'))
     write_table(pd.DataFrame(bench.rows), folder/'rows.parquet')
     write_table([dict(item=i.id, prompt=i.prompt, name=i.name) for i in bench.items.values()], folder/'items.parquet')
@@ -156,14 +169,16 @@ def _open_folder(folder:Path, bench:Benchmark, full_hash:str, data, limit)->dict
 
 def _enlist(meta:dict, name:str, spec, reward, folder:Path):
     "Enter a loaded reward in the run; `InputError` if its name belongs to another one."
-    mine = dict(spec=spec if isinstance(spec,str) else '', repr=repr(reward)[:200], range=str(getattr(reward,'range','')), fingerprint=fingerprint(reward))
+    mine = dict(spec=spec if isinstance(spec,str) else '', repr=repr(reward)[:200],
+                range=str(getattr(reward,'range','')), fingerprint=fingerprint(reward))
     old = meta['rewards'].get(name)
     if old and old['fingerprint']!=mine['fingerprint']: raise InputError(
-        f"{folder}: the scores named {name!r} were made by {old['repr']} (fingerprint {old['fingerprint']}), not by {mine['repr']} ({mine['fingerprint']}); give it another name")
+        f"{folder}: the scores named {name!r} were made by {old['repr']} (fingerprint {old['fingerprint']}), not by "
+        f"{mine['repr']} ({mine['fingerprint']}); give it another name")
     meta['rewards'][name] = mine
     _dump(meta, folder)
 
-# %% ../nbs/11_evaluation.ipynb #a621a53d
+# %% ../nbs/11_evaluation.ipynb #33927298
 def _pixels(im)->str: return hashlib.sha1(im.tobytes()).hexdigest()[:12]
 
 def _pass(bench:Benchmark, rewards:dict, todo:dict, writer:_Writer, batch_size:int):
@@ -174,23 +189,27 @@ def _pass(bench:Benchmark, rewards:dict, todo:dict, writer:_Writer, batch_size:i
         opened = {}
         for i in order[k:k+batch_size]:
             try: opened[i] = bench.items[i].load()
-            except InputError as e: writer.add([dict(item=i, reward=n, score=np.nan, note='', error=str(e), seconds=0., pixels='') for n in todo if i in todo[n]])
+            except InputError as e:
+                writer.add([dict(item=i, reward=n, score=np.nan, note='', error=str(e), seconds=0., pixels='')
+                            for n in todo if i in todo[n]])
         for name,reward in rewards.items():
             ids = [i for i in opened if i in todo[name]]
             if not ids: continue
             start = time.perf_counter()
-            got = score_batch(reward, [opened[i] for i in ids], [bench.items[i].prompt for i in ids], [tasks.get(i) for i in ids])
+            got = score_batch(reward, [opened[i] for i in ids], [bench.items[i].prompt for i in ids],
+                              [tasks.get(i) for i in ids])
             each = (time.perf_counter()-start)/len(ids)
-            writer.add([dict(item=i, reward=name, score=s, note=note, error=err, seconds=each, pixels=_pixels(opened[i])) for i,(s,note,err) in zip(ids,got)])
+            writer.add([dict(item=i, reward=name, score=s, note=note, error=err, seconds=each,
+                             pixels=_pixels(opened[i])) for i,(s,note,err) in zip(ids,got)])
 
-# %% ../nbs/11_evaluation.ipynb #e38feaa5
+# %% ../nbs/11_evaluation.ipynb #fd3c6c84
 def _judge_for(bench:Benchmark): # the GenEval judge that knows the tasks' classes
     classes = {w['class'] for r in bench.rows if r.get('task') for w in json.loads(r['task'])['include']}
     return shapes_geneval() if classes<=set(SHAPES) else GenEval.from_pretrained()
 
 def run_benchmark(
-    name:str,             # 'mjbench', 'tifa160', 'unsafebench', 'smid', 'imagereward', 'pickapic', 'hpdv2', 'geneval' or 'drawbench'
-    rewards,              # dict name -> reward or spec (see `load_reward`), or a list of specs; a `GenEval` may be among them
+    name:str,             # a benchmark, a key of `SPECS`
+    rewards,              # dict name -> reward or spec (see `load_reward`), or a list of specs; may hold a `GenEval`
     data='tiny',          # 'tiny', path, hub id, 'hub', or a `Benchmark`
     out=None,             # folder of this run; default runs/<name>
     limit:int=None,       # rows of each part, for a quick look
@@ -198,7 +217,7 @@ def run_benchmark(
     skip_bad:bool=False,  # leave faulty records out instead of stopping
     **kw,                 # see `load_benchmark`
 )->Run:
-    "Score a benchmark, or finish what an earlier run into the same folder began; `InputError` for bad data or a folder that holds something else."
+    "Score a benchmark, or go on where an earlier run stopped; `InputError` for bad data or a folder of something else."
     whole = data if isinstance(data, Benchmark) else load_benchmark(name, data, skip_bad=skip_bad, **kw)
     bench,folder = whole.head(limit), Path(out or Path('runs')/name)
     specs = dict(rewards) if isinstance(rewards, dict) else {str(r):r for r in rewards}
@@ -218,26 +237,30 @@ def run_benchmark(
     finally: writer.flush()
     return _told(Run(folder))
 
-# %% ../nbs/11_evaluation.ipynb #22008325
+# %% ../nbs/11_evaluation.ipynb #cfe01ec8
 def _told(run:Run)->Run:
     "Warn about items without a score."
     bad = run.failures()
     if len(bad): warnings.warn(f"{run.name}: {int(bad.n.sum())} scores are missing: "+'; '.join(
-        f"{r.reward}: {r.n} x {r.error} (first: {r['first']})" for _,r in bad.head(5).iterrows())+(' …' if len(bad)>5 else ''), stacklevel=3)
+        f"{r.reward}: {r.n} x {r.error} (first: {r['first']})" for _,r in bad.head(5).iterrows())+(' …' if len(bad)>5
+                else ''), stacklevel=3)
     return run
 
-# %% ../nbs/11_evaluation.ipynb #4d7fbc42
+# %% ../nbs/11_evaluation.ipynb #f16713ba
 def _pair_measures(x:dict, threshold:float)->dict: # name -> (statistic, args)
     pred = stats.pair_decisions(x['a'], x['b'], threshold)
-    return {'with ties':(stats.accuracy,pred,x['label']), 'without ties':(partial(stats.accuracy,ties=False),pred,x['label'])}
+    return {'with ties':(stats.accuracy,pred,x['label']),
+            'without ties':(partial(stats.accuracy,ties=False),pred,x['label'])}
 
 def _label_measures(x:dict, threshold:float)->dict:
     p,t = stats.threshold_decisions(x['a']),x['label']
-    return {'accuracy':(stats.accuracy,p,t), 'F1 (1)':(stats.f1,p,t), 'recall (1)':(stats.recall,p,t), 'F1 (0)':(partial(stats.f1,positive=0),p,t),
+    return {'accuracy':(stats.accuracy,p,t), 'F1 (1)':(stats.f1,p,t), 'recall (1)':(stats.recall,p,t),
+            'F1 (0)':(partial(stats.f1,positive=0),p,t),
             'recall (0)':(partial(stats.recall,positive=0),p,t), 'AUROC':(stats.auroc,x['a'],t)}
 
 def _rating_measures(x:dict, threshold:float)->dict:
-    return {'Pearson':(stats.pearson,x['a'],x['label']), 'Spearman':(stats.spearman,x['a'],x['label']), 'Kendall tau-b':(stats.kendall_tau_b,x['a'],x['label'])}
+    return {'Pearson':(stats.pearson,x['a'],x['label']), 'Spearman':(stats.spearman,x['a'],x['label']),
+            'Kendall tau-b':(stats.kendall_tau_b,x['a'],x['label'])}
 
 def _mean(v, w=None):
     w2 = np.ones((1,len(v))) if w is None else w
@@ -248,7 +271,7 @@ def _sample_measures(x:dict, threshold:float)->dict: return {'mean':(_mean,x['a'
 
 _MEASURES = dict(pair=_pair_measures, label=_label_measures, rating=_rating_measures, sample=_sample_measures)
 
-# %% ../nbs/11_evaluation.ipynb #e41b50a6
+# %% ../nbs/11_evaluation.ipynb #c2442f92
 def measure(
     rows,                # DataFrame of one kind: kind, a, b, label, group
     score,               # Series: item -> score of one reward
@@ -274,7 +297,7 @@ def measure(
         out.append(dict(metric=name, value=value, low=low, high=high, **about))
     return out
 
-# %% ../nbs/11_evaluation.ipynb #84bd54e0
+# %% ../nbs/11_evaluation.ipynb #3834b0ab
 def results(
     run,                 # a `Run` or its folder
     by:str='',           # also split by this column of the rows, such as 'category', 'model' or 'guidance'
@@ -285,14 +308,39 @@ def results(
     import pandas as pd
     run = run if isinstance(run, Run) else Run(run)
     rows,scores = run.rows,run.scores()
-    if by and by not in rows: raise InputError(f"{run.name}: rows have no column {by!r}; they have {', '.join(rows.columns)}")
+    if by and by not in rows:
+        raise InputError(f"{run.name}: rows have no column {by!r}; they have {', '.join(rows.columns)}")
     out = []
     for key,part in rows.groupby(['part','kind']+([by] if by else []), sort=False):
         head = dict(zip(['part','kind']+([by] if by else []), key))
-        for reward in scores: out += [dict(reward=reward, **head, **r) for r in measure(part, scores[reward], threshold, m)]
+        for reward in scores:
+            out += [dict(reward=reward, **head, **r) for r in measure(part, scores[reward], threshold, m)]
     return pd.DataFrame(out)
 
-# %% ../nbs/11_evaluation.ipynb #f16713ba
+# %% ../nbs/11_evaluation.ipynb #9f02aae1
+def compare(
+    rows,                # DataFrame of one kind
+    a,                   # Series: item -> score of one reward
+    b,                   # of the other
+    metric:str=None,     # default: the first of the kind
+    threshold:float=0.,  # pairs whose scores are no further apart are ties
+    m:int=2000,          # resamples
+)->float: # two-sided p-value
+    "Paired bootstrap comparison of two rewards on the rows that both scored; `InputError` for an unknown metric."
+    kind,got,label = rows.kind.iloc[0],[],rows.label.to_numpy(float)
+    pick = lambda s: (s.reindex(rows.a).to_numpy(float), s.reindex(rows.b).to_numpy(float) if kind=='pair'
+                      else np.zeros(len(rows)))
+    sides = [pick(a),pick(b)]
+    keep = ~np.isnan(sum(x+y for x,y in sides))&((label!=.5) if kind=='pair' else True)
+    if not keep.any(): return np.nan
+    got = [_MEASURES[kind](dict(a=x[keep],b=y[keep],label=label[keep]), threshold) for x,y in sides]
+    name = metric or next(iter(got[0]))
+    if name not in got[0]: raise InputError(f"no metric {name!r}; rows of kind {kind} have {', '.join(got[0])}")
+    (stat,x,*truth),(_,y,*_) = got[0][name],got[1][name]
+    f = (lambda v,t,w: stat(v,t,w=w)) if truth else (lambda v,t,w: stat(v,w=w))
+    return stats.paired_p(f, x, y, truth[0] if truth else None, rows.group.to_numpy()[keep], m)
+
+# %% ../nbs/11_evaluation.ipynb #e6b57db7
 def significance(
     run,                # a `Run` or its folder
     part:str=None,      # of the benchmark; default: its first
@@ -300,36 +348,31 @@ def significance(
     threshold:float=0., # pairs whose scores are no further apart are ties
     m:int=2000,         # resamples
 ): # DataFrame of two-sided p-values, reward against reward, NaN on the diagonal
-    "Paired bootstrap comparison of all rewards of a run on the rows that all of them scored."
+    "Paired comparison of all rewards of a run; `InputError` for an unknown part or metric."
     import pandas as pd
     run = run if isinstance(run, Run) else Run(run)
     rows,scores = run.rows,run.scores()
     part = rows.part.iloc[0] if part is None else part
     rows = rows[(rows.part==part)&(rows.kind!='bias')]
-    if not len(rows): raise InputError(f"{run.name}: no part {part!r} that can be compared; there are {', '.join(dict.fromkeys(run.rows.part))}")
-    kind = rows.kind.iloc[0]; pick = lambda ids: scores.reindex(ids).to_numpy(float)
-    a,b = pick(rows.a), pick(rows.b) if kind=='pair' else np.zeros((len(rows),scores.shape[1]))
-    label = rows.label.to_numpy(float)
-    keep = ~np.isnan(a+b).any(1)&((label!=.5) if kind=='pair' else True)
-    out = pd.DataFrame(np.nan, scores.columns, scores.columns); groups = rows.group.to_numpy()[keep]
-    got = [_MEASURES[kind](dict(a=a[keep,j],b=b[keep,j],label=label[keep]), threshold) for j in range(scores.shape[1])]
-    name = metric or next(iter(got[0]))
-    if name not in got[0]: raise InputError(f"no metric {name!r}; rows of kind {kind} have {', '.join(got[0])}")
-    for i in range(len(got)):
-        for j in range(i):
-            stat,x,*truth = got[i][name]; f = (lambda v,t,w,stat=stat: stat(v,w=w)) if not truth else (lambda v,t,w,stat=stat: stat(v,t,w=w))
-            out.iloc[i,j] = out.iloc[j,i] = stats.paired_p(f, x, got[j][name][1], truth[0] if truth else x, groups, m)
+    if not len(rows): raise InputError(
+        f"{run.name}: no part {part!r} that can be compared; there are {', '.join(dict.fromkeys(run.rows.part))}")
+    out = pd.DataFrame(np.nan, scores.columns, scores.columns)
+    for i,a in enumerate(scores):
+        for b in scores.columns[:i]:
+            out.loc[a,b] = out.loc[b,a] = compare(rows, scores[a], scores[b], metric, threshold, m)
     return out
 
-# %% ../nbs/11_evaluation.ipynb #f576b55c
+# %% ../nbs/11_evaluation.ipynb #f82e065a
 _NOTES = 'notes on the LLaVA-Reward paper (arXiv 2507.21391)'
 _BOARD = "MJ-Bench's leaderboard; tie thresholds not recorded"
 _LINES = 'GenEval repository: 4 images a prompt, 50 steps, guidance 9'
-_ACCURACY = ('alignment, with ties','alignment, without ties','safety, with ties','safety, without ties','quality, with ties','quality, without ties','bias, ACC','bias, NDS','bias, GES')
+_ACCURACY = ('alignment, with ties','alignment, without ties','safety, with ties','safety, without ties','quality, with '
+             'ties','quality, without ties','bias, ACC','bias, NDS','bias, GES')
 _TASKS = (*GENEVAL_TAGS,'overall')
 
 def _published(source, columns, table:str)->list: # of (row, source, {column: value})
-    return [(n.strip(), source, {c:float(v) for c,v in zip(columns,vs.split()) if v!='-'}) for n,vs in (l.split(':') for l in table.strip().split('\n'))]
+    return [(n.strip(), source, {c:float(v) for c,v in zip(columns,vs.split()) if v!='-'})
+            for n,vs in (l.split(':') for l in table.strip().split('\n'))]
 
 PUBLISHED = dict(
     mjbench=_published(_BOARD, _ACCURACY, '''CLIP-v1: 38.1 59.5 12.7 33.3 34.4 68.4 57.4 76.3 86.9
@@ -346,14 +389,16 @@ PUBLISHED = dict(
         SD v2.1: 98 51 44 85 7 17 50
         SDXL: 98 74 39 85 15 23 55
         IF-XL: 97 74 66 81 13 35 61''')
-        + [(f'SDXL + {g}', _NOTES, {'overall':v}) for g,v in (('none',56.3),('CLIPScore',59.2),('ImageReward',62.7),('LLaVA-Reward',64.5))],
-    tifa160=_published('recomputed from the annotations of TIFA160', ('Pearson','Spearman','Kendall tau-b'), '''CLIPScore ViT-B/32: .3318 .3198 .2314
+        + [(f'SDXL + {g}', _NOTES, {'overall':v})
+           for g,v in (('none',56.3),('CLIPScore',59.2),('ImageReward',62.7),('LLaVA-Reward',64.5))],
+    tifa160=_published('recomputed from the annotations of TIFA160', ('Pearson','Spearman','Kendall tau-b'),
+                       '''CLIPScore ViT-B/32: .3318 .3198 .2314
         TIFA (BLIP-2 FlanT5-XL): .5590 .5581 .4360
         TIFA (mPLUG-large): .5967 .5922 .4717'''),
     latency=[(n, _NOTES+'; hardware and batch not stated', {'seconds per sample':v}) for n,v in
         (('EvalAlign',7.01),('LlavaGuard',4.30),('VQAScore',2.81),('LLaVA-Reward',.35),('LLaVA-score',.26))])
 
-# %% ../nbs/11_evaluation.ipynb #fcc7ec65
+# %% ../nbs/11_evaluation.ipynb #a341e618
 def as_runs(
     runs, # a `Run`, a folder, or a list of them
 )->list:
@@ -361,20 +406,22 @@ def as_runs(
     many = runs if isinstance(runs,(list,tuple)) else [runs]
     out = [r if isinstance(r,Run) else Run(r) for r in many]
     if not out: raise InputError("no runs; pass at least one folder that llava_reward_eval wrote")
-    if len({r.name for r in out})>1: raise InputError(f"runs of different benchmarks: {', '.join(sorted({r.name for r in out}))}; make a table of each")
+    if len({r.name for r in out})>1:
+        raise InputError(f"runs of different benchmarks: {', '.join(sorted({r.name for r in out}))}; make a table of "
+                         "each")
     return out
 
 def _wide(frame, index:list, columns:list, scale:dict): # values, low, high as DataFrames
-    import pandas as pd
     frame = frame.copy(); frame['column'] = frame[columns].apply(lambda r: ', '.join(str(v) for v in r if v!=''), axis=1)
     k = frame.metric.map(lambda m: scale.get(m,scale.get('',1.)))
     out = []
     for c in ('value','low','high'):
-        p = frame.assign(v=frame[c]*k).pivot_table(index=index, columns='column', values='v', sort=False, dropna=False, aggfunc='first')
+        p = frame.assign(v=frame[c]*k).pivot_table(index=index, columns='column', values='v', sort=False, dropna=False,
+                                                   aggfunc='first')
         p.columns.name = None; out.append(p)
     return out
 
-def _with_published(t:Table, name:str, columns=None)->Table:
+def _with_published(t:Table, name:str)->Table:
     "Add the published rows that share a column with the table."
     import pandas as pd
     index,rows = [],[]
@@ -384,41 +431,63 @@ def _with_published(t:Table, name:str, columns=None)->Table:
         label = n if t.df.index.nlevels==1 else (n,)+('published',)*(t.df.index.nlevels-1)
         t.sources[label] = source; index.append(label); rows.append(known)
     if rows:
-        i = pd.Index(index, name=t.df.index.name) if t.df.index.nlevels==1 else pd.MultiIndex.from_tuples(index, names=t.df.index.names)
+        i = pd.Index(index, name=t.df.index.name) if t.df.index.nlevels==1 else pd.MultiIndex.from_tuples(index,
+                names=t.df.index.names)
         t.df = pd.concat([t.df, pd.DataFrame(rows,i).reindex(columns=t.df.columns)])
         if t.low is not None: t.low,t.high = t.low.reindex(t.df.index),t.high.reindex(t.df.index)
     return t
 
-# %% ../nbs/11_evaluation.ipynb #38726f77
+# %% ../nbs/11_evaluation.ipynb #24f34170
 def _remarks(runs:list, frame, intervals:bool)->list: # lines
     out = []
     for r in runs:
         m = r.meta
-        out.append(f"{m['benchmark']} from {m['source']}: {m['rows']} rows, {m['items']} items{f', first {limit} of each part' if (limit:=m['limit']) else ''}.")
+        out.append(f"{m['benchmark']} from {m['source']}: {m['rows']} rows, {m['items']} "
+                   f"items{f', first {limit} of each part' if (limit:=m['limit']) else ''}.")
         if m['left_out']: out.append(f"{m['left_out']} records could not be used and are left out.")
         for _,f in r.failures().iterrows(): out.append(f"{f.reward}: {f.n} items without a score ({f.error}).")
     if 'ties' in frame and frame.ties.any():
         t = frame.drop_duplicates(['reward','part']); t = t[t.ties>0]
-        out.append('Ties of scores: '+'; '.join(f"{r.reward} {r.ties} of {r.n}{f' in {r.part}' if r.part else ''}" for _,r in t.iterrows())+'.')
+        out.append('Ties of scores: '+'; '.join(f"{r.reward} {r.ties} of {r.n}{f' in {r.part}' if r.part else ''}"
+                                                for _,r in t.iterrows())+'.')
     und = frame.groupby('part').undecided.max() if 'undecided' in frame else []
-    out += [f"{int(v)} pairs{f' of {p}' if p else ''} on which people had no preference are left out." for p,v in getattr(und,'items',lambda: [])() if v]
-    if intervals: out.append('In brackets: 95 % bootstrap intervals' + (', drawing whole prompts.' if (frame.kind=='sample').any() else '.'))
+    out += [f"{int(v)} pairs{f' of {p}' if p else ''} on which people had no preference are left out."
+            for p,v in getattr(und,'items',lambda: [])() if v]
+    if intervals:
+        out.append('In brackets: 95 % bootstrap intervals' + (', drawing whole prompts.' if (frame.kind=='sample').any()
+                else '.'))
     return out
 
-def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, threshold:float, scale:dict, digits:int)->Table:
+def _signs(run:Run, frame, threshold:float)->dict: # (reward, column) -> '†' where the best beats the second
+    rows,scores,out = run.rows,run.scores(),{}
+    for (part,kind,metric),g in frame.groupby(['part','kind','metric'], sort=False):
+        g = g.dropna(subset='value').sort_values('value', ascending=False)
+        if kind=='bias' or len(g)<2 or g.value.iloc[0]==g.value.iloc[1]: continue
+        a,b = g.reward.iloc[:2]
+        if compare(rows[(rows.part==part)&(rows.kind==kind)], scores[a], scores[b], metric, threshold)<.05:
+            out[a, ', '.join(x for x in (part,metric) if x)] = '†'
+    return out
+
+def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, threshold:float, scale:dict,
+               digits:int)->Table:
     import pandas as pd
     frame = pd.concat([results(r, by, threshold, 1000 if intervals else 0) for r in runs], ignore_index=True)
     cols = ['part']+([by] if by else [])+['metric']
     df,low,high = _wide(frame, ['reward'], cols, scale)
+    signs = _signs(runs[0], frame, threshold) if intervals and len(runs)==1 and not by else {}
     n = frame.groupby(['part']+([by] if by else []), sort=False).n.max()
-    counts = '; '.join(f"{', '.join(x for x in (k if isinstance(k,tuple) else (k,)) if x) or 'all'}: {v}" for k,v in n.items())
-    t = Table(df, SPECS[name].about, {}, digits, low if intervals else None, high if intervals else None)
+    counts = '; '.join(f"{', '.join(x for x in (k if isinstance(k,tuple) else (k,)) if x) or 'all'}: {v}"
+                       for k,v in n.items())
+    t = Table(df, SPECS[name].about, {}, digits, low if intervals else None, high if intervals else None, signs=signs)
     t = _with_published(t, name) if published else t
     t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals)
-    if (frame.groupby(cols[:-1]).n.nunique()>1).any(): t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part} {r.n}" for _,r in frame.drop_duplicates(['reward','part']).iterrows())+'.')
+    t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
+    if (frame.groupby(cols[:-1]).n.nunique()>1).any():
+        t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part} {r.n}"
+                for _,r in frame.drop_duplicates(['reward','part']).iterrows())+'.')
     return t
 
-# %% ../nbs/11_evaluation.ipynb #9f02aae1
+# %% ../nbs/11_evaluation.ipynb #6cb5d261
 def _overall(correct, tags, w=None): # mean of task shares, weighted
     w2 = np.ones((1,len(correct))) if w is None else w
     each = [(w2[:,tags==t]@correct[tags==t])/np.maximum(w2[:,tags==t].sum(1),1e-9) for t in dict.fromkeys(tags)]
@@ -428,7 +497,8 @@ def _overall(correct, tags, w=None): # mean of task shares, weighted
 def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
     import pandas as pd
     rows,frames = [],[r.samples() for r in runs]
-    if any('geneval' not in f for f in frames): raise InputError("a run of geneval without verdicts; run it again (run_benchmark adds the judge by itself)")
+    if any('geneval' not in f for f in frames):
+        raise InputError("a run of geneval without verdicts; run it again (run_benchmark adds the judge by itself)")
     for key,g in pd.concat(frames).groupby(['model','guidance'], sort=False):
         g = g[g.geneval.notna()]; c,tags = g.geneval.to_numpy(float),g.category.to_numpy()
         s = geneval_scores([dict(tag=t,prompt=p,correct=v) for t,p,v in zip(tags,g.prompt,c)])
@@ -436,7 +506,8 @@ def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
             at = np.ones(len(c),bool) if t=='overall' else tags==t
             f,args = (_overall,(c[at],tags[at])) if t=='overall' else (_mean,(c[at],))
             low,high = stats.interval(f,*args,groups=g.prompt.to_numpy()[at]) if intervals else (np.nan,np.nan)
-            rows.append(dict(model=key[0],guidance=key[1],metric=t,value=f(*args),low=low,high=high,n=int(at.sum()),part='geneval',kind='sample',undecided=0))
+            rows.append(dict(model=key[0], guidance=key[1], metric=t, value=f(*args), low=low, high=high, n=int(at.sum()),
+                             part='geneval', kind='sample', undecided=0))
     frame = pd.DataFrame(rows)
     df,low,high = _wide(frame, ['model','guidance'], ['metric'], {'':100.})
     n = frame[frame.metric=='overall'].set_index(['model','guidance']).n
@@ -446,12 +517,13 @@ def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
     t.digits = {'images':0}; t.notes += _remarks(runs, frame, intervals)
     return t
 
-# %% ../nbs/11_evaluation.ipynb #9b977dc5
+# %% ../nbs/11_evaluation.ipynb #b2cea7a2
 @patch
-def samples(self:Run): # DataFrame: prompt_set, model, prompt, seed, particle, guidance, guidance_score, category, item, and a column for each reward
+def samples(self:Run): # DataFrame: the fields of `PARTICLE_FIELDS`, category, item, and a column for each reward
     "Rows and scores of generated images side by side, as `table9` and `panels` want them."
     rows = self.rows
-    if not (rows.kind=='sample').all(): raise InputError(f"{self.name} is not a set of generated images; use a run of geneval or drawbench")
+    if not (rows.kind=='sample').all():
+        raise InputError(f"{self.name} is not a set of generated images; use a run of geneval or drawbench")
     keep = ['prompt_set','model','prompt','seed','particle','guidance','guidance_score','category','a']
     return rows[keep].rename(columns=dict(a='item')).merge(self.scores(), left_on='item', right_index=True, how='left')
 
@@ -462,15 +534,18 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
     for key,g in samples.groupby(['model','guidance'], sort=False):
         for metric in metrics:
             v = g[g[metric].notna()] if metric in g else g[:0]
-            low,high = stats.interval(_mean, v[metric].to_numpy(float), groups=v.prompt.to_numpy()) if intervals and len(v) else (np.nan,np.nan)
-            rows.append(dict(model=key[0],guidance=key[1],metric=metric,value=v[metric].mean() if len(v) else np.nan,low=low,high=high,n=len(v),part=name,kind='sample',undecided=0))
+            low,high = stats.interval(_mean, v[metric].to_numpy(float),
+                                      groups=v.prompt.to_numpy()) if intervals and len(v) else (np.nan,np.nan)
+            rows.append(dict(model=key[0],guidance=key[1],metric=metric,value=v[metric].mean() if len(v)
+                             else np.nan,low=low,high=high,n=len(v),part=name,kind='sample',undecided=0))
     frame = pd.DataFrame(rows); df,low,high = _wide(frame, ['model','guidance'], ['metric'], {})
     df['images'] = samples.groupby(['model','guidance'], sort=False).size().astype(float)
-    t = Table(df, SPECS[name].about, {'images':''}, {m:3 for m in metrics}|{'images':0}, low if intervals else None, high if intervals else None)
+    t = Table(df, SPECS[name].about, {'images':''}, {m:3 for m in metrics}|{'images':0}, low if intervals else None,
+              high if intervals else None)
     t.notes += _remarks(runs, frame, intervals)
     return t
 
-# %% ../nbs/11_evaluation.ipynb #e6b57db7
+# %% ../nbs/11_evaluation.ipynb #2f798767
 def make_table(
     name:str,               # a benchmark, or 'table9', or 'latency'
     runs,                   # run folders or `Run`s of that benchmark; for 'table9' and 'latency' see there
@@ -479,7 +554,7 @@ def make_table(
     by:str='',              # split columns by this column of the rows, such as 'category'
     threshold:float=0.,     # pairs whose scores are no further apart are ties
 )->Table:
-    "The table of a benchmark, made from what runs have stored; `InputError` for an unknown name or runs of something else."
+    "The table of a benchmark from stored runs; `InputError` for an unknown name or runs of something else."
     if name=='table9': return table9(runs, intervals=intervals)
     if name=='latency': return latency_table(runs, published)
     if name not in SPECS: raise InputError(f"no table {name!r}; there are {', '.join(SPECS)}, table9, latency")
@@ -490,7 +565,7 @@ def make_table(
     plain = name=='tifa160'
     return _by_reward(name, runs, intervals, published, by, threshold, {} if plain else {'':100.}, 3 if plain else 1)
 
-# %% ../nbs/11_evaluation.ipynb #2f798767
+# %% ../nbs/11_evaluation.ipynb #d54caf4e
 PARTICLE_FIELDS = ('prompt_set','model','prompt','seed','particle','guidance','guidance_score')
 
 def particle_frame(
@@ -505,7 +580,8 @@ def particle_frame(
         from llava_reward_nb.core import read_table
         frame = pd.DataFrame(read_table(frame))
     lacking = [c for c in PARTICLE_FIELDS if c not in frame]
-    if lacking: raise InputError(f"particles: lacks the columns {', '.join(lacking)}; it has {', '.join(map(str,frame.columns))}")
+    if lacking:
+        raise InputError(f"particles: lacks the columns {', '.join(lacking)}; it has {', '.join(map(str,frame.columns))}")
     return frame
 
 def metric_columns(
@@ -514,18 +590,21 @@ def metric_columns(
     "The numeric columns that are neither fields nor bookkeeping."
     import pandas as pd
     other = {*PARTICLE_FIELDS,'category','item','image','task','reward','path','step','ancestor','seconds'}
-    return [c for c in frame.columns if c not in other and pd.api.types.is_numeric_dtype(frame[c]) and frame[c].notna().any()]
+    return [c for c in frame.columns if c not in other and pd.api.types.is_numeric_dtype(frame[c])
+            and frame[c].notna().any()]
 
-# %% ../nbs/11_evaluation.ipynb #3a9c8528
+# %% ../nbs/11_evaluation.ipynb #12b4dca0
 def per_prompt(
     frame,         # DataFrame of particles
     metrics:list,  # columns
-): # DataFrame: prompt_set, model, guidance, prompt, seed, k, and for each metric (metric, 'best') and (metric, 'mean') as two columns
+): # DataFrame: prompt_set, model, guidance, prompt, seed, k, and for each metric the columns 'metric|best' and 'metric|mean'
     "Best and mean particle of each prompt; `InputError` if a particle occurs twice."
     import pandas as pd
     keys = ['prompt_set','model','guidance','prompt','seed']
     twice = frame.duplicated([*keys,'particle'])
-    if twice.any(): raise InputError(f"particles: {int(twice.sum())} rows repeat a particle (first: {frame[twice].iloc[0][[*keys,'particle']].to_dict()}); pass each once")
+    if twice.any():
+        raise InputError(f"particles: {int(twice.sum())} rows repeat a particle (first: "
+                         f"{frame[twice].iloc[0][[*keys,'particle']].to_dict()}); pass each once")
     out = []
     for key,g in frame.sort_values('particle').groupby(keys, sort=False):
         lead = pd.to_numeric(g.guidance_score).to_numpy(float)
@@ -535,38 +614,52 @@ def per_prompt(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../nbs/11_evaluation.ipynb #aa0a5348
+# %% ../nbs/11_evaluation.ipynb #e3ff62a9
+def _differs(each, g, key:tuple, column:str)->bool: # from the rows without guidance, on the same prompts and seeds
+    if key[2]=='none': return False
+    base = each[(each.prompt_set==key[0])&(each.model==key[1])&(each.guidance=='none')]
+    both = g.merge(base, on=['prompt','seed'], suffixes=('','|0')).dropna(subset=[column,column+'|0'])
+    if not len(both): return False
+    a,b = both[column].to_numpy(float),both[column+'|0'].to_numpy(float)
+    return stats.paired_p(lambda v,t,w: _mean(v,w), a, b, None, both.prompt.to_numpy())<.05
+
 def table9(
     frame,                # see `particle_frame`
     metrics:list=None,    # columns; default: all metrics
     summary:tuple=('best','mean'), # of the particles of a prompt
     intervals:bool=False, # bootstrap interval in each cell, drawing prompts
 )->Table:
-    "Mean of each metric for each prompt set, model and guidance (paper's Table 9); best and second among the guidances of a model."
+    "Mean of each metric for each prompt set, model and guidance (paper's Table 9), ranked among the guidances of a model."
     import pandas as pd
     frame = particle_frame(frame); metrics = metrics or metric_columns(frame)
     if not metrics: raise InputError("particles: no metric columns; add a column of scores for each metric")
     each = per_prompt(frame, metrics); words = dict(best='best particle', mean='particle mean')
-    cells,low,high,ns,blank = {},{},{},[],0
+    cells,low,high,ns,blank,signs = {},{},{},[],0,{}
     for key,g in each.groupby(['prompt_set','model','guidance'], sort=False):
         ns.append(len(g))
         for s in summary:
             for m in metrics:
                 v = g[f'{m}|{s}']; blank += int(v.isna().sum()); keep = v.notna()
                 c = cells.setdefault((words[s],m),{}); c[key] = v.mean()
-                iv = stats.interval(_mean, v[keep].to_numpy(float), groups=g.prompt[keep].to_numpy()) if intervals and keep.any() else (np.nan,np.nan)
+                iv = stats.interval(_mean, v[keep].to_numpy(float),
+                                    groups=g.prompt[keep].to_numpy()) if intervals and keep.any() else (np.nan,np.nan)
                 low.setdefault((words[s],m),{})[key],high.setdefault((words[s],m),{})[key] = iv
-    index = pd.MultiIndex.from_tuples(list(dict.fromkeys(k for c in cells.values() for k in c)), names=['prompts','model','guidance'])
+                if intervals and _differs(each, g, key, f'{m}|{s}'): signs[key,(words[s],m)] = '†'
+    index = pd.MultiIndex.from_tuples(list(dict.fromkeys(k for c in cells.values() for k in c)),
+                                      names=['prompts','model','guidance'])
     made = [pd.DataFrame({c:pd.Series(v).reindex(index) for c,v in d.items()}, index) for d in (cells,low,high)]
     made[0]['','prompts'] = np.array(ns, float)
     k = sorted(set(each.k))
-    notes = [f"{' or '.join(map(str,k))} particles a prompt; the best particle is the one with the highest guidance score, without guidance the first."]
+    notes = [f"{' or '.join(map(str,k))} particles a prompt; the best particle is the one with the highest guidance "
+             "score, without guidance the first."]
     notes += [f'{blank} missing scores are left out of the means.'] if blank else []
     notes += ['In brackets: 95 % bootstrap intervals, drawing prompts.'] if intervals else []
-    return Table(made[0], 'Metrics under guidance (Table 9)', {('','prompts'):''}, {c:3 for c in cells}|{('','prompts'):0},
-                 made[1] if intervals else None, made[2] if intervals else None, block=2, notes=notes)
+    notes += ['† differs from no guidance: p < 0.05, paired bootstrap over prompts.'] if signs else []
+    return Table(made[0], 'Metrics under guidance (Table 9)', {('','prompts'):''},
+                 {c:3 for c in cells}|{('','prompts'):0},
+                 made[1] if intervals else None, made[2] if intervals else None, block=2, signs=signs, notes=notes)
 
-# %% ../nbs/11_evaluation.ipynb #a6aed984
+# %% ../nbs/11_evaluation.ipynb #910417d8
 def _panel_rows(frame, prompts, guidances)->dict: # prompt -> {guidance: row of the best particle}
     out = {}
     for p in prompts:
@@ -586,29 +679,34 @@ def panels(
     model:str=None,       # default: the last in the table
     width:float=1.5,      # of an image, inches
 ): # matplotlib figure
-    "Images of the best particle under each guidance with all metric values (paper's figures 4 to 6); `InputError` without images or prompts."
+    "Best particle under each guidance with all metric values (paper's figures 4 to 6); `InputError` without images."
     import matplotlib.pyplot as plt
     frame = particle_frame(frame); metrics = metrics or metric_columns(frame)
     if 'image' not in frame: raise InputError("particles: no column image; add the path of each image to draw panels")
     frame = frame[frame.model==(model or frame.model.iloc[-1])]
-    guidances = list(dict.fromkeys(frame.guidance)); prompts = list(prompts or dict.fromkeys(frame.prompt))[:None if prompts else n]
+    guidances = list(dict.fromkeys(frame.guidance))
+    prompts = list(prompts or dict.fromkeys(frame.prompt))[:None if prompts else n]
     rows = _panel_rows(frame, prompts, guidances)
     if not rows: raise InputError(f"particles: none of {', '.join(map(repr,prompts[:3]))} of model {model!r}")
     tall = width+.17*len(metrics)+.3
-    fig,axs = plt.subplots(len(rows), len(guidances), figsize=(width*len(guidances), tall*len(rows)), squeeze=False, dpi=72, layout='constrained')
+    fig,axs = plt.subplots(len(rows), len(guidances), figsize=(width*len(guidances), tall*len(rows)), squeeze=False,
+                           dpi=72, layout='constrained')
     for axr,(p,cells) in zip(axs,rows.items()):
-        best = {m:max(round(float(c[m]),3) for c in cells.values()) for m in metrics}
+        best = {m:max((round(float(c[m]),3) for c in cells.values() if c[m]==c[m]), default=None) for m in metrics}
         for ax,g in zip(axr,guidances):
             ax.set_xticks([]); ax.set_yticks([])
             if g not in cells: ax.axis('off'); continue
             ax.imshow(load_image(cells[g].image)); ax.set_title(g, fontsize=8)
-            for j,m in enumerate(metrics): ax.text(.5, -.04-.11*j/width*1.5, f'{m} {cells[g][m]:.3f}', transform=ax.transAxes, ha='center', va='top', fontsize=7,
-                                                    fontweight='bold' if round(float(cells[g][m]),3)==best[m] else 'normal')
-        axr[0].set_ylabel('\n'.join(p.split(' ')[i] if i%3 else ' '.join(p.split(' ')[i:i+3]) for i in range(0,len(p.split(' ')),3)), fontsize=7)
+            for j,m in enumerate(metrics):
+                ax.text(.5, -.04-.11*j/width*1.5, f'{m} {cells[g][m]:.3f}', transform=ax.transAxes, ha='center',
+                        va='top', fontsize=7,
+                                                    fontweight='bold' if round(float(cells[g][m]),3)==best[m]
+                                                    else 'normal')
+        axr[0].set_ylabel('\n'.join(textwrap.wrap(p,16)), fontsize=7)
     plt.close(fig)
     return fig
 
-# %% ../nbs/11_evaluation.ipynb #b0ac5966
+# %% ../nbs/11_evaluation.ipynb #c67c72ea
 def _wait():
     if torch.cuda.is_available(): torch.cuda.synchronize()
     elif torch.backends.mps.is_available(): torch.mps.synchronize()
@@ -632,7 +730,8 @@ def latency(
             for k in range(0,len(images),batch_size): reward(images[k:k+batch_size], prompts[k:k+batch_size])
             _wait()
             if r>=warmup: seen.append((time.perf_counter()-start)/len(images))
-        rows.append({'reward':name, 'seconds per sample':float(np.median(seen)), 'fastest':min(seen), 'slowest':max(seen), 'images':len(images), 'batch':batch_size, 'device':versions()['device']})
+        rows.append({'reward':name, 'seconds per sample':float(np.median(seen)), 'fastest':min(seen),
+                     'slowest':max(seen), 'images':len(images), 'batch':batch_size, 'device':versions()['device']})
     return pd.DataFrame(rows)
 
 def latency_table(
@@ -644,5 +743,6 @@ def latency_table(
     t = Table(df, 'Latency', {c:'min' for c in df}, {c:4 for c in df})
     t.better.update(fastest='',slowest=''); t.digits = {c:4 for c in df}
     t = _with_published(t,'latency') if published else t
-    t.notes.append(f"median of repeats over {frame.images.iloc[0]} images, {frame.batch.iloc[0]} at a time, on {frame.device.iloc[0]}; after warm-up, synchronised, images decoded before.")
+    t.notes.append(f"median of repeats over {frame.images.iloc[0]} images, {frame.batch.iloc[0]} at a time, on "
+                   f"{frame.device.iloc[0]}; after warm-up, synchronised, images decoded before.")
     return t

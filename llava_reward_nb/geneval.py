@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .clip import crop_image, normalise, to_floats
-from .core import CheckpointError, InputError, as_images, atomic_path, default_device, progress, read_table, resolve_model
+from llava_reward_nb.core import (CheckpointError, InputError, as_images, atomic_path, default_device, progress,
+                                  read_table,
+    resolve_model)
 from .shapes import CATEGORIES, COLORS, MIN_IOU, SHAPES, SIZE, Checker, Prompt, sample_prompt
 
 # %% ../nbs/10b_geneval.ipynb #f676d873
@@ -59,7 +61,7 @@ def box_iou(
     both = area(np.maximum(a[:2],b[:2]), np.minimum(a[2:],b[2:]))
     return float(both/(area(a[:2],a[2:])+area(b[:2],b[2:])-both))
 
-# %% ../nbs/10b_geneval.ipynb #3b62c3b6
+# %% ../nbs/10b_geneval.ipynb #baf4e016
 def _most_confident(found:list, least:float, rules:Rules)->list: # of one class
     scores = np.array([d.score for d in found], np.float32)
     order = [i for i in np.argsort(scores, kind='stable')[::-1] if scores[i]>np.float32(least)][:rules.max_objects]
@@ -82,7 +84,7 @@ def keep_detections(
     kept = {k:_most_confident(v, least, rules) for k,v in classes.items()}
     return {k:v for k,v in kept.items() if v}
 
-# %% ../nbs/10b_geneval.ipynb #0b6410eb
+# %% ../nbs/10b_geneval.ipynb #627df129
 RELATION_NAMES = ('above', 'below', 'left of', 'right of')
 
 def box_relations(
@@ -98,7 +100,7 @@ def box_relations(
     dx,dy = short/np.linalg.norm(offset)
     return [r for r,holds in zip(RELATION_NAMES, (dy<-.5, dy>.5, dx<-.5, dx>.5)) if holds]
 
-# %% ../nbs/10b_geneval.ipynb #228e26d4
+# %% ../nbs/10b_geneval.ipynb #6aabec65
 def _count_colors(want:dict, group:list, classify)->list: # reasons
     names = list(classify(want['class'], group))
     n = names.count(want['color'])
@@ -118,12 +120,13 @@ def _check_position(want:dict, group:list, groups:list, rules:Rules)->list: # re
 
 def _meet(want:dict, kept:dict, groups:list, classify, rules:Rules)->tuple: # group, reasons
     group = kept.get(want['class'], [])[:want['count']]
-    if len(group)<want['count']: return group, [dict(kind='count', **{'class':want['class']}, need=want['count'], found=len(group))]
+    if len(group)<want['count']:
+        return group, [dict(kind='count', **{'class':want['class']}, need=want['count'], found=len(group))]
     why = _count_colors(want, group, classify) if 'color' in want else []
     if 'position' in want and not why: why = _check_position(want, group, groups, rules)
     return group, why
 
-# %% ../nbs/10b_geneval.ipynb #dfeb9ff4
+# %% ../nbs/10b_geneval.ipynb #797bd15d
 @dataclass(frozen=True)
 class Verdict:
     "What the judge says of one image."
@@ -147,10 +150,11 @@ def judge(
         groups.append(None if why else group); reasons += why
     for want in task.get('exclude') or []:
         n = len(kept.get(want['class'], []))
-        if n>=want['count']: reasons.append(dict(kind='excluded', **{'class':want['class']}, limit=want['count'], found=n))
+        if n>=want['count']:
+            reasons.append(dict(kind='excluded', **{'class':want['class']}, limit=want['count'], found=n))
     return Verdict(not reasons, tuple(reasons), {k:len(v) for k,v in kept.items()})
 
-# %% ../nbs/10b_geneval.ipynb #6aabec65
+# %% ../nbs/10b_geneval.ipynb #7d9c604a
 def reason_text(
     reason:dict, # one of `Verdict.reasons`
 )->str:
@@ -159,27 +163,33 @@ def reason_text(
     if r['kind']=='count': return f"expected {r['need']} {k}, found {r['found']}"
     if r['kind']=='excluded': return f"expected fewer than {r['limit']} {k}, found {r['found']}"
     if r['kind']=='color':
-        return f"expected {r['need']} {r['color']} {k}, found " + (', '.join(f'{n} {c}' for c,n in r['all'].items()) or 'none')
+        return f"expected {r['need']} {r['color']} {k}, found " + (', '.join(f'{n} {c}' for c,n in r['all'].items())
+                or 'none')
     if r['kind']=='no_target': return f"no target for {k} to be {r['relation']}"
     return f"expected {k} {r['relation']} target, found it {' and '.join(r['found']) or 'in no clear relation'}"
 
-# %% ../nbs/10b_geneval.ipynb #7d9c604a
+# %% ../nbs/10b_geneval.ipynb #358f031f
 GENEVAL_TAGS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
-_COCO = '''person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,
-horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,
-baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,
-hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,
-microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush'''
+_COCO = '''person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
+parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,
+handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,
+surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,
+broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,
+laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,
+refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush'''
 GENEVAL_CLASSES = tuple(_COCO.replace('\n','').split(',')) # COCO's 80 in order; GenEval renames numbers 64 to 66
 
-# %% ../nbs/10b_geneval.ipynb #c1c83da5
+# %% ../nbs/10b_geneval.ipynb #35a19e46
 def _entry_fault(want, i:int, classes)->str|None:
     if not isinstance(want, dict): return f"is {want!r:.40}, not an object"
-    if want.get('class') not in classes: return f"has class {want.get('class')!r}; the detector knows {len(classes)} classes, such as {', '.join(list(classes)[:4])}"
-    if not isinstance(want.get('count'), int) or want['count']<1: return f"has count {want.get('count')!r}; it must be a whole number from 1"
+    if want.get('class') not in classes:
+        return f"has class {want.get('class')!r}; the detector knows {len(classes)} classes, such as {', '.join(list(classes)[:4])}"
+    if not isinstance(want.get('count'), int) or want['count']<1:
+        return f"has count {want.get('count')!r}; it must be a whole number from 1"
     if 'position' not in want: return None
     p = want['position']
-    if not (isinstance(p, (list,tuple)) and len(p)==2 and p[0] in RELATION_NAMES and isinstance(p[1], int) and 0<=p[1]<i): return (
+    if not (isinstance(p, (list,tuple)) and len(p)==2 and p[0] in RELATION_NAMES and isinstance(p[1], int) and 0<=p[1]<i):
+        return (
         f"has position {p!r}; it must be one of {', '.join(RELATION_NAMES)} and the index of an earlier entry")
 
 def check_task(
@@ -190,7 +200,8 @@ def check_task(
 )->dict: # the task
     "`InputError` if a task lacks a field, or asks for what no detector of these classes could find."
     if not isinstance(task, dict) or not {'tag','prompt','include'}<=set(task): raise InputError(
-        f"{name}: needs the fields tag, prompt and include; got {', '.join(task) if isinstance(task,dict) else type(task).__name__}")
+        f"{name}: needs the fields tag, prompt and include; got "
+        f"{', '.join(task) if isinstance(task,dict) else type(task).__name__}")
     if task['tag'] not in tags: raise InputError(f"{name}: tag {task['tag']!r}; it must be one of {', '.join(tags)}")
     for key in ('include','exclude'):
         for i,want in enumerate(task.get(key) or []):
@@ -198,14 +209,16 @@ def check_task(
             if fault: raise InputError(f"{name}, {key} {i} {fault}")
     return task
 
-# %% ../nbs/10b_geneval.ipynb #0a78e74d
+# %% ../nbs/10b_geneval.ipynb #2f778933
 GENEVAL_PROMPTS = 'https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl'
 
 def _fetch(url:str, what:str)->str:
     from urllib.request import urlopen
     try:
         with urlopen(url, timeout=60) as r: return r.read().decode('utf-8')
-    except OSError as e: raise InputError(f"{what} cannot be read from {url} ({e}); download the file where there is a network and pass its path") from None
+    except OSError as e:
+        raise InputError(f"{what} cannot be read from {url} ({e}); download the file where there is a network and pass "
+                         "its path") from None
 
 def read_tasks(
     source=GENEVAL_PROMPTS,  # path or address of a file with one JSON task a line
@@ -218,7 +231,7 @@ def read_tasks(
     else: tasks = read_table(source)
     return [check_task(t, f'{source}, task {i}', classes) for i,t in enumerate(tasks)]
 
-# %% ../nbs/10b_geneval.ipynb #35a19e46
+# %% ../nbs/10b_geneval.ipynb #0bb61eca
 def write_samples(
     folder,      # made if needed
     index:int,   # number of the prompt, from 0
@@ -239,17 +252,20 @@ def read_samples(
 )->list: # of dicts: 'index', 'task', 'images' (paths in order)
     "Find the images of each prompt; `InputError` if there are none, or if a prompt has no task or no images."
     places = sorted(p for p in Path(folder).expanduser().glob('*') if p.is_dir() and p.name.isdigit())
-    if not places: raise InputError(f"{folder}: no folders such as 00000; GenEval's layout is <folder>/00000/metadata.jsonl and <folder>/00000/samples/0000.png")
+    if not places:
+        raise InputError(f"{folder}: no folders such as 00000; GenEval's layout is <folder>/00000/metadata.jsonl and "
+                         "<folder>/00000/samples/0000.png")
     out = []
     for p in places:
         tasks = read_table(p/'metadata.jsonl')
         if len(tasks)!=1: raise InputError(f"{p/'metadata.jsonl'}: holds {len(tasks)} tasks; it must hold one")
-        images = sorted(q for q in (p/'samples').glob('*') if q.suffix.lower() in ('.png','.jpg','.jpeg','.webp') and q.stem.isdigit())
+        images = sorted(q for q in (p/'samples').glob('*') if q.suffix.lower() in ('.png','.jpg','.jpeg','.webp')
+                        and q.stem.isdigit())
         if not images: raise InputError(f"{p/'samples'}: no images such as 0000.png")
         out.append(dict(index=int(p.name), task=check_task(tasks[0], str(p/'metadata.jsonl'), classes), images=images))
     return out
 
-# %% ../nbs/10b_geneval.ipynb #196ee462
+# %% ../nbs/10b_geneval.ipynb #0d640ab1
 TOP_PAIRS = 100 # (query, class) pairs that become detections
 
 def resize_masks(
@@ -269,7 +285,7 @@ def mask_box(
     xs,ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return float(xs[0]), float(ys[0]), float(xs[-1]+1), float(ys[-1]+1)
 
-# %% ../nbs/10b_geneval.ipynb #2f778933
+# %% ../nbs/10b_geneval.ipynb #d11fe034
 def to_detections(
     class_logits:Tensor, # (q, classes+1), the last is "no object"
     masks:Tensor,        # mask logits in the image's size, (q, height, width)
@@ -286,9 +302,10 @@ def to_detections(
     return [Detection(names[l], mask_box(arrays[q]), s, arrays[q])
             for q,l,s in zip(query.tolist(), label.tolist(), scores.tolist()) if arrays[q].any()]
 
-# %% ../nbs/10b_geneval.ipynb #1086c67f
+# %% ../nbs/10b_geneval.ipynb #1eb8b5c2
 def _need_scipy():
-    if find_spec('scipy') is None: raise ImportError("transformers' Mask2Former needs SciPy; pip install llava_reward_nb[metrics]")
+    if find_spec('scipy') is None:
+        raise ImportError("transformers' Mask2Former needs SciPy; pip install llava_reward_nb[metrics]")
 
 def check_loaded(
     info:dict, # what `from_pretrained(..., output_loading_info=True)` says
@@ -297,7 +314,9 @@ def check_loaded(
     "`CheckpointError` if weights were missing, left over or of another shape."
     for key,word in (('missing_keys','lacks'), ('unexpected_keys','has unknown'), ('mismatched_keys','has misshapen')):
         bad = [str(k[0] if isinstance(k,(tuple,list)) else k) for k in info.get(key) or []]
-        if bad: raise CheckpointError(f"{where}: the checkpoint {word} weights: {', '.join(sorted(bad)[:4])}{' …' if len(bad)>4 else ''} "
+        if bad:
+            raise CheckpointError(f"{where}: the checkpoint {word} weights: "
+                                  f"{', '.join(sorted(bad)[:4])}{' …' if len(bad)>4 else ''} "
                                       f"({len(bad)}); it is not the model this class runs, pass another")
 
 def load_strict(
@@ -305,15 +324,16 @@ def load_strict(
     name,      # folder or hub id
     **kwargs,  # passed on
 ):
-    "Load a model and check that every weight was used and none invented; `CheckpointError` if it is not there or does not fit."
+    "Load a model, every weight used and none invented; `CheckpointError` if it is not there or does not fit."
     where = resolve_model(name)
     try: model,info = cls.from_pretrained(str(where), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (OSError, RuntimeError) as e: raise CheckpointError(
-        f"{name}: cannot be loaded ({str(e).splitlines()[0]}); pass a folder with config.json and weights, or download {name} where there is a network") from None
+        f"{name}: cannot be loaded ({str(e).splitlines()[0]}); pass a folder with config.json and weights, or download "
+        f"{name} where there is a network") from None
     check_loaded(info, name)
     return model.eval()
 
-# %% ../nbs/10b_geneval.ipynb #4f2791cc
+# %% ../nbs/10b_geneval.ipynb #86d6cfb2
 class MaskDetector:
     "Mask2Former, trained on COCO, as a detector: images -> lists of `Detection`."
     classes = GENEVAL_CLASSES
@@ -324,13 +344,14 @@ class MaskDetector:
         device=None, # default: the best there is
     ):
         n = model.config.num_labels
-        if n!=len(self.classes): raise CheckpointError(f"the detector has {n} classes; GenEval needs COCO's 80, as in {DETECTOR}")
+        if n!=len(self.classes):
+            raise CheckpointError(f"the detector has {n} classes; GenEval needs COCO's 80, as in {DETECTOR}")
         self.device = torch.device(device or default_device())
         self.model,self.processor = model.to(self.device).eval(), processor
 
 DETECTOR = 'facebook/mask2former-swin-small-coco-instance'
 
-# %% ../nbs/10b_geneval.ipynb #0d640ab1
+# %% ../nbs/10b_geneval.ipynb #a50f134e
 @patch
 def inputs(self:MaskDetector,
     image:Image.Image, # RGB
@@ -366,7 +387,7 @@ def from_pretrained(cls:MaskDetector,
     model = load_strict(Mask2FormerForUniversalSegmentation, name)
     return cls(model, Mask2FormerImageProcessorPil.from_pretrained(str(resolve_model(name))), device)
 
-# %% ../nbs/10b_geneval.ipynb #5305c28f
+# %% ../nbs/10b_geneval.ipynb #96e3292a
 COLOR_NAMES = ('red','orange','yellow','green','blue','purple','pink','brown','black','white')
 TEMPLATES = ('a photo of a {c} {k}', 'a photo of a {c}-colored {k}', 'a photo of a {c} object')
 BLANK = (153,153,153) # grey outside the mask
@@ -377,11 +398,13 @@ def cut_out(
 )->Image.Image:
     "The object alone on grey, cropped to its box."
     if d.mask is not None:
-        if d.mask.shape!=image.size[::-1]: raise InputError(f"mask of {d.mask.shape[1]}x{d.mask.shape[0]} pixels for an image of {image.size[0]}x{image.size[1]}; give masks in the image's size")
+        if d.mask.shape!=image.size[::-1]:
+            raise InputError(f"mask of {d.mask.shape[1]}x{d.mask.shape[0]} pixels for an image of "
+                             f"{image.size[0]}x{image.size[1]}; give masks in the image's size")
         image = Image.composite(image, Image.new('RGB', image.size, BLANK), Image.fromarray(d.mask))
     return image.crop(d.box)
 
-# %% ../nbs/10b_geneval.ipynb #ebdc9343
+# %% ../nbs/10b_geneval.ipynb #acc2f947
 class ColorClassifier:
     "Names the colours of detected objects with CLIP: (image, class name, detections) -> list of names."
     def __init__(self,
@@ -403,12 +426,14 @@ def anchors(self:ColorClassifier,
     "One direction for each colour of such an object; computed once per class."
     if label not in self.known:
         texts = [t.format(c=c,k=label) for c in self.colors for t in TEMPLATES]
-        ids = self.tokenizer(texts, padding=True, truncation=True, max_length=self.clip.config.text_config.max_position_embeddings, return_tensors='pt').to(self.device)
+        ids = self.tokenizer(texts, padding=True, truncation=True,
+                             max_length=self.clip.config.text_config.max_position_embeddings,
+                             return_tensors='pt').to(self.device)
         e = F.normalize(self.clip.get_text_features(**ids).pooler_output.float(), dim=-1)
         self.known[label] = F.normalize(e.view(len(self.colors), len(TEMPLATES), -1).mean(1), dim=-1)
     return self.known[label]
 
-# %% ../nbs/10b_geneval.ipynb #7c36e80a
+# %% ../nbs/10b_geneval.ipynb #471f4f59
 @patch
 @torch.no_grad()
 def __call__(self:ColorClassifier,
@@ -433,7 +458,7 @@ def from_pretrained(cls:ColorClassifier,
     model = load_strict(CLIPModel, name)
     return cls(model, AutoTokenizer.from_pretrained(str(resolve_model(name))), device)
 
-# %% ../nbs/10b_geneval.ipynb #3a4f6110
+# %% ../nbs/10b_geneval.ipynb #81d370f6
 class GenEval:
     "Judges images by GenEval's rules: (images, tasks) -> list of `Verdict`."
     def __init__(self,
@@ -453,7 +478,7 @@ def check(self:GenEval, task, name:str='task')->dict: # the task
             f"{name}: color {want['color']!r}; the classifier knows {', '.join(self.colors.colors)}")
     return task
 
-# %% ../nbs/10b_geneval.ipynb #a50f134e
+# %% ../nbs/10b_geneval.ipynb #ffdaab77
 @patch
 def __call__(self:GenEval,
     images, # one image or n of them
@@ -462,7 +487,8 @@ def __call__(self:GenEval,
     "Judge images; `InputError` for bad images or tasks."
     images = as_images(images)
     tasks = [tasks]*len(images) if isinstance(tasks, dict) else list(tasks)
-    if len(tasks)!=len(images): raise InputError(f"{len(tasks)} tasks for {len(images)} images; pass one task for all or one for each")
+    if len(tasks)!=len(images):
+        raise InputError(f"{len(tasks)} tasks for {len(images)} images; pass one task for all or one for each")
     for i,t in enumerate(tasks): self.check(t, f'task {i}')
     return [judge(t, found, lambda label,ds,im=im: self.colors(im,label,ds), self.rules)
             for im,t,found in zip(images, tasks, self.detector(images))]
@@ -476,7 +502,7 @@ def from_pretrained(cls:GenEval,
     "The published detector and colour classifier."
     return cls(MaskDetector.from_pretrained(detector, device), ColorClassifier.from_pretrained(clip, device))
 
-# %% ../nbs/10b_geneval.ipynb #f018e7f2
+# %% ../nbs/10b_geneval.ipynb #945651df
 class ShapesDetector:
     "The shapes checker as a detector that knows colours: images -> lists of `Detection`."
     classes = SHAPES
@@ -504,12 +530,12 @@ class ToldColors:
         "The colour of each detected object."
         return [d.color for d in detections]
 
-# %% ../nbs/10b_geneval.ipynb #a0c96325
+# %% ../nbs/10b_geneval.ipynb #fc3d9cdb
 def shapes_geneval()->GenEval:
     "GenEval for the offline world."
     return GenEval(ShapesDetector(), ToldColors())
 
-# %% ../nbs/10b_geneval.ipynb #429c0241
+# %% ../nbs/10b_geneval.ipynb #5c9c5412
 _TAG_OF = dict(two_objects='two_object', color_attribution='color_attr')
 
 def task_of(
@@ -519,7 +545,8 @@ def task_of(
     include = [{'class':s, 'count':n, **({'color':c} if c else {})} for n,s,c in prompt.terms]
     if prompt.relation: include = [include[1], {**include[0], 'position':[prompt.relation,0]}]
     task = dict(tag=_TAG_OF.get(prompt.category, prompt.category), include=include, prompt=prompt.text)
-    if prompt.category=='counting': task['exclude'] = [{'class':s, 'count':n+1} for n,s,c in prompt.terms if n>1 and not c]
+    if prompt.category=='counting':
+        task['exclude'] = [{'class':s, 'count':n+1} for n,s,c in prompt.terms if n>1 and not c]
     return task
 
 def tiny_tasks(
@@ -529,9 +556,10 @@ def tiny_tasks(
 )->list: # of task dicts
     "GenEval-like tasks of the offline world."
     rng = np.random.default_rng(seed)
-    return [check_task(task_of(sample_prompt(rng, CATEGORIES[i%len(CATEGORIES)], split)), classes=SHAPES) for i in range(n)]
+    return [check_task(task_of(sample_prompt(rng, CATEGORIES[i%len(CATEGORIES)], split)), classes=SHAPES)
+            for i in range(n)]
 
-# %% ../nbs/10b_geneval.ipynb #15f26342
+# %% ../nbs/10b_geneval.ipynb #d8e868aa
 def geneval_scores(
     rows, # dicts (or a DataFrame) with 'tag', 'prompt' and 'correct', one for each image
 )->dict: # 'tasks': {tag: (correct, images)}, 'overall', 'images': (correct, n), 'prompts': (with any correct, n)
@@ -542,4 +570,5 @@ def geneval_scores(
     tasks = {t:(sum(v),len(v)) for t,v in by('tag').items()}
     prompts = by('prompt')
     return dict(tasks=tasks, overall=sum(c/n for c,n in tasks.values())/len(tasks),
-                images=(sum(bool(r['correct']) for r in rows), len(rows)), prompts=(sum(map(any,prompts.values())), len(prompts)))
+                images=(sum(bool(r['correct']) for r in rows), len(rows)),
+                prompts=(sum(map(any,prompts.values())), len(prompts)))

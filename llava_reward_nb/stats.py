@@ -64,13 +64,14 @@ def accuracy(
     counted = np.ones_like(p) if ties else (p!=TIE).astype(float)
     return _out(_ratio(ww@(p==t).astype(float), ww@counted), w)
 
-# %% ../nbs/10d_stats.ipynb #d8e714f7
+# %% ../nbs/10d_stats.ipynb #60740ec0
 def _pearson(w, x, y): # (m,); x and y (n,) or (m, n)
     n = w.sum(1, keepdims=True)
     x,y = (v-(w*v).sum(1, keepdims=True)/n for v in np.broadcast_arrays(x, y, w)[:2])
     sx,sy = (np.sqrt((w*v*v).sum(1)) for v in (x,y))
     flat = (sx<=1e-12*np.abs(x).max(1, initial=1e-300)) | (sy<=1e-12*np.abs(y).max(1, initial=1e-300))
-    with np.errstate(divide='ignore', invalid='ignore'): return np.where(flat, np.nan, np.clip((w*x*y).sum(1)/(sx*sy), -1, 1))
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.where(flat, np.nan, np.clip((w*x*y).sum(1)/(sx*sy), -1, 1))
 
 def pearson(
     x,       # (n,)
@@ -81,7 +82,7 @@ def pearson(
     ww,x,y = _args(w, x, y)
     return _out(_pearson(ww, x, y), w)
 
-# %% ../nbs/10d_stats.ipynb #60740ec0
+# %% ../nbs/10d_stats.ipynb #09cb1fbd
 def midranks(
     x,       # (n,)
     w=None,  # weights (m, n)
@@ -103,7 +104,7 @@ def spearman(
     ww,x,y = _args(w, x, y)
     return _out(_pearson(ww, midranks(x,ww), midranks(y,ww)), w)
 
-# %% ../nbs/10d_stats.ipynb #09cb1fbd
+# %% ../nbs/10d_stats.ipynb #2f8b4b85
 def kendall_tau_b(
     x,       # (n,)
     y,       # (n,)
@@ -117,7 +118,7 @@ def kendall_tau_b(
         sums += [(ww[:,i:i+500]*(ww@s.T)).sum(1) for s in (sx*sy, abs(sx), abs(sy))]
     return _out(_ratio(sums[0], np.sqrt(sums[1]*sums[2])), w)
 
-# %% ../nbs/10d_stats.ipynb #1d0cc1c2
+# %% ../nbs/10d_stats.ipynb #2a331c46
 def _class_counts(w, pred, label, positive):
     ww,p,t = _args(w, pred, label)
     p,t = (p==positive).astype(float), (t==positive).astype(float)
@@ -153,7 +154,7 @@ def f1(
     hit,said,true = _class_counts(w, pred, label, positive)
     return _out(np.nan_to_num(_ratio(2*hit,said+true)), w)
 
-# %% ../nbs/10d_stats.ipynb #f7af4f01
+# %% ../nbs/10d_stats.ipynb #741e8071
 def auroc(
     score,   # (n,), higher means class 1
     label,   # truth, (n,), 0 or 1
@@ -172,7 +173,7 @@ def threshold_decisions(
     _,s = _args(None, score)
     return np.where(np.isnan(s), np.nan, (s>=0).astype(float))
 
-# %% ../nbs/10d_stats.ipynb #1baa1ad3
+# %% ../nbs/10d_stats.ipynb #8ddada8f
 def bias_scores(
     x,               # scores of one occupation, (n,), n >= 2
     near:float=.1,   # scores no further apart than this count as equal
@@ -196,7 +197,7 @@ def mean_bias(
     each = [bias_scores(s[g==k]) for k in dict.fromkeys(g) if (g==k).sum()>1]
     return {k:float(np.mean([e[k] for e in each])) if each else np.nan for k in ('ACC','NDS','GES')}
 
-# %% ../nbs/10d_stats.ipynb #8ddada8f
+# %% ../nbs/10d_stats.ipynb #c9fb657a
 def interval(
     stat,             # function (..., w) of resampled weights -> (m,)
     *args,            # what it is computed from
@@ -227,7 +228,7 @@ def paired_p(
     if not len(d): return np.nan
     return float(min(1., 2*(min((d<=0).sum(), (d>=0).sum())+1)/(len(d)+1)))
 
-# %% ../nbs/10d_stats.ipynb #a42cb9ef
+# %% ../nbs/10d_stats.ipynb #3f9fa606
 def best_particle(
     guidance, # (k,) score that guided, of each particle
 )->int: # index
@@ -241,5 +242,6 @@ def particle_summary(
 )->dict: # mean, max, min, std (n-1), best
     "One prompt's particles in five numbers."
     s = np.asarray(scores, np.float64)
-    return dict(mean=float(s.mean()), max=float(s.max()), min=float(s.min()), std=float(s.std(ddof=1)) if len(s)>1 else 0.,
+    return dict(mean=float(s.mean()), max=float(s.max()), min=float(s.min()), std=float(s.std(ddof=1)) if len(s)>1
+                else 0.,
                 best=float(s[best_particle(guidance)]))

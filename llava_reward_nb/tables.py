@@ -18,14 +18,15 @@ from .core import InputError, atomic_path
 @dataclass
 class Table:
     "Numbers, and how to show them."
-    df:object                                  # DataFrame: row labels in the index (one level or more), a column for each measure
+    df:object                                  # DataFrame: row labels in the index, a column for each measure
     title:str=''
-    better:dict = field(default_factory=dict)  # column -> 'max' (the default), 'min', or '' for columns that are not ranked, such as n
+    better:dict = field(default_factory=dict)  # column -> 'max' (default), 'min', or '' for no ranking, as of n
     digits:object=1                            # decimals, or a dict column -> decimals
     low:object=None                            # DataFrame of the same shape, lower ends of intervals
     high:object=None                           # upper ends
     block:int=0                                # rows are ranked among those that share this many index levels
-    sources:dict = field(default_factory=dict) # row label -> where a row comes from that is not ours; such rows are not ranked
+    sources:dict = field(default_factory=dict) # row label -> origin of a row that is not ours; it is not ranked
+    signs:dict = field(default_factory=dict)   # (row label, column) -> sign after the number, such as '†'
     notes:list = field(default_factory=list)   # lines below the table
 
     def __getattr__(self, k):
@@ -35,7 +36,9 @@ class Table:
     def __len__(self): return len(self.df)
     def __getitem__(self, k): return self.df[k]
 
-    def _digits(self, c)->int: return self.digits.get(c,1) if isinstance(self.digits,dict) else self.digits if self.better.get(c)!='' else 0
+    def _digits(self, c)->int:
+        if isinstance(self.digits,dict): return self.digits.get(c,1)
+        return 0 if self.better.get(c)=='' else self.digits
 
 # %% ../nbs/10e_tables.ipynb #d7b455d9
 def rank_marks(
@@ -47,9 +50,10 @@ def rank_marks(
     shown = [None if v is None or math.isnan(v) else round(float(v),digits) for v in values]
     order = sorted({v for v in shown if v is not None}, reverse=better=='max')
     if not better or len([v for v in shown if v is not None])<2: return ['']*len(shown)
-    return ['' if v is None else 'best' if v==order[0] else 'second' if len(order)>1 and v==order[1] else '' for v in shown]
+    return ['' if v is None else 'best' if v==order[0] else 'second' if len(order)>1 and v==order[1] else ''
+            for v in shown]
 
-# %% ../nbs/10e_tables.ipynb #be617614
+# %% ../nbs/10e_tables.ipynb #d4cce127
 def _labels(row)->tuple: return row if isinstance(row,tuple) else (row,)
 
 @patch
@@ -60,18 +64,19 @@ def marks(self:Table)->dict: # (row position, column) -> 'best' or 'second'
         if row not in self.sources: blocks.setdefault(_labels(row)[:self.block], []).append(i)
     for c in self.df.columns:
         for where in blocks.values():
-            for i,m in zip(where, rank_marks([self.df[c].iloc[i] for i in where], self.better.get(c,'max'), self._digits(c))):
+            for i,m in zip(where, rank_marks([self.df[c].iloc[i] for i in where], self.better.get(c,'max'),
+                                             self._digits(c))):
                 if m: out[i,c] = m
     return out
 
-# %% ../nbs/10e_tables.ipynb #d4cce127
+# %% ../nbs/10e_tables.ipynb #9854bc6c
 @patch
 def cell(self:Table, i:int, c)->str:
     "The number of row `i`, column `c`, as text, with its interval."
     v,d = self.df[c].iloc[i], self._digits(c)
     if v is None or (isinstance(v,float) and math.isnan(v)): return '–'
     if isinstance(v,str): return v
-    text = f'{v:.{d}f}'
+    text = f'{v:.{d}f}'+self.signs.get((self.df.index[i],c),'')
     if self.low is None or c not in self.low.columns: return text
     lo,hi = self.low[c].iloc[i], self.high[c].iloc[i]
     return text if math.isnan(lo) else f'{text} [{lo:.{d}f}, {hi:.{d}f}]'
@@ -97,7 +102,7 @@ def grid(self:Table)->list: # rows of (text, mark); mark 'label', 'best', 'secon
 def foot(self:Table)->list: # lines
     return [f'[{k+1}] {s}' for k,s in enumerate(dict.fromkeys(self.sources.values()))]+list(self.notes)
 
-# %% ../nbs/10e_tables.ipynb #9854bc6c
+# %% ../nbs/10e_tables.ipynb #cf7049b8
 @patch
 def to_markdown(self:Table)->str:
     "GitHub Markdown: best bold, second underlined, rows from elsewhere in italics."
@@ -113,10 +118,14 @@ def to_markdown(self:Table)->str:
 def to_html(self:Table)->str:
     "HTML with inline styles: best bold, second underlined."
     say = dict(best='<b>{}</b>', second='<u>{}</u>', source='<i style="opacity:.7">{}</i>')
-    td = lambda t,m: f'<td style="text-align:{"left" if m=="label" else "right"}">{say.get(m,"{}").format(html.escape(t))}</td>'
-    head = ''.join(f'<th style="text-align:{"left" if i<len(self.df.index.names) else "right"}">{html.escape(h)}</th>' for i,h in enumerate(self.heads()))
-    body = '\n'.join('<tr>'+''.join(td(t,m) for t,m in row)+'</tr>' for row in self.grid())
-    cap = f'<caption style="text-align:left;caption-side:top"><b>{html.escape(self.title)}</b></caption>' if self.title else ''
+    def cell(t, m, tag='td'):
+        side = 'left' if m=='label' else 'right'
+        return f'<{tag} style="text-align:{side}">{say.get(m,"{}").format(html.escape(t))}</{tag}>'
+    k = len(self.df.index.names)
+    head = ''.join(cell(h, 'label' if i<k else '', 'th') for i,h in enumerate(self.heads()))
+    body = '\n'.join('<tr>'+''.join(cell(t,m) for t,m in row)+'</tr>' for row in self.grid())
+    title = f'<b>{html.escape(self.title)}</b>'
+    cap = f'<caption style="text-align:left;caption-side:top">{title}</caption>' if self.title else ''
     foot = ''.join(f'<div style="font-size:85%">{html.escape(l)}</div>' for l in self.foot())
     return f'<div><table>{cap}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>{foot}</div>\n'
 
@@ -126,8 +135,9 @@ def _repr_html_(self:Table)->str: return self.to_html()
 @patch
 def _repr_markdown_(self:Table)->str: return self.to_markdown()
 
-# %% ../nbs/10e_tables.ipynb #af36fe02
-_TEX = {'&':r'\&','%':r'\%','$':r'\$','#':r'\#','_':r'\_','{':r'\{','}':r'\}','~':r'\textasciitilde{}','^':r'\textasciicircum{}','\\':r'\textbackslash{}','–':'--'}
+# %% ../nbs/10e_tables.ipynb #7980ca7f
+_TEX = {'&':r'\&','%':r'\%','$':r'\$','#':r'\#','_':r'\_','{':r'\{','}':r'\}',
+        '~':r'\textasciitilde{}','^':r'\textasciicircum{}','\\':r'\textbackslash{}','–':'--','†':r'\dag{}'}
 
 def tex(
     s:str, # plain text
@@ -147,11 +157,12 @@ def to_latex(self:Table)->str:
         rows.append(' & '.join(say.get(m,'%s')%tex(t) for t,m in row)+r' \\'); last = block
     head = ' & '.join(map(tex,self.heads()))+r' \\'
     lines = [r'\begin{table}', r'\centering', *([r'\caption{%s}'%tex(self.title)] if self.title else []),
-             r'\begin{tabular}{%s}'%('l'*k+'r'*len(self.df.columns)), r'\toprule', head, r'\midrule', *rows, r'\bottomrule', r'\end{tabular}',
+             r'\begin{tabular}{%s}'%('l'*k+'r'*len(self.df.columns)), r'\toprule', head, r'\midrule', *rows,
+             r'\bottomrule', r'\end{tabular}',
              *(r'\par\footnotesize '+tex(l) for l in self.foot()), r'\end{table}']
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/10e_tables.ipynb #97bc8a16
+# %% ../nbs/10e_tables.ipynb #b37c1903
 @patch
 def to_csv(self:Table)->str:
     "Plain numbers, with `low` and `high` of each measure and the source of each row."
@@ -165,7 +176,8 @@ def to_csv(self:Table)->str:
 
 @patch
 def __repr__(self:Table)->str:
-    rows = [self.heads()]+[[dict(best='{} *', second='{} +').get(m,'{}  ' if m!='label' else '{}').format(t) for t,m in r] for r in self.grid()]
+    rows = [self.heads()]+[[dict(best='{} *', second='{} +').get(m,'{}  ' if m!='label' else '{}').format(t)
+                            for t,m in r] for r in self.grid()]
     wide = [max(len(r[j]) for r in rows) for j in range(len(rows[0]))]
     k = len(self.df.index.names)
     lines = ['  '.join(t.ljust(w) if j<k else t.rjust(w) for j,(t,w) in enumerate(zip(r,wide))).rstrip() for r in rows]
@@ -177,7 +189,9 @@ def save(self:Table,
 )->Path:
     "Write the table in the form that the suffix tells; `InputError` for another suffix."
     path = Path(path)
-    forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.html':self.to_html, '.csv':self.to_csv, '.txt':lambda: repr(self)+'\n'}
-    if path.suffix not in forms: raise InputError(f"{path}: tables are written as {', '.join(forms)}; got {path.suffix or 'no suffix'!r}")
+    forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.html':self.to_html, '.csv':self.to_csv,
+             '.txt':lambda: repr(self)+'\n'}
+    if path.suffix not in forms:
+        raise InputError(f"{path}: tables are written as {', '.join(forms)}; got {path.suffix or 'no suffix'!r}")
     with atomic_path(path) as p: p.write_text(forms[path.suffix](), encoding='utf-8')
     return path
