@@ -1,0 +1,76 @@
+"The evaluation commands as people start them: output, exit codes, and runs that go on after they were killed."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd, pytest
+
+from llava_reward_nb import commands
+from llava_reward_nb.benchmarks import SPECS
+from llava_reward_nb.evaluation import Run
+
+
+def start(command, *args):
+    "A command in a process of its own, as the console script starts it."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parent.parent))
+    code = f'from llava_reward_nb.commands import {command}; {command}()'
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(command, *args):
+    "Exit code, stdout and stderr."
+    p = start(command, *args)
+    out, err = p.communicate(timeout=300)
+    return p.returncode, out, err
+
+
+def test_every_twin_and_every_table(tmp_path):
+    "One command fills all benchmarks on the offline twins, and each has a table in every form."
+    code, out, err = run('llava_reward_eval', 'all', '--reward', 'checker', 'tiny/alignment', '--limit', 4, '--out', tmp_path/'runs')
+    assert code == 0, err
+    assert {p.name for p in (tmp_path/'runs').iterdir()} == set(SPECS)
+    for name in SPECS:
+        assert {'checker', 'tiny/alignment'} <= set(Run(tmp_path/'runs'/name).scores().columns), name
+        for suffix in ('md', 'tex', 'html', 'csv'):
+            commands.llava_reward_table(name, [str(tmp_path/'runs'/name)], out=str(tmp_path/f'{name}.{suffix}'))
+            assert 'checker' in (tmp_path/f'{name}.{suffix}').read_text()
+
+
+def test_killed_run_goes_on(tmp_path):
+    "SIGKILL in the middle; the same command finishes, and the scores are those of a run that was left alone."
+    args = ('imagereward', '--reward', 'tiny/alignment', '--limit', 40, '--batch-size', 1)
+    assert run('llava_reward_eval', *args, '--out', tmp_path/'whole')[0] == 0
+    p = start('llava_reward_eval', *args, '--out', tmp_path/'cut')
+    for _ in range(600):
+        if (tmp_path/'cut'/'run.json').exists() or p.poll() is not None: break
+        time.sleep(.1)
+    time.sleep(1)
+    p.send_signal(signal.SIGKILL); p.wait()
+    code, out, err = run('llava_reward_eval', *args, '--out', tmp_path/'cut')
+    assert code == 0, err
+    pd.testing.assert_frame_equal(Run(tmp_path/'cut').scores(), Run(tmp_path/'whole').scores())
+
+
+def test_a_reward_is_added(tmp_path):
+    "A second call with another reward adds its column and leaves the first alone."
+    for r in 'checker', 'tiny/fidelity': assert run('llava_reward_eval', 'hpdv2', '--reward', r, '--limit', 3, '--out', tmp_path/'r')[0] == 0
+    assert Run(tmp_path/'r').scores().notna().all().all() and list(Run(tmp_path/'r').scores().columns) == ['checker', 'tiny/fidelity']
+
+
+@pytest.mark.parametrize('args,code,says', [
+    (['mjbanch', '--reward', 'tiny'], 2, 'mjbench'),
+    (['mjbench'], 2, '--reward'),
+    (['mjbench', '--reward', 'imagreward'], 1, "did you mean 'imagereward'"),
+    (['mjbench', '--reward', 'checker', '--data', 'no/such/folder'], 1, 'no such file or folder'),
+    (['tifa160', '--reward', 'checker', '--limit', '0'], 2, 'at least 1'),
+    (['smid', '--reward', 'checker', '--data', 'hub'], 1, 'local copy')])
+def test_bad_calls(tmp_path, args, code, says):
+    got, out, err = run('llava_reward_eval', *args, '--out', tmp_path/'x')
+    assert got == code and says in err and 'Traceback' not in err, err
+    assert not (tmp_path/'x').exists()
+
+
+def test_table_of_nothing(tmp_path):
+    code, _, err = run('llava_reward_table', 'tifa160', tmp_path/'none')
+    assert code == 1 and 'llava_reward_eval tifa160' in err
+    code, _, err = run('llava_reward_table', 'table9')
+    assert code == 2 and 'particles' in err
