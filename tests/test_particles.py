@@ -1,5 +1,5 @@
 "The published mode against trajectories of the public FK code; the evaluation script's particle summary."
-import json, math
+import json
 from pathlib import Path
 
 import pytest, torch
