@@ -6,7 +6,6 @@
 __all__ = ['Trace', 'merge_traces', 'panel', 'guidance_table', 'paired_bootstrap']
 
 # %% ../nbs/09g_traces.ipynb #7249b6a7
-import math
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 import torch
@@ -61,9 +60,12 @@ def merge_traces(
     looks = []
     for ls in zip(*[t.looks for t in traces]):
         tensors = {n: torch.cat([l[n] for l in ls]) for n,v in ls[0].items() if isinstance(v, Tensor)}
-        looks.append(dict(ls[0], **tensors, thumbs=sum([l['thumbs'] for l in ls], []), held_out={n: torch.cat([l['held_out'][n] for l in ls]) for n in ls[0]['held_out']}))
-    return Trace(sum([t.prompts for t in traces], []), first.settings, first.n_steps, looks, cat(lambda t: t.log_z), cat(lambda t: t.log_w), cat(lambda t: t.rewards),
-                 {n: torch.cat([t.held_out[n] for t in traces]) for n in first.held_out}, {n: sum(t.seconds[n] for t in traces) for n in first.seconds})
+        held = {n: torch.cat([l['held_out'][n] for l in ls]) for n in ls[0]['held_out']}
+        looks.append(dict(ls[0], **tensors, held_out=held, thumbs=sum([l['thumbs'] for l in ls], [])))
+    return Trace(sum([t.prompts for t in traces], []), first.settings, first.n_steps, looks,
+                 cat(lambda t: t.log_z), cat(lambda t: t.log_w), cat(lambda t: t.rewards),
+                 {n: torch.cat([t.held_out[n] for t in traces]) for n in first.held_out},
+                 {n: sum(t.seconds[n] for t in traces) for n in first.seconds})
 
 # %% ../nbs/09g_traces.ipynb #c2031b28
 def _alive(ancestors):
@@ -80,10 +82,11 @@ def _tree(ax, looks, p):
     ends = steps[1:] + [steps[-1] + max(1, (steps[-1]-steps[0])/(2*max(1, len(steps)-1)))]
     for j,l in enumerate(looks):
         after = alive[j+1] if j+1<len(looks) else torch.ones(k, dtype=torch.bool)
-        for i,a in enumerate(l['ancestors'][p].tolist()): ax.plot([steps[j], ends[j]], [a, i], c='k' if after[i] else '.8', lw=1.2 if after[i] else .8, zorder=1 if after[i] else 0)
+        for i,a in enumerate(l['ancestors'][p].tolist()):
+            ax.plot([steps[j], ends[j]], [a, i], c='k' if after[i] else '.8', lw=1.2 if after[i] else .8, zorder=int(after[i]))
     r = torch.stack([l['rewards'][p] for l in looks])
     dots = ax.scatter([s for s in steps for _ in range(k)], list(range(k))*len(looks), c=r.flatten(), cmap='viridis', s=28, zorder=2)
-    ax.set(yticks=range(k), ylabel='slot', xlabel='step', title='family tree'); ax.invert_yaxis()
+    ax.set(yticks=range(k), ylabel='slot', xlabel='step', title='family tree', ylim=(k-.5, -.5))
     return dots
 
 # %% ../nbs/09g_traces.ipynb #25ca665b
@@ -97,8 +100,9 @@ def plot(self:Trace,
     fig.colorbar(_tree(a, self.looks, prompt), ax=a, label='reward')
     steps, r = [l['step'] for l in self.looks], torch.stack([l['rewards'][prompt] for l in self.looks])
     b.plot(steps, r, '.', c='.6'); b.plot(steps, r.nanmean(1), c='tab:orange'); b.set(title='reward of previews', xlabel='step')
-    c.bar(steps, [l['ess'][prompt].item() for l in self.looks], width=max(1, self.n_steps/30), color=['tab:orange' if l['resampled'][prompt] else '.7' for l in self.looks])
-    c.set(title='effective sample size', xlabel='step', ylim=(0, r.shape[1])); c.text(.02, .9, 'orange: resampled', transform=c.transAxes, fontsize=7)
+    colors = ['tab:orange' if l['resampled'][prompt] else '.7' for l in self.looks]
+    c.bar(steps, [l['ess'][prompt].item() for l in self.looks], width=max(1, self.n_steps/30), color=colors)
+    c.set(title='effective sample size', xlabel='step', ylim=(0, 1.2*r.shape[1])); c.text(.02, .88, 'orange: resampled', transform=c.transAxes, fontsize=7)
     fig.suptitle(self.prompts[prompt], fontsize=9); fig.tight_layout(); plt.close(fig)
     return fig
 
@@ -124,9 +128,9 @@ def film(self:Trace,
 
 # %% ../nbs/09g_traces.ipynb #dd54f4da
 def _standard(looks, get):
-    "Mean over all particles at each look, in standard deviations of the first look"
+    "Mean over all particles at each look, relative to the first, in standard deviations of all"
     xs = [get(l)[torch.isfinite(get(l))] for l in looks]
-    scale = xs[0].std().clamp(min=1e-12)
+    scale = torch.cat(xs).std().clamp(min=1e-12)
     return [((x.mean()-xs[0].mean())/scale).item() for x in xs]
 
 @patch
@@ -138,7 +142,7 @@ def plot_held_out(self:Trace): # matplotlib figure; SteeringError without held-o
     steps = [l['step'] for l in self.looks]
     a.plot(steps, _standard(self.looks, lambda l: l['rewards']), 'k', lw=2, label='guidance')
     for n in self.held_out: a.plot(steps, _standard(self.looks, lambda l: l['held_out'][n]), label=n)
-    a.set(xlabel='step', ylabel='rise (std of first look)'); a.legend(fontsize=7)
+    a.set(xlabel='step', ylabel='rise (std)'); a.legend(fontsize=7)
     for n,v in self.held_out.items(): b.plot(self.rewards.flatten(), v.flatten(), '.', ms=4, label=n)
     b.set(xlabel='guidance reward of the images', ylabel='held-out'); b.legend(fontsize=7)
     fig.tight_layout(); plt.close(fig)
