@@ -6,8 +6,8 @@
 __all__ = ['IMAGE_SUFFIXES', 'PIECE', 'DTYPES', 'MOST', 'Item', 'find_images', 'image_items', 'table_items', 'check_items',
            'stop_if_bad', 'perspective_kinds', 'scorable', 'mark_empty_prompts', 'vectors', 'score_items',
            'compare_items', 'rank_items', 'check_settings', 'load', 'mark_misfits', 'text_table', 'bar', 'report',
-           'UsageError', 'parser_for', 'command', 'llava_reward_score', 'llava_reward_compare', 'llava_reward_train',
-           'demo_scenes', 'demo_scores', 'demo_picture', 'accuracy_table', 'llava_reward_demo']
+           'UsageError', 'parser_for', 'command', 'reward_items', 'llava_reward_score', 'llava_reward_compare',
+           'llava_reward_train', 'demo_scenes', 'demo_scores', 'demo_picture', 'accuracy_table', 'llava_reward_demo']
 
 # %% ../nbs/14_cli.ipynb #b520897a
 import argparse, os, re, shutil, sys
@@ -410,12 +410,31 @@ def _ready(items, used, model, base, device, dtype, num_crops, skip_bad):
     mark_misfits(rm, items); stop_if_bad(items, skip_bad)
     return rm
 
+# %% ../nbs/14_cli.ipynb #fd69291f
+def reward_items(
+    names:list,         # rewards by name or folder, see `load_reward`
+    items:list,         # of `Item`, one image each
+    batch_size:int=8,   # images at a time
+    device:str=None, dtype:str=None, # as for `load_reward`
+    skip_bad:bool=False, # keep items in error, with the error in their rows
+)->list: # rows: image, prompt, further columns, a score for each reward
+    "Score items with any rewards; ValueError for a name that is none, before any image is scored."
+    from llava_reward_nb.rewards import load_reward, score_all
+    check_items(items); stop_if_bad(items, skip_bad)
+    mark_empty_prompts(items, {n:'' for n in names if n.partition(':')[0]!='aesthetic'}); stop_if_bad(items, skip_bad)
+    loaded = {n:load_reward(n, device, getattr(torch, dtype) if dtype else None) for n in names}
+    good = [i for i in items if not i.error]
+    scores = score_all(loaded, [i.images[0] for i in good], [i.prompt for i in good], batch_size) if good else None
+    for k,i in enumerate(good): i.row |= {n:_num(scores[n][k]) for n in names}
+    return _rows(items)
+
 # %% ../nbs/14_cli.ipynb #cf8f69a9
 @command('''  llava_reward_score a.png b.jpg --prompt "a red circle"
   llava_reward_score renders/ --prompt "a red circle" --perspective alignment fidelity --out scores.csv
   llava_reward_score --table items.csv --out scores.parquet --skip-bad
   llava_reward_score photo.jpg --perspective safety
   llava_reward_score a.png --prompt "a red circle" --model me/my-rewards --base microsoft/Phi-3.5-vision-instruct
+  llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
 
 A table has a column `image` (paths, relative to the table) and a column `prompt`; other columns are kept.
 Scores of different perspectives are not comparable with each other, only within a column. `<name>_prob`, beside a
@@ -426,6 +445,7 @@ def llava_reward_score(
     table:str=None,             # .csv, .json, .jsonl or .parquet with columns image and prompt, instead of images
     model:str='tiny',           # reward model: a folder, a hub id, or 'tiny', which knows coloured shapes only
     perspective:list[str]=None, # which perspectives; all that have scores if left out
+    reward:list[str]=None,      # any rewards by name or folder, in place of --model and --perspective
     base:str=None,              # folder or hub id of the base model, if the reward model does not say
     device:str=None,            # torch device; the best there is if left out
     dtype:str=None,             # float32, bfloat16 or float16; what suits the device if left out
@@ -437,6 +457,9 @@ def llava_reward_score(
     "Score images for prompts, in one or several perspectives. Higher is better."
     items = _items_of(images, prompt, table)
     check_settings(device, dtype, out, batch_size, num_crops)
+    if reward:
+        if perspective or base or num_crops: raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base and --num-crops out")
+        return report(reward_items(reward, items, batch_size, device, dtype, skip_bad), out)
     used,notes = _prepare(items, model, perspective, True, skip_bad)
     rm = _ready(items, used, model, base, device, dtype, num_crops, skip_bad)
     report(score_items(rm, used, items, batch_size), out, notes)
@@ -735,7 +758,7 @@ def _seconds(t0:float)->str:
 Takes a minute or two on two CPU cores and needs no network. Then look at demo/demo.png.''')
 def llava_reward_demo(
     out:str='demo', # folder for the images, scores.csv, accuracy.csv and demo.png
-    n:int=2000,     # held-out records on which each perspective is measured, twice
+    n:int=2400,     # held-out records on which each perspective is measured, twice
 ):
     "See the embedded model at work: scenes are rendered, scored from their files, compared, ranked, measured and drawn."
     import time
