@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['METHODS', 'PAPER', 'RECIPES', 'predicted_x0', 'check_scheduler', 'stochastic', 'permute_state', 'decode_latents',
            'SteerConfig', 'prompt_generators', 'Steering', 'steer', 'Steered', 'fk_steer', 'equal_compute', 'Weighted',
-           'Experts', 'steering_cost', 'matched_lam', 'compare_guidance', 'panel_rows', 'load_pipeline']
+           'Experts', 'steering_cost', 'load_pipeline']
 
 # %% ../nbs/10_steering.ipynb #5a4fe8f2
-import copy, functools, inspect, json, math, time, warnings, zlib
+import copy, functools, inspect, math, time, warnings, zlib
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from PIL import Image
-from .core import atomic_path, default_device, progress, read_table, write_table
-from .particles import (RESAMPLERS, Particles, PublishedParticles, SteeringError, ess, particle_summary, prune,
-                                       resample_steps)
+from .core import MODELS, CheckpointError, default_device, progress, resolve_model
+from .particles import (RESAMPLERS, Particles, PublishedParticles, SteeringError, ess, prune, resample_steps)
 from .traces import Trace, merge_traces
 
 # %% ../nbs/10_steering.ipynb #c6818a6e
@@ -528,122 +526,44 @@ def steering_cost(
     return dict(t, overhead=t['steered']/(t['plain']+t['previews']), batch_gain=t['one_by_one']/t['steered'])
 
 # %% ../nbs/10_steering.ipynb #547af0e3
-def matched_lam(
-    scores:Tensor,        # scores of unsteered particles, (p, k)
-    strength:float=3.,    # wanted standard deviation of lam*reward within a prompt
-)->float: # lam
-    "The strength at which a reward of any range steers equally hard; SteeringError if it does not vary."
-    spread = torch.as_tensor(scores).double().std(1).mean().item()
-    if not spread>0: raise SteeringError("the reward gives all particles of a prompt the same score; it cannot steer")
-    return strength/spread
+def _read_pipeline(name, dtype):
+    "A diffusers pipeline from disk or hub; `CheckpointError` says what is missing"
+    import diffusers
+    path = MODELS[name]/'sd' if name in MODELS else resolve_model(name)
+    if getattr(path, 'is_dir', lambda: False)() and not (path/'model_index.json').is_file():
+        raise CheckpointError(f"{path}: has no model_index.json, so it is no diffusers pipeline; pass the folder of a pipeline or a hub id such as 'owner/name'")
+    try:
+        with warnings.catch_warnings(): # newer versions call it dtype
+            warnings.simplefilter('ignore', FutureWarning)
+            return diffusers.DiffusionPipeline.from_pretrained(str(path), torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{name}: cannot be loaded as a diffusers pipeline ({str(e).splitlines()[0]:.150})") from e
 
-# %% ../nbs/10_steering.ipynb #5df9cc4c
-def _judge(images, prompts, metrics):
-    "Scores of lists of k images by every metric: list of {metric: (k,)}"
-    flat, ps = [im for g in images for im in g], [p for g,p in zip(images, prompts) for _ in g]
-    cols = {m: _scores(m, f, flat, ps).view(len(prompts), -1) for m,f in metrics.items()}
-    return [{m: v[i] for m,v in cols.items()} for i in range(len(prompts))]
+def _pipe_bytes(pipe): return sum(p.numel()*p.element_size() for m in pipe.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
 
-def _rows(ids, prompts, seed, method, guidance, scores, images, folder):
-    "Rows of the comparison; images of the best particles are saved"
-    out = []
-    for i,prompt,s,ims in zip(ids, prompts, scores, images):
-        summary = particle_summary(s, guidance) if guidance!='none' else dict(particle_summary(s, next(iter(s))), order=[0])
-        best, name = summary['order'][0], f"images/{i:05d}-{seed}-{method}-{guidance}.png"
-        ims[best].save(folder/name)
-        cols = {f'{m} best': s[m][best].item() for m in s} | {f'{m} mean': s[m].mean().item() for m in s}
-        out.append(dict(prompt_id=i, prompt=prompt, seed=seed, method=method, guidance=guidance, image=name, **cols))
-    return out
-
-# %% ../nbs/10_steering.ipynb #6b81e0e4
-def _resume(out, settings):
-    "Rows made before; SteeringError if the folder holds a comparison with other settings"
-    (out/'images').mkdir(parents=True, exist_ok=True)
-    text, file = json.dumps(settings, indent=1, sort_keys=True, default=str), out/'settings.json'
-    if file.exists() and file.read_text(encoding='utf-8')!=text:
-        raise SteeringError(f"{out} holds a comparison with other settings (see settings.json); choose another folder")
-    with atomic_path(file) as f: f.write_text(text, encoding='utf-8')
-    return read_table(out/'scores.parquet') if (out/'scores.parquet').exists() else []
-
-def compare_guidance(
-    pipe,                   # a diffusers pipeline
-    prompts:list,           # strings
-    rewards:dict,           # name -> reward that guides
-    metrics:dict,           # name -> reward that judges; those of `rewards` judge too
-    out,                    # folder: scores.parquet, settings.json, images/
-    seeds=(0,),             # one run of everything for each
-    lam=10.,                # a number, or name -> number (see `matched_lam`)
-    batch_prompts:int=8,    # prompts in the pipeline at once
-    **kwargs,               # as for `fk_steer`
-): # DataFrame, a row for each prompt, seed, method ('none', 'best-of-n', 'fk') and guidance
-    "Compare guiding rewards on the same prompts and noise (LLaVA-Reward, Table 9); resumes where it was interrupted."
-    import pandas as pd
-    out, metrics = Path(out), {**rewards, **metrics}
-    lams = lam if isinstance(lam, dict) else dict.fromkeys(rewards, lam)
-    if set(rewards)-set(lams) or 'none' in rewards:
-        raise SteeringError(f"lam for {sorted(lams)}, rewards {sorted(rewards)}; give each reward its own ('none' is no name for one)")
-    plain = {k: v for k,v in kwargs.items() if isinstance(v, (int, float, str, list, tuple, dict, type(None)))}
-    rows = _resume(out, dict(prompts=list(prompts), rewards=list(rewards), metrics=list(metrics), lam=lams, **plain))
-    done = {(r['prompt_id'], r['seed'], r['method'], r['guidance']) for r in rows}
-    jobs = [(s, i, g) for s in seeds for i in range(0, len(prompts), batch_prompts) for g in ('none', *rewards)]
-    for seed, i, g in progress(jobs, desc='comparing'):
-        ids = range(i, min(i+batch_prompts, len(prompts))); ps = [prompts[j] for j in ids]
-        if (i, seed, 'none' if g=='none' else 'fk', g) in done: continue
-        how = dict(kwargs, method='best-of-n') if g=='none' else dict(kwargs, lam=lams[g])
-        res = fk_steer(pipe, ps, _silent if g=='none' else rewards[g], seed=seed, **how)
-        scores = _judge(res.images, ps, metrics)
-        for method, guidance in ([('none','none'), *(('best-of-n', r) for r in rewards)] if g=='none' else [('fk', g)]):
-            rows += _rows(ids, ps, seed, method, guidance, scores, res.images, out)
-        write_table(rows, out/'scores.parquet')
-    return pd.DataFrame(rows)
-
-def _silent(images, prompts): return torch.zeros(len(prompts))
-
-# %% ../nbs/10_steering.ipynb #f1d67f02
-def panel_rows(
-    df,              # DataFrame of `compare_guidance`
-    out,             # its folder
-    prompt_ids:list, # which prompts
-    columns:dict,    # title -> (method, guidance)
-    metrics:list,    # names of the metrics to print
-    seed=0,          # which seed
-)->list: # rows for `panel`
-    "Saved images and scores of some prompts, for `panel`."
-    rows = []
-    for i in prompt_ids:
-        part = df[(df.prompt_id==i)&(df.seed==seed)].set_index(['method','guidance'])
-        images = {t: Image.open(Path(out)/part.loc[k,'image']).convert('RGB') for t,k in columns.items()}
-        scores = {t: {m: part.loc[k,f'{m} best'] for m in metrics} for t,k in columns.items()}
-        rows.append(dict(prompt=part.prompt.iloc[0], images=images, scores=scores))
-    return rows
-
-# %% ../nbs/10_steering.ipynb #068b9354
+# %% ../nbs/10_steering.ipynb #b4eff05e
 def load_pipeline(
-    name,               # hub id or folder of a diffusers pipeline
+    name,               # 'tiny', folder of a diffusers pipeline, or hub id
     device:str=None,    # where to run; the best device there is
     dtype=None,         # torch dtype; half precision on a GPU, float32 on a CPU
     offload:bool=None,  # park parts on the CPU; decided by free memory if None
 ): # a pipeline ready for `fk_steer`
-    "Load any diffusers pipeline for steering, within the memory that is there."
-    import diffusers
+    "Load any diffusers pipeline for steering, within the memory that is there; `CheckpointError` if it cannot be loaded."
     device = device or default_device()
-    dtype = dtype or (torch.float16 if torch.device(device).type!='cpu' else torch.float32)
-    with warnings.catch_warnings(): # newer versions call it dtype
-        warnings.simplefilter('ignore', FutureWarning)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(name), torch_dtype=dtype)
+    pipe = _read_pipeline(name, dtype or (torch.float16 if torch.device(device).type!='cpu' else torch.float32))
     pipe.scheduler = stochastic(pipe.scheduler)
-    if hasattr(getattr(pipe, 'vae', None), 'enable_slicing'): pipe.vae.enable_slicing()
+    vae = getattr(pipe, 'vae', None)
+    if hasattr(vae, 'enable_slicing') and (vae.config.get('sample_size') or 512)>=256: vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     if offload is None: offload = torch.device(device).type=='cuda' and _pipe_bytes(pipe) > .6*torch.cuda.mem_get_info()[0]
     if offload: pipe.enable_model_cpu_offload(device=device)
     else: pipe.to(device)
     return pipe
 
-def _pipe_bytes(pipe): return sum(p.numel()*p.element_size() for m in pipe.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
-
-# %% ../nbs/10_steering.ipynb #2acb242b
+# %% ../nbs/10_steering.ipynb #002373da
 PAPER = dict(n_particles=4, lam=10., potential='max', steps=[20,40,60,80], eta=1., num_inference_steps=100)
 RECIPES = { # hub id and what to pass to `fk_steer`
+    'tiny': ('tiny', dict(guidance_scale=4.)),
     'sd21': ('stabilityai/stable-diffusion-2-1', dict(PAPER, guidance_scale=7.5, height=768, width=768, batch_size=4)),
     'sdxl': ('stabilityai/stable-diffusion-xl-base-1.0', dict(PAPER, guidance_scale=5., height=1024, width=1024, batch_size=2)),
 }
