@@ -92,8 +92,9 @@ def tiny_base(
 
 # %% ../nbs/12_tiny.ipynb #d786b638
 def _average_grads(params:list):
-    "Mean of the gradients over all processes, in place."
+    "Mean of the gradients over all processes, in place; weights that this step did not use have none, in no process."
     if not dist.is_initialized(): return
+    params = [p for p in params if p.grad is not None]
     flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
     for p,g in zip(params, flat.div_(dist.get_world_size()).split([p.numel() for p in params])): p.grad.copy_(g.view_as(p))

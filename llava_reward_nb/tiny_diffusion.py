@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .clip import clip_tokenizer
 from .core import atomic_path, progress, write_table
 from .shapes import CATEGORIES, SIZE, VOCAB, Checker, render, sample_prompt, scene_for
+from .steering import load_pipeline
 from .tiny import fit, launch
 
 # %% ../nbs/12b_tiny_diffusion.ipynb #a189882e
@@ -174,6 +175,7 @@ def satisfaction(
     n:int=30,               # prompts of each category
     seed:int=7,             # of prompts and noise
     split:str='train',      # 'unseen': colour-shape pairs that were never trained
+    categories:tuple=CATEGORIES, # of prompts
     steps:int=50,           # DDIM steps
     guidance:float=4.,      # classifier-free guidance scale
     eta:float=0.,           # DDIM noise, 1 as in steering
@@ -181,8 +183,8 @@ def satisfaction(
     "Share of prompts whose image satisfies them, by category; last the mean over categories, as GenEval has it."
     check,rows = Checker(),[]
     pipe.set_progress_bar_config(disable=True)
-    for i,c in enumerate(CATEGORIES):
-        rng = np.random.default_rng([seed,i])
+    for c in categories:
+        i = CATEGORIES.index(c); rng = np.random.default_rng([seed,i])
         prompts = [sample_prompt(rng, c, split).text for _ in range(n)]
         noise = [torch.Generator().manual_seed(seed*10_000+i*1000+j) for j in range(n)]
         images = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, eta=eta).images
@@ -200,8 +202,9 @@ def build_diffusion(
     work,out = Path(work).resolve(),Path(out); work.mkdir(parents=True, exist_ok=True)
     if not (work/'sd'/'model_index.json').exists():
         launch(train_autoencoder, work); launch(train_unet, work); save_pipeline(work, work/'sd')
-    pipe = StableDiffusionPipeline.from_pretrained(work/'sd', safety_checker=None)
-    rows = [dict(split=s, **r) for s in ('train','unseen') for r in progress(satisfaction(pipe, split=s), desc=s)]
+    pipe = load_pipeline(work/'sd', device='cpu')
+    rows = [dict(split='train', **r) for r in satisfaction(pipe)]
+    rows += [dict(split='unseen', **r) for r in satisfaction(pipe, split='unseen', categories=('colors','color_attribution'))]
     with atomic_path(out/'sd') as p: shutil.copytree(work/'sd', p)
     log = [json.loads(l) for s in ('vae','unet') for l in (work/f'{s}.jsonl').read_text().splitlines()]
     write_table(log, out/'log'/'diffusion.jsonl'); write_table(rows, out/'log'/'satisfaction.jsonl')
