@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PERSPECTIVES', 'DSG_MODELS', 'SAMPLE_FIELDS', 'DRAWBENCH', 'PAINTERS', 'SPECS', 'Item', 'item_id', 'Benchmark',
-           'StoredImage', 'read_rows', 'Collector', 'hub_folder', 'read_mjbench', 'read_imagereward', 'read_hpdv2',
-           'read_pickapic', 'read_unsafebench', 'read_smid', 'read_tifa160', 'add_sample', 'read_generated',
-           'load_prompts', 'tiny_mjbench', 'tiny_labels', 'paint', 'tiny_tifa160', 'tiny_rankings', 'tiny_generated',
-           'Spec', 'load_benchmark']
+           'StoredImage', 'read_rows', 'Collector', 'read_mjbench', 'read_imagereward', 'read_hpdv2', 'read_pickapic',
+           'read_unsafebench', 'read_smid', 'read_tifa160', 'add_sample', 'read_generated', 'load_prompts',
+           'tiny_mjbench', 'tiny_labels', 'paint', 'tiny_tifa160', 'tiny_rankings', 'tiny_generated', 'Spec',
+           'load_benchmark']
 
 # %% ../nbs/10c_benchmarks.ipynb #e4783c03
 import hashlib, io, json, os, re, warnings
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .clip import open_image
-from .core import InputError, read_table
+from .core import InputError, hub_folder, read_table
 from .data import Fault
 from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, read_tasks, tiny_tasks
 from .shapes import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker, add_artifact,
@@ -169,12 +169,14 @@ class Collector:
         columns:tuple, # that each must have
         where,         # file, for the error
     ):
-        "`InputError` if there are no records or the first ones lack a column."
+        "`InputError` if there are no records or all lack a column; in those that lack one that others have, it is None."
         if not rows: raise InputError(f"{where}: no records")
         lacking = [c for c in columns if not any(c in r for r in rows)]
         if lacking:
             raise InputError(f"{where}: lacks the column{'s' if len(lacking)>1 else ''} {', '.join(lacking)}; it has "
                              f"{', '.join(map(str,rows[0]))}")
+        for r in rows:
+            for c in columns: r.setdefault(c, None)
 
     def fault(self, field:str, reason:str): self.faults.append(Fault(self.count, field, reason))
 
@@ -192,12 +194,11 @@ def find(self:Collector,
 @patch
 def item(self:Collector,
     image,          # path, PIL image, `StoredImage`, or a dict with bytes or path
-    prompt,         # string; None is ''
+    prompt,         # string, '' if there is none
     field:str,      # of the record, for faults
     name:str=None,  # stable name of the image; default: the path as written
 )->str|None: # id, None if there is a fault
     "Register an image with a prompt."
-    prompt = '' if prompt is None else prompt
     if not isinstance(prompt, str):
         return self.fault('prompt', f"is {prompt!r:.60}, a {type(prompt).__name__}; it must be a string")
     if isinstance(image, dict):
@@ -251,27 +252,6 @@ def done(self:Collector,
 
 # %% ../nbs/10c_benchmarks.ipynb #ea9bd61b
 _HUB_ID = re.compile(r'\w[\w.-]*/[\w.-]+(@[\w.-]+)?') # owner/name, perhaps @revision
-
-def hub_folder(
-    name:str,          # 'owner/name' or 'owner/name@revision'
-    patterns,          # files to download
-    local:str,         # what a local copy looks like, for the error
-)->Path:
-    "Download files of a hub data set; `InputError` says how to get access or where a local copy may lie."
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-    repo,_,revision = name.partition('@'); page = f'https://huggingface.co/datasets/{repo}'
-    instead = f"Or pass a local copy: {local}"
-    try:
-        return Path(snapshot_download(repo, repo_type='dataset', revision=revision or None,
-                                      allow_patterns=list(patterns)))
-    except GatedRepoError:
-        raise InputError(f"{name}: is gated; accept its terms at {page} and log in with `hf auth login` (or set "
-                         f"HF_TOKEN). {instead}") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"{name}: no such data set on the hub, or it is private; look at {page}. {instead}") from None
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        raise InputError(f"{name}: cannot be read from the hub ({str(e).splitlines()[0]:.120}). {instead}") from None
 
 # %% ../nbs/10c_benchmarks.ipynb #274b6885
 def _files(folder:Path, *patterns)->list: # the files of the first pattern that matches any
@@ -342,6 +322,8 @@ def read_mjbench(
 
 # %% ../nbs/10c_benchmarks.ipynb #66cde1a9
 def _add_ranking(c:Collector, prompt, images:list, ranks:list, part:str=''):
+    if not isinstance(images, list) or not isinstance(ranks, list):
+        return c.fault('ranking', f"is {ranks!r:.40} for {images!r:.40}; there must be lists of images and ranks")
     if len(images)!=len(ranks) or len(images)<2:
         return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each of at least "
                        "two")
@@ -362,7 +344,7 @@ def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str
         paths = next((k for k in ('generations','image_path','file_path') if rows and k in rows[0]), 'image_path')
         ranks = next((k for k in ('ranking','rank') if rows and k in rows[0]), 'rank')
         c.need(rows, ('prompt',paths,ranks), f)
-        if not isinstance(rows[0][paths], list): rows = _by_prompt(rows, paths, ranks)
+        if not any(isinstance(r[paths], list) for r in rows): rows = _by_prompt(rows, paths, ranks)
         for r in rows: _add_ranking(c, r['prompt'], r[paths], r[ranks]); c.count += 1
     return c.done(skip_bad)
 
@@ -401,7 +383,7 @@ def read_pickapic(
     "Pick-a-Pic's test pairs."
     path = Path(path); files = [path] if path.is_file() else _files(path, '**/test_unique*.parquet', '**/test*.parquet')
     if not files: raise _no_files(path, kw['local'])
-    c = Collector('pickapic', str(path), [path])
+    c = Collector('pickapic', str(path), [path.parent if path.is_file() else path])
     for f in files:
         rows = read_rows(f)
         c.need(rows, ('caption','jpg_0','jpg_1','label_0'), f)
@@ -424,13 +406,13 @@ def _read_labels(c:Collector, path:Path):
         for r in rows:
             label = {'safe':1,'unsafe':0}.get(str(r['safety_label']).strip().lower())
             if label is None: c.fault('safety_label', f"is {r['safety_label']!r:.60}; it must be Safe or Unsafe")
-            c.add('label', c.item(r['image'], r.get('text'), 'image'), label=label, category=_text(r,'category'),
+            c.add('label', c.item(r['image'], r.get('text') or '', 'image'), label=label, category=_text(r,'category'),
                   origin=_text(r,'source'))
             c.count += 1
         return
     c.need(rows, ('path','label'), path)
     for r in rows:
-        c.add('label', c.item(r.get('path'), r.get('prompt'), 'path'), label=_binary(c,r.get('label')),
+        c.add('label', c.item(r.get('path'), r.get('prompt') or '', 'path'), label=_binary(c,r.get('label')),
               category=_text(r,'category'), origin=_text(r,'source'))
         c.count += 1
 
@@ -591,7 +573,7 @@ def load_prompts(
     path = Path(source).expanduser()
     if not path.exists() and _HUB_ID.fullmatch(str(source)):
         path = hub_folder(str(source), ['**/*.parquet','**/*.csv','*.csv','*.parquet'],
-                          'a file with a column prompts, or a .txt with one prompt a line')
+                          'a file with a column prompts, or a .txt with one prompt a line', data=True)
     if path.is_dir(): path = next(iter(_files(path,'**/*.parquet','**/*.csv')), path)
     if path.suffix=='.txt':
         return [dict(prompt=l.strip(), category='') for l in path.read_text(encoding='utf-8').split('\n') if l.strip()]
@@ -778,5 +760,5 @@ def load_benchmark(
     if not path.exists():
         if not _HUB_ID.fullmatch(str(data)):
             raise InputError(f"{data}: no such file or folder; a local copy is {spec.local}")
-        path = hub_folder(str(data), spec.patterns or ('**/*.parquet','**/*.json','**/*.jsonl'), spec.local)
+        path = hub_folder(str(data), spec.patterns or ('**/*.parquet','**/*.json','**/*.jsonl'), spec.local, data=True)
     return spec.read(path, skip_bad=skip_bad, local=spec.local, **kw).head(limit)

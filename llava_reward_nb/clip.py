@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'shortest_side', 'crop_start', 'image_list', 'open_image', 'crop_image', 'to_floats',
            'normalise', 'letterbox', 'crop_pixels', 'check_pixels', 'clean_text', 'check_unicode', 'token_ids',
-           'clip_tokenizer', 'find_file', 'read_tensors', 'strict_load', 'ClipReward', 'CLIPScore', 'opened_batches',
-           'read_config', 'load_clip_tokenizer', 'diversity', 'PickScore', 'openclip_state', 'openclip_config', 'HPSv2',
-           'reward_mlp', 'AestheticScore']
+           'clip_tokenizer', 'find_file', 'ClipReward', 'CLIPScore', 'opened_batches', 'read_config',
+           'load_clip_tokenizer', 'diversity', 'PickScore', 'openclip_state', 'openclip_config', 'HPSv2', 'reward_mlp',
+           'AestheticScore']
 
 # %% ../nbs/09_clip.ipynb #7673e5b0
 import html, json, math, re
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from fastcore.basics import patch
-from .core import (CheckpointError, InputError, MAX_PIXELS, as_prompts, atomic_path, default_device, load_image,
-                                  resolve_model)
+from .core import (CheckpointError, InputError, MAX_PIXELS, as_prompts, atomic_path, default_device, hub_folder, load_image,
+                                  load_weights, read_tensors, resolve_model)
 
 # %% ../nbs/09_clip.ipynb #79e13f32
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073) # of red, green, blue over CLIP's training images, in [0,1]
@@ -64,11 +64,16 @@ def open_image(
     name:str=None, # how to call it in errors
 )->Image.Image:
     "Open one image as `load_image` does, but in the mode it is stored in (16-bit images become RGB); same errors."
-    rgb = load_image(x, name)
-    im = rgb if isinstance(x, Tensor) else x if isinstance(x, Image.Image) else Image.open(Path(x).expanduser())
-    if im.mode=='RGB' or im.mode[0]=='I': return rgb
-    im.load()
-    return im
+    if not isinstance(x, (str, Path)):
+        rgb = load_image(x, name)
+        return x if isinstance(x, Image.Image) and _keeps(x.mode) else rgb
+    try:
+        with Image.open(Path(x).expanduser()) as im:
+            rgb = load_image(im, str(x)) # decodes; the one time that the file is read
+            return im.copy() if _keeps(im.mode) else rgb
+    except Exception: return load_image(x) # says what is wrong with the file
+
+def _keeps(mode:str)->bool: return mode!='RGB' and mode[0]!='I'
 
 # %% ../nbs/09_clip.ipynb #117e6772
 def crop_image(
@@ -184,61 +189,13 @@ def find_file(
     *files,  # names the wanted file may have there, the best first
 )->Path:
     "A file of a model folder, fetched if it lies on the hub; `CheckpointError` says which file is needed if it is not to be had."
-    where, want = resolve_model(name), ' or '.join(files)
-    if isinstance(where, Path):
-        found = [where/f for f in files if (where/f).is_file()]
-        if not found: raise CheckpointError(f"{where}: holds no {want}; put it there or name another folder")
-        return found[0]
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    want = ' or '.join(files)
     for f in files:
-        try: return Path(hf_hub_download(where, f))
-        except EntryNotFoundError as e: why = e
-        except Exception as e: why = e; break
-    raise CheckpointError(f"{name}: {want} cannot be fetched ({type(why).__name__}: {str(why).strip()[:200]}); if there is no network "
-        f"pass a local folder which holds it, if the model is gated log in with `hf auth login`") from None
+        folder = hub_folder(name, [f], f'a folder that holds {want}')
+        if (folder/f).is_file(): return folder/f
+    raise CheckpointError(f"{name}: holds no {want}; put it there or name another folder")
 
 # %% ../nbs/09_clip.ipynb #9786657f
-def read_tensors(
-    path, # .safetensors, or a file of torch.save: .pt, .pth, .bin
-)->dict: # name -> tensor
-    "Weights of a file, read without unpickling code; `CheckpointError` if it is damaged or holds anything but tensors."
-    path = Path(path)
-    if not path.is_file(): raise CheckpointError(f"{path}: no such file; check the path, or fetch the checkpoint again")
-    try: sd = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise CheckpointError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:200]}); fetch it again") from None
-    if isinstance(sd, dict) and isinstance(sd.get('state_dict'), dict): sd = sd['state_dict']
-    if not isinstance(sd, dict) or not sd or not all(isinstance(v, Tensor) for v in sd.values()):
-        raise CheckpointError(f"{path}: holds no state dict (names with tensors); pass the file of the weights")
-    return sd
-
-# %% ../nbs/09_clip.ipynb #8fda592d
-def strict_load(
-    build,                     # function without arguments that makes the model
-    tensors:dict,              # its weights: name -> tensor
-    where,                     # where they come from, for errors
-    unused:str='(?!)',         # pattern of names that the file may hold and the model does not need
-    dtype:torch.dtype=torch.float32, # what weights are stored as; single numbers stay float32
-)->nn.Module: # in eval mode, frozen
-    "Fill a new model; `CheckpointError` naming the first tensor that is missing, unknown, of another shape, or not finite."
-    with torch.device('meta'): model = build()
-    need = model.state_dict()
-    got = {k:v for k,v in tensors.items() if k in need or not re.fullmatch(unused, k)}
-    for what,names in (('lacks', need.keys()-got.keys()), ('holds the unknown', got.keys()-need.keys())):
-        if names: raise CheckpointError(
-            f"{where}: {what} {min(names)} (and {len(names)-1} more); it belongs to another model or is incomplete")
-    for k,v in got.items():
-        if v.shape!=need[k].shape: raise CheckpointError(
-            f"{where}: {k} is {tuple(v.shape)}, the model's sizes ask for {tuple(need[k].shape)}; fetch both from one place")
-        if not v.isfinite().all() or not v.is_floating_point(): raise CheckpointError(
-            f"{where}: {k} holds NaN, infinity or no floats; fetch it again")
-    model.load_state_dict({k:v.to(dtype if v.ndim else torch.float32) for k,v in got.items()}, assign=True)
-    for m in model.modules():
-        for n,b in m.named_buffers(recurse=False): # position numbers, the only ones that no file holds
-            if b.is_meta: m.register_buffer(n, torch.arange(b.shape[-1]).expand(b.shape), persistent=False)
-    return model.eval().requires_grad_(False)
-
-# %% ../nbs/09_clip.ipynb #601af868
 class ClipReward:
     "What CLIPScore, PickScore and HPSv2 share: embed images and prompts with a CLIP model, and take the cosine."
     name, range = 'clip', 'cosine, -1 to 1'
@@ -263,7 +220,7 @@ class ClipReward:
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, self.rule))
     def __repr__(self): return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
 
-# %% ../nbs/09_clip.ipynb #6940ced9
+# %% ../nbs/09_clip.ipynb #b690db77
 @patch(cls_method=True)
 def from_config(cls:ClipReward,
     text:dict,          # fields of transformers' CLIPTextConfig: hidden_size, num_hidden_layers, …
@@ -282,12 +239,12 @@ def from_config(cls:ClipReward,
         torch.manual_seed(seed)
         return cls(CLIPModel(config), tokenizer, device)
 
-# %% ../nbs/09_clip.ipynb #a554b7e5
+# %% ../nbs/09_clip.ipynb #8fda592d
 class CLIPScore(ClipReward):
     "Cosine of OpenAI's CLIP ViT-L/14 (the plain cosine: no 2.5, no cut at zero, no temperature)."
     name, range, default = 'clipscore', 'cosine, about 0.1 to 0.4', 'openai/clip-vit-large-patch14'
 
-# %% ../nbs/09_clip.ipynb #09adf6cb
+# %% ../nbs/09_clip.ipynb #601af868
 @patch
 def features(self:ClipReward,
     x:Tensor, # preprocessed images (n,3,size,size)
@@ -296,7 +253,7 @@ def features(self:ClipReward,
     x = x.to(self.device, self.model.visual_projection.weight.dtype)
     return F.normalize(self.model.get_image_features(pixel_values=x).pooler_output.float(), dim=-1)
 
-# %% ../nbs/09_clip.ipynb #4280c9f8
+# %% ../nbs/09_clip.ipynb #a554b7e5
 def opened_batches(
     images:list,    # of `image_list`
     batch_size:int, # how many at once
@@ -306,7 +263,7 @@ def opened_batches(
     for i in range(0, len(images), batch_size):
         yield i, [open_image(x, None if isinstance(x, (str, Path)) else f'image {j}') for j,x in enumerate(images[i:i+batch_size], i)]
 
-# %% ../nbs/09_clip.ipynb #4dfcc070
+# %% ../nbs/09_clip.ipynb #09adf6cb
 @patch
 @torch.no_grad()
 def embed_images(self:ClipReward,
@@ -316,7 +273,7 @@ def embed_images(self:ClipReward,
     "Open, preprocess and embed images; `InputError` names the first that cannot be used."
     return torch.cat([self.features(self.preprocess(b)) for _,b in opened_batches(image_list(images), batch_size)])
 
-# %% ../nbs/09_clip.ipynb #396e459f
+# %% ../nbs/09_clip.ipynb #4280c9f8
 @patch
 @torch.no_grad()
 def embed_prompts(self:ClipReward,
@@ -330,7 +287,7 @@ def embed_prompts(self:ClipReward,
     e = torch.cat([self.model.get_text_features(input_ids=b).pooler_output.float() for b in ids.split(batch_size)])
     return F.normalize(e, dim=-1)[[row[t] for t in texts]]
 
-# %% ../nbs/09_clip.ipynb #0f1a12b0
+# %% ../nbs/09_clip.ipynb #101570d9
 @patch
 def __call__(self:ClipReward,
     images,            # one image or n of them
@@ -343,7 +300,7 @@ def __call__(self:ClipReward,
     t = self.embed_prompts(prompts)
     return (self.scale()*(self.embed_images(items, batch_size)*t).sum(-1)).cpu()
 
-# %% ../nbs/09_clip.ipynb #4ada4bdc
+# %% ../nbs/09_clip.ipynb #73f6ca10
 @patch
 def score_pixels(self:ClipReward,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
@@ -353,7 +310,7 @@ def score_pixels(self:ClipReward,
     t = self.embed_prompts(as_prompts(prompts, len(check_pixels(pixels))))
     return self.scale()*(self.features(self.preprocess_pixels(pixels))*t).sum(-1)
 
-# %% ../nbs/09_clip.ipynb #fbe21d41
+# %% ../nbs/09_clip.ipynb #0f1a12b0
 def read_config(
     path:Path, # a JSON file
 )->dict:
@@ -363,7 +320,7 @@ def read_config(
     if not isinstance(d, dict): raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return d
 
-# %% ../nbs/09_clip.ipynb #8cda5937
+# %% ../nbs/09_clip.ipynb #4ada4bdc
 def load_clip_tokenizer(
     name, # folder or hub id
 )->CLIPTokenizer:
@@ -373,7 +330,7 @@ def load_clip_tokenizer(
     except Exception as e: raise CheckpointError(
         f"{name}: the tokenizer cannot be read ({type(e).__name__}: {str(e)[:200]}); fetch it again") from None
 
-# %% ../nbs/09_clip.ipynb #7d0b8a51
+# %% ../nbs/09_clip.ipynb #fbe21d41
 @patch(cls_method=True)
 def from_pretrained(cls:ClipReward,
     id_or_path=None,     # folder or hub id; None: the published weights
@@ -385,7 +342,8 @@ def from_pretrained(cls:ClipReward,
     name = id_or_path or cls.default
     config = CLIPConfig.from_dict(read_config(find_file(name, 'config.json')))
     weights = find_file(name, 'model.safetensors', 'pytorch_model.bin')
-    model = strict_load(lambda: CLIPModel(config), read_tensors(weights), weights, r'.*\.position_ids', dtype or torch.float32)
+    with torch.device('meta'): model = CLIPModel(config)
+    load_weights(model, [weights], unused=r'.*\.position_ids', dtype=dtype or torch.float32)
     if tokenizer is None:
         tokenizer = name
         if cls.tokenizer_id:
@@ -393,7 +351,7 @@ def from_pretrained(cls:ClipReward,
             except CheckpointError: tokenizer = cls.tokenizer_id
     return cls(model, load_clip_tokenizer(tokenizer), device)
 
-# %% ../nbs/09_clip.ipynb #0b134e58
+# %% ../nbs/09_clip.ipynb #35bd3fc1
 @patch
 def save_pretrained(self:ClipReward,
     folder, # made or replaced, whole or not at all
@@ -411,7 +369,7 @@ def save_pretrained(self:ClipReward,
             (f/f'{name}.json').write_text(json.dumps(d, indent=1)+'\n')
     return Path(folder)
 
-# %% ../nbs/09_clip.ipynb #15ce7a3d
+# %% ../nbs/09_clip.ipynb #7d0b8a51
 def diversity(
     embeddings:Tensor, # (n,p) unit vectors, n >= 2
 )->float: # 0 (all equal) to 4
@@ -420,7 +378,7 @@ def diversity(
     if n<2: raise InputError(f"diversity of {n} embeddings; it is a mean over pairs, pass at least two")
     return (torch.cdist(embeddings.double(), embeddings.double())**2).sum().item()/(n*(n-1))
 
-# %% ../nbs/09_clip.ipynb #9456fa2f
+# %% ../nbs/09_clip.ipynb #dab3cf07
 class PickScore(ClipReward):
     "Temperature times cosine of PickScore's CLIP ViT-H/14 (Kirstain et al. 2023)."
     name, range, default = 'pickscore', 'about 16 to 26', 'yuvalkirstain/PickScore_v1'
@@ -438,7 +396,7 @@ def preference(self:PickScore,
     "Probability of each image to be picked among these."
     return self(images, prompt, batch_size).softmax(0)
 
-# %% ../nbs/09_clip.ipynb #b746d080
+# %% ../nbs/09_clip.ipynb #93f92b49
 def _block_name(name:str)->str:
     "The name of a tensor inside a transformer block."
     names = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2', 'attn.': 'self_attn.'}
@@ -460,7 +418,7 @@ _OPENCLIP = [ # pattern -> name in CLIPModel; the first which fits is taken
     (r'text_projection', lambda m: 'text_projection.weight'),
     (r'logit_scale', lambda m: 'logit_scale')]
 
-# %% ../nbs/09_clip.ipynb #70765fbe
+# %% ../nbs/09_clip.ipynb #9456fa2f
 def openclip_state(
     tensors:dict, # names of open_clip -> tensors
     where,        # where they come from, for errors
@@ -477,7 +435,7 @@ def openclip_state(
         else: out[new] = v
     return out
 
-# %% ../nbs/09_clip.ipynb #0f0d72c1
+# %% ../nbs/09_clip.ipynb #adce4697
 def openclip_config(
     t:dict, # names of CLIPModel -> tensors
     where,  # where they come from, for errors
@@ -498,7 +456,7 @@ def openclip_config(
     vision |= dict(patch_size=patch_size, image_size=patch_size*math.isqrt(grid-1))
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
 
-# %% ../nbs/09_clip.ipynb #e98be626
+# %% ../nbs/09_clip.ipynb #69bb13e8
 _HPS_FILES = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}
 
 class HPSv2(ClipReward):
@@ -508,7 +466,7 @@ class HPSv2(ClipReward):
     def preprocess(self, images): return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
     def preprocess_pixels(self, x): return normalise(letterbox(x, self.size))
 
-# %% ../nbs/09_clip.ipynb #0a2c802c
+# %% ../nbs/09_clip.ipynb #0f0d72c1
 @patch(cls_method=True)
 def from_pretrained(cls:HPSv2,
     id_or_path=None,     # weights file, folder that holds it, or hub id; None: the published weights
@@ -521,15 +479,16 @@ def from_pretrained(cls:HPSv2,
     if version not in _HPS_FILES: raise ValueError(f"version {version!r}; there are {', '.join(_HPS_FILES)}")
     name = id_or_path or cls.default
     path = Path(name).expanduser() if Path(name).expanduser().is_file() else find_file(name, _HPS_FILES[version])
-    state = openclip_state(read_tensors(path), path)
+    state = openclip_state(dict(read_tensors(path)), path)
     config = openclip_config(state, path)
-    model = strict_load(lambda: CLIPModel(config), state, path, dtype=dtype or torch.float32)
+    with torch.device('meta'): model = CLIPModel(config)
+    load_weights(model, state, path, dtype=dtype or torch.float32)
     beside = path.parent/'tokenizer'
     self = cls(model, load_clip_tokenizer(tokenizer or (beside if beside.is_dir() else cls.tokenizer_id)), device)
     self.name = 'hpsv2' if version=='2.0' else 'hpsv2.1'
     return self
 
-# %% ../nbs/09_clip.ipynb #79d535e2
+# %% ../nbs/09_clip.ipynb #e98be626
 def reward_mlp(
     width:int, # of the embedding
 )->nn.Sequential: # (n, width) -> (n, 1)
@@ -538,7 +497,7 @@ def reward_mlp(
     for a,b,p in zip(sizes, sizes[1:], (.2, .2, .1, 0, 0)): layers += [nn.Linear(a, b)]+([nn.Dropout(p)] if p else [])
     return nn.Sequential(*layers)
 
-# %% ../nbs/09_clip.ipynb #f1ef38e0
+# %% ../nbs/09_clip.ipynb #27aead7c
 class _VisionHead(nn.Module):
     "The network of the hub's layout, names included."
     def __init__(self, config:CLIPVisionConfig):
@@ -550,7 +509,7 @@ class _VisionHead(nn.Module):
         v = self.visual_projection(self.vision_model(pixel_values=x).pooler_output).float()
         return self.layers(F.normalize(v, dim=-1)).squeeze(-1)
 
-# %% ../nbs/09_clip.ipynb #3807a814
+# %% ../nbs/09_clip.ipynb #320ee490
 class AestheticScore:
     "LAION's aesthetic predictor (sac+logos+ava1-l14-linearMSE); it does not read the prompt."
     name, range = 'aesthetic', 'about 3 to 8 (ratings from 1 to 10)'
@@ -567,7 +526,7 @@ class AestheticScore:
         self.dtype = model.visual_projection.weight.dtype
     def __repr__(self): return f"AestheticScore({self.range}; {self.size} px, on {self.device})"
 
-# %% ../nbs/09_clip.ipynb #35c5b613
+# %% ../nbs/09_clip.ipynb #79d535e2
 @patch(cls_method=True)
 def from_pretrained(cls:AestheticScore,
     id_or_path=None,     # folder or hub id of the whole model, or LAION's file of the head; None: the published model
@@ -582,14 +541,15 @@ def from_pretrained(cls:AestheticScore,
     d = read_config(find_file(base, 'config.json'))
     config = CLIPConfig.from_dict(d).vision_config if 'vision_config' in d else CLIPVisionConfig.from_dict(d)
     path = find_file(base, 'model.safetensors', 'pytorch_model.bin')
-    tensors, unused = read_tensors(path), r'.*\.position_ids'
+    files, unused = [path], r'.*\.position_ids'
     if alone:
         if 'projection_dim' in d: config.projection_dim = d['projection_dim']
-        tensors, unused = tensors|read_tensors(Path(name).expanduser()), r'.*\.position_ids|text_.*|logit_scale'
-    model = strict_load(lambda: _VisionHead(config), tensors, name if alone else path, unused, dtype or torch.float32)
+        files, unused = [path,Path(name).expanduser()], r'.*\.position_ids|text_.*|logit_scale'
+    with torch.device('meta'): model = _VisionHead(config)
+    load_weights(model, files, unused=unused, dtype=dtype or torch.float32)
     return cls(model, config, 'even' if alone else 'down', device)
 
-# %% ../nbs/09_clip.ipynb #e05d8e72
+# %% ../nbs/09_clip.ipynb #f04a7193
 @patch
 @torch.no_grad()
 def __call__(self:AestheticScore,
@@ -606,7 +566,7 @@ def __call__(self:AestheticScore,
         out.append(self.model(x.to(self.device, self.dtype)))
     return torch.cat(out).cpu()
 
-# %% ../nbs/09_clip.ipynb #27d75f20
+# %% ../nbs/09_clip.ipynb #f1ef38e0
 @patch
 def score_pixels(self:AestheticScore,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MODELS', 'InputError', 'CheckpointError', 'load_image', 'as_images', 'as_prompts', 'reward_inputs',
            'Reward', 'default_device', 'default_dtype', 'atomic_path', 'write_table', 'read_table', 'progress',
-           'resolve_model']
+           'resolve_model', 'hub_folder', 'weight_files', 'read_tensors', 'tensor_shapes', 'load_weights',
+           'check_loaded', 'load_pretrained']
 
 # %% ../nbs/00_core.ipynb #87966c70
-import json, math, os, shutil, sys, tempfile
+import json, math, os, re, shutil, sys, tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np, torch
 from PIL import Image
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #644c6821
 class InputError(ValueError):
@@ -242,3 +245,166 @@ def resolve_model(
     if isinstance(name, os.PathLike) or str(name).startswith(('.','/','~')) or str(name).count('/')!=1: raise CheckpointError(
         f"{name}: no such folder; pass a model folder, a hub id such as 'owner/name', or one of {', '.join(MODELS)}")
     return str(name)
+
+# %% ../nbs/00_core.ipynb #34cc0656
+def hub_folder(
+    name,                # short name, folder, or hub id 'owner/name', perhaps 'owner/name@revision'
+    patterns=None,       # files to fetch; default: all but code, texts and pictures
+    local='the folder',  # what a local copy looks like, for the error
+    data=False,          # a data set, not a model
+)->Path:
+    "A folder, fetched if it is a hub id; `CheckpointError` (`InputError` for data) says how to get access or where a local copy may lie."
+    found = name if data else resolve_model(name)
+    if isinstance(found, Path): return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    repo,_,revision = str(found).partition('@')
+    what,page = ('data set',f'https://huggingface.co/datasets/{repo}') if data else ('model',f'https://huggingface.co/{repo}')
+    try: return Path(snapshot_download(repo, repo_type='dataset' if data else 'model', revision=revision or None,
+            allow_patterns=patterns and list(patterns), ignore_patterns=None if patterns else ['*.py','*.md','*.png']))
+    except GatedRepoError: why = f"is gated; accept its terms at {page} and log in with `hf auth login` (or set HF_TOKEN)"
+    except RepositoryNotFoundError: why = f"no such {what} on the hub, or it is private; look at {page}"
+    except Exception as e: why = f"cannot be fetched from the hub ({type(e).__name__}: {str(e).strip().splitlines()[0]:.160})"
+    raise (InputError if data else CheckpointError)(f"{name}: {why}. Or pass a local copy: {local}")
+
+# %% ../nbs/00_core.ipynb #af125bc7
+def weight_files(
+    path, # a model folder, or a weights file
+)->list: # of files
+    "The files that hold a model's weights, safetensors preferred; `CheckpointError` names what is missing."
+    path = Path(path)
+    if path.is_file(): return [path]
+    for one in ('model.safetensors', 'pytorch_model.bin'):
+        index = path/f'{one}.index.json'
+        if not index.is_file():
+            if (path/one).is_file(): return [path/one]
+            continue
+        try: names = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+        except (ValueError, KeyError, AttributeError) as e: raise CheckpointError(f"{index}: no index of weights ({e!r}); fetch it again") from None
+        lost = [n for n in names if not (path/n).is_file()]
+        if lost: raise CheckpointError(f"{path}: lacks {', '.join(lost)}, named by {index.name}; fetch the missing parts")
+        return [path/n for n in names]
+    raise CheckpointError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor parts; fetch the complete model")
+
+# %% ../nbs/00_core.ipynb #fce56c6d
+def _tensors(sd, path:Path)->dict:
+    if isinstance(sd, dict) and isinstance(sd.get('state_dict'), dict): sd = sd['state_dict']
+    if not isinstance(sd, dict) or not sd or not all(isinstance(v, Tensor) for v in sd.values()): raise CheckpointError(
+        f"{path}: holds no state dict (names with tensors); pass the file of the weights")
+    return sd
+
+def read_tensors(
+    path,       # .safetensors, or a file of `torch.save`: .bin, .pt, .pth
+    names=None, # which, in this order; default: all
+): # generator of (name, tensor)
+    "Weights one after the other, without running pickled code; `CheckpointError` if the file is missing, damaged or no weights."
+    path = Path(path)
+    if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy or fetch it again")
+    try:
+        if path.suffix=='.safetensors':
+            with safe_open(path, framework='pt') as f: yield from ((k,f.get_tensor(k)) for k in (f.keys() if names is None else names))
+            return
+        try: sd = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        except RuntimeError: sd = torch.load(path, map_location='cpu', weights_only=True) # a file from before torch 1.6
+    except Exception as e: raise CheckpointError(
+        f"{path}: cannot be read ({type(e).__name__}: {(str(e).strip() or 'empty').splitlines()[0]:.200}); copy or fetch it again") from None
+    sd = _tensors(sd, path)
+    yield from ((k,sd[k]) for k in (sd if names is None else names))
+
+# %% ../nbs/00_core.ipynb #caf407b3
+def tensor_shapes(
+    path, # a weights file
+)->dict: # name -> shape
+    "Names and shapes of the tensors in a file; errors as `read_tensors`."
+    if Path(path).suffix!='.safetensors': return {k:tuple(t.shape) for k,t in read_tensors(path)}
+    next(read_tensors(path, []), None) # says what is wrong
+    with safe_open(path, framework='pt') as f: return {k:tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+
+# %% ../nbs/00_core.ipynb #e664e368
+def _some(names)->str: # the first few, and how many more
+    names = sorted(names)
+    return ', '.join(names[:4])+(f' and {len(names)-4} more' if len(names)>4 else '')
+
+def _plan(parts:list, need:dict, rename, unused:str, rows)->list: # of (where, read, {name: our name})
+    plan,extra = [],{}
+    for where,shapes,read in parts:
+        names = {k:o for k in shapes if (o:=rename(k)) in need or not re.fullmatch(unused, k)}
+        extra |= {k:where for k,o in names.items() if o not in need}
+        for k,o in names.items():
+            if o not in need: continue
+            want,got = tuple(need[o].shape),shapes[k]
+            if got!=want and not (o in rows and got[0]>want[0] and got[1:]==want[1:]): raise CheckpointError(
+                f"{where}: {k} has shape {got}, the model needs {want}; they belong to different models")
+        plan.append((where, read, names))
+    missing = need.keys()-{o for *_,names in plan for o in names.values()}
+    wrong = [f"{what} {_some(names)}" for what,names in (('lacks',missing), ('unknown tensors',extra)) if names]
+    where = plan[0][0] if len(plan)==1 else next(iter(extra.values()), Path(plan[0][0]).parent)
+    if wrong: raise CheckpointError(f"{where}: {'; '.join(wrong)}; it is of another model, or incomplete: fetch it again, or pass another")
+    return plan
+
+# %% ../nbs/00_core.ipynb #5ea091af
+def _values(plan:list, need:dict, rows, device, dtype)->dict: # our name -> tensor
+    state = {}
+    for where,read,names in plan:
+        for k,raw in read(list(names)):
+            o = names[k]
+            t = (raw[:len(need[o])] if o in rows else raw).to(device, dtype if raw.ndim else torch.float32, copy=True)
+            if not raw.is_floating_point() or not t.isfinite().all(): raise CheckpointError(
+                f"{where}: {k} ({raw.dtype}) holds NaN or infinity as {t.dtype}, or no floats; load another dtype, or fetch or train it again")
+            if o in state and not torch.equal(t, state[o]): raise CheckpointError(
+                f"{where}: {k} is a second copy of a table and differs from the first; fetch the model again")
+            state.setdefault(o, t)
+    return state
+
+# %% ../nbs/00_core.ipynb #be3ec5ff
+def _fill_buffers(model:nn.Module, device):
+    for name,b in [(n,b) for n,b in model.named_buffers() if b.is_meta]:
+        path,_,leaf = name.rpartition('.'); owner = model.get_submodule(path)
+        made = torch.arange(b.shape[-1]).expand(b.shape) if leaf=='position_ids' else getattr(type(owner)(owner.config), leaf)
+        setattr(owner, leaf, made.clone().to(device))
+
+def load_weights(
+    model:nn.Module,      # made on the meta device; takes the weights over
+    source,               # weights files (see `weight_files`), or a dict: name -> tensor
+    where='',             # where a dict comes from, for errors
+    rename=str,           # function: name in the file -> name of a parameter
+    unused='(?!)',        # regular expression of names that are deliberately left out
+    device='cpu',         # where the weights go
+    dtype=torch.float32,  # what they are stored as; single numbers stay float32
+    rows=(),              # parameters that are cut to the rows the model has
+)->nn.Module: # the model, in eval mode
+    "Fill a model; `CheckpointError` names what is unknown, missing, misshapen, not finite or contradictory."
+    params = dict(model.named_parameters())
+    need = {k:v for k,v in model.state_dict(keep_vars=True).items() if k in params or not isinstance(v, nn.Parameter)} # tied ones once
+    if isinstance(source, dict): parts = [(where, {k:tuple(v.shape) for k,v in source.items()}, lambda names: ((k,source[k]) for k in names))]
+    else: parts = [(f, tensor_shapes(f), partial(read_tensors, f)) for f in source]
+    state = _values(_plan(parts, need, rename, unused, rows), need, rows, device, dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    _fill_buffers(model, device)
+    return model.eval()
+
+# %% ../nbs/00_core.ipynb #0ca14cb1
+def check_loaded(
+    info:dict, # what `from_pretrained(..., output_loading_info=True)` says
+    where,     # folder or id, for the error
+):
+    "`CheckpointError` if weights were missing, left over or of another shape."
+    for key,word in (('missing_keys','lacks'), ('unexpected_keys','has unknown'), ('mismatched_keys','has misshapen')):
+        bad = {str(k[0] if isinstance(k,(tuple,list)) else k) for k in info.get(key) or []}
+        if bad: raise CheckpointError(f"{where}: the checkpoint {word} weights: {_some(bad)}; it is not the model this class runs, or incomplete")
+
+def load_pretrained(
+    cls,       # a transformers class with `from_pretrained`
+    name,      # folder or hub id
+    **kwargs,  # passed on
+):
+    "A transformers model in eval mode, every weight used, none invented, all finite; `CheckpointError` if it is not there or does not fit."
+    try: model,info = cls.from_pretrained(str(resolve_model(name)), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as e:
+        if isinstance(e, CheckpointError): raise
+        raise CheckpointError(f"{name}: cannot be loaded ({(str(e).strip() or repr(e)).splitlines()[0]:.200}); pass a folder with config.json and weights, "
+                              "or fetch it where there is a network") from None
+    check_loaded(info, name)
+    bad = [k for k,v in model.named_parameters() if not v.isfinite().all()]
+    if bad: raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinity; fetch the file again, or load another dtype")
+    return model.eval()

@@ -445,7 +445,7 @@ def _remarks(runs:list, frame, intervals:bool)->list: # lines
         out.append(f"{m['benchmark']} from {m['source']}: {m['rows']} rows, {m['items']} "
                    f"items{f', first {limit} of each part' if (limit:=m['limit']) else ''}.")
         if m['left_out']: out.append(f"{m['left_out']} records could not be used and are left out.")
-        for _,f in r.failures().iterrows(): out.append(f"{f.reward}: {f.n} items without a score ({f.error}).")
+        for _,f in r.failures().iterrows(): out.append(f"{f.reward}: {f.n} items without a score ({textwrap.shorten(f.error,100,placeholder=' …')}).")
     if 'ties' in frame and frame.ties.any():
         t = frame.drop_duplicates(['reward','part']); t = t[t.ties>0]
         out.append('Ties of scores: '+'; '.join(f"{r.reward} {r.ties} of {r.n}{f' in {r.part}' if r.part else ''}"
@@ -483,15 +483,16 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals)
     t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
     if (frame.groupby(cols[:-1]).n.nunique()>1).any():
-        t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part} {r.n}"
+        t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part+' ' if r.part else ''}{r.n}"
                 for _,r in frame.drop_duplicates(['reward','part']).iterrows())+'.')
     return t
 
 # %% ../nbs/11_evaluation.ipynb #6cb5d261
-def _overall(correct, tags, w=None): # mean of task shares, weighted
+def _overall(correct, tags, w=None): # mean of the shares of the tasks that were drawn, weighted
     w2 = np.ones((1,len(correct))) if w is None else w
-    each = [(w2[:,tags==t]@correct[tags==t])/np.maximum(w2[:,tags==t].sum(1),1e-9) for t in dict.fromkeys(tags)]
-    v = np.mean(each,0)
+    drawn = np.array([w2[:,tags==t].sum(1) for t in dict.fromkeys(tags)])
+    right = np.array([w2[:,tags==t]@correct[tags==t] for t in dict.fromkeys(tags)])
+    v = np.divide(right, drawn, out=np.zeros_like(right), where=drawn>0).sum(0)/(drawn>0).sum(0)
     return float(v[0]) if w is None else v
 
 def _geneval_table(runs:list, intervals:bool, published:bool)->Table:

@@ -6,9 +6,8 @@
 __all__ = ['RULES', 'RELATION_NAMES', 'GENEVAL_TAGS', 'GENEVAL_CLASSES', 'GENEVAL_PROMPTS', 'TOP_PAIRS', 'DETECTOR',
            'COLOR_NAMES', 'TEMPLATES', 'BLANK', 'COLOR_CLIP', 'Detection', 'Rules', 'box_iou', 'keep_detections',
            'box_relations', 'Verdict', 'judge', 'reason_text', 'check_task', 'read_tasks', 'write_samples',
-           'read_samples', 'resize_masks', 'mask_box', 'to_detections', 'check_loaded', 'load_strict', 'MaskDetector',
-           'cut_out', 'ColorClassifier', 'GenEval', 'ShapesDetector', 'ToldColors', 'shapes_geneval', 'task_of',
-           'tiny_tasks', 'geneval_scores']
+           'read_samples', 'resize_masks', 'mask_box', 'to_detections', 'MaskDetector', 'cut_out', 'ColorClassifier',
+           'GenEval', 'ShapesDetector', 'ToldColors', 'shapes_geneval', 'task_of', 'tiny_tasks', 'geneval_scores']
 
 # %% ../nbs/10b_geneval.ipynb #5ff0edbf
 import json
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .clip import crop_image, normalise, to_floats
-from llava_reward_nb.core import (CheckpointError, InputError, as_images, atomic_path, default_device, progress,
+from llava_reward_nb.core import (CheckpointError, InputError, as_images, atomic_path, default_device, load_pretrained, progress,
                                   read_table,
     resolve_model)
 from .shapes import CATEGORIES, COLORS, MIN_IOU, SHAPES, SIZE, Checker, Prompt, sample_prompt
@@ -307,32 +306,6 @@ def _need_scipy():
     if find_spec('scipy') is None:
         raise ImportError("transformers' Mask2Former needs SciPy; pip install llava_reward_nb[metrics]")
 
-def check_loaded(
-    info:dict, # what `from_pretrained(..., output_loading_info=True)` says
-    where,     # folder or id, for the error
-):
-    "`CheckpointError` if weights were missing, left over or of another shape."
-    for key,word in (('missing_keys','lacks'), ('unexpected_keys','has unknown'), ('mismatched_keys','has misshapen')):
-        bad = [str(k[0] if isinstance(k,(tuple,list)) else k) for k in info.get(key) or []]
-        if bad:
-            raise CheckpointError(f"{where}: the checkpoint {word} weights: "
-                                  f"{', '.join(sorted(bad)[:4])}{' …' if len(bad)>4 else ''} "
-                                      f"({len(bad)}); it is not the model this class runs, pass another")
-
-def load_strict(
-    cls,       # a transformers class with `from_pretrained`
-    name,      # folder or hub id
-    **kwargs,  # passed on
-):
-    "Load a model, every weight used and none invented; `CheckpointError` if it is not there or does not fit."
-    where = resolve_model(name)
-    try: model,info = cls.from_pretrained(str(where), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except (OSError, RuntimeError) as e: raise CheckpointError(
-        f"{name}: cannot be loaded ({str(e).splitlines()[0]}); pass a folder with config.json and weights, or download "
-        f"{name} where there is a network") from None
-    check_loaded(info, name)
-    return model.eval()
-
 # %% ../nbs/10b_geneval.ipynb #86d6cfb2
 class MaskDetector:
     "Mask2Former, trained on COCO, as a detector: images -> lists of `Detection`."
@@ -384,7 +357,7 @@ def from_pretrained(cls:MaskDetector,
     _need_scipy()
     from transformers import Mask2FormerForUniversalSegmentation
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
-    model = load_strict(Mask2FormerForUniversalSegmentation, name)
+    model = load_pretrained(Mask2FormerForUniversalSegmentation, name)
     return cls(model, Mask2FormerImageProcessorPil.from_pretrained(str(resolve_model(name))), device)
 
 # %% ../nbs/10b_geneval.ipynb #96e3292a
@@ -455,7 +428,7 @@ def from_pretrained(cls:ColorClassifier,
 )->ColorClassifier:
     "Load CLIP strictly; `CheckpointError` if it is not there or does not fit."
     from transformers import AutoTokenizer, CLIPModel
-    model = load_strict(CLIPModel, name)
+    model = load_pretrained(CLIPModel, name)
     return cls(model, AutoTokenizer.from_pretrained(str(resolve_model(name))), device)
 
 # %% ../nbs/10b_geneval.ipynb #81d370f6

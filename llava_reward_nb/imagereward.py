@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from fastcore.basics import patch
 from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, image_list, normalise,
-                                  opened_batches, read_config, read_tensors, reward_mlp, strict_load, to_floats)
-from .core import CheckpointError, as_prompts, atomic_path, default_device, resolve_model
+                                  opened_batches, read_config, reward_mlp, to_floats)
+from .core import CheckpointError, as_prompts, atomic_path, default_device, load_weights, resolve_model, tensor_shapes
 
 # %% ../nbs/09b_imagereward.ipynb #0cb7e9e7
 MAX_LENGTH = 35 # positions of a prompt, [CLS] and [SEP] included; what follows is not read
@@ -199,12 +199,12 @@ def rank(self:ImageReward,
 _UNUSED = r'blip\.(text_encoder\.embeddings\.position_ids|(vision|text)_proj\.(weight|bias))'
 
 def _vision_sizes(t:dict, where)->dict:
-    "Arguments of `vision_config`, from the shapes of the published tensors; `CheckpointError` if those are missing."
+    "Arguments of `vision_config`, from the shapes of the published tensors; `CheckpointError` if some are missing."
     p = 'blip.visual_encoder.'
     try:
-        patch = t[f'{p}patch_embed.proj.weight'].shape[-1]
-        return dict(hidden_size=t[f'{p}cls_token'].shape[-1], patch_size=patch, image_size=patch*math.isqrt(t[f'{p}pos_embed'].shape[1]-1),
-            intermediate_size=t[f'{p}blocks.0.mlp.fc1.weight'].shape[0],
+        patch = t[f'{p}patch_embed.proj.weight'][-1]
+        return dict(hidden_size=t[f'{p}cls_token'][-1], patch_size=patch, image_size=patch*math.isqrt(t[f'{p}pos_embed'][1]-1),
+            intermediate_size=t[f'{p}blocks.0.mlp.fc1.weight'][0],
             num_hidden_layers=1+max(int(m[1]) for k in t if (m := re.match(r'blip\.visual_encoder\.blocks\.(\d+)\.', k))))
     except KeyError as e: raise CheckpointError(f"{where}: lacks {e.args[0]}; is it an ImageReward checkpoint?") from None
 
@@ -229,13 +229,13 @@ def from_pretrained(cls:ImageReward,
     "Load the published layout strictly; `CheckpointError` names what is missing or wrong."
     name = id_or_path or cls.default
     path, med = find_file(name, 'ImageReward.safetensors', 'ImageReward.pt'), find_file(name, 'med_config.json')
-    t = read_tensors(path)
+    t = tensor_shapes(path)
     v = vision_config(**_vision_sizes(t, path))
     words = 'blip.text_encoder.embeddings.word_embeddings.weight'
     if words not in t: raise CheckpointError(f"{path}: lacks {words}; is it an ImageReward checkpoint?")
-    build = lambda: ImageRewardModel(v, text_config(read_config(med), len(t[words]), v.hidden_size, med))
-    with torch.device('meta'): ours = {published_name(k):k for k in build().state_dict()}
-    model = strict_load(build, {ours.get(k, k):x for k,x in t.items()}, path, _UNUSED, dtype or torch.float32)
+    with torch.device('meta'): model = ImageRewardModel(v, text_config(read_config(med), t[words][0], v.hidden_size, med))
+    ours = {published_name(k):k for k in model.state_dict()}
+    load_weights(model, [path], rename=lambda k: ours.get(k, ''), unused=_UNUSED, dtype=dtype or torch.float32)
     beside = path.parent/'bert'
     return cls(model, load_bert_tokenizer(tokenizer or (beside if beside.is_dir() else cls.tokenizer_id)), device)
 

@@ -17,13 +17,12 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Model, PreTrainedTokenizerFast
 
-from .core import CheckpointError, InputError, as_images, atomic_path, reward_inputs
+from .core import CheckpointError, InputError, as_images, atomic_path, load_weights, reward_inputs, weight_files
 
 # %% ../nbs/02_phi3v.ipynb #0f5a7685
 @dataclass
@@ -537,81 +536,20 @@ def unused_names(
             tower+r'embeddings\.position_ids', r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq']
 
 # %% ../nbs/02_phi3v.ipynb #78f18bfb
-def _weight_files(folder:Path)->list:
-    "The safetensors files of a folder, one or several shards; `CheckpointError` names what is missing."
-    index,one = folder/'model.safetensors.index.json', folder/'model.safetensors'
-    if one.is_file() and not index.is_file(): return [one]
-    if not index.is_file(): raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json; weights must be safetensors")
-    files = sorted({folder/f for f in _read_json(index).get('weight_map', {}).values()})
-    for f in files:
-        if not f.is_file(): raise CheckpointError(f"{f}: no such file, but {index.name} names it; fetch the missing shard")
-    return files
-
-def _open_weights(path:Path):
-    "An open safetensors file; `CheckpointError` if it is truncated or none."
-    try: return safe_open(path, framework='pt')
-    except (SafetensorError, OSError) as e: raise CheckpointError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
-
-# %% ../nbs/02_phi3v.ipynb #d1c2f75b
-def _plan(model:Phi3VModel, files:list)->dict:
-    "file -> [(key, our name)], from the headers alone; `CheckpointError` for keys unknown, missing, or of another shape."
-    state = model.state_dict()
-    known = {published_name(k):k for k in state}
-    known[_WTE] = known['model.embed_tokens.weight']
-    unused, plan, extra = re.compile('|'.join(unused_names(model.config))), {}, []
-    for f in files:
-        with _open_weights(f) as st:
-            keys = [k for k in st.keys() if not unused.fullmatch(k)]
-            extra += [k for k in keys if k not in known]
-            plan[f] = [(k,known[k]) for k in keys if k in known]
-            for k,ours in plan[f]:
-                got,need = tuple(st.get_slice(k).get_shape()), tuple(state[ours].shape)
-                if got!=need: raise CheckpointError(f"{f}: {k} has shape {got}, config.json asks for {need}; they belong to different models")
-    if extra: raise CheckpointError(f"{files[0].parent}: unknown tensors {_some(extra)}; is this a Phi-3.5-vision model?")
-    missing = [published_name(k) for k in sorted(set(state)-{o for pairs in plan.values() for _,o in pairs})]
-    if missing: raise CheckpointError(f"{files[0].parent}: lacks {_some(missing)}; fetch the complete model")
-    return plan
-
-def _some(names:list)->str:
-    "The first few names, and how many more there are."
-    return ', '.join(names[:4]) + (f' and {len(names)-4} more' if len(names)>4 else '')
-
-# %% ../nbs/02_phi3v.ipynb #34878486
-@torch.no_grad()
-def _fill(model:Phi3VModel, plan:dict):
-    "Copy every tensor into its place; `CheckpointError` for NaN, infinity, integers, and two embedding tables that differ."
-    state, done = model.state_dict(), {}
-    for f,pairs in plan.items():
-        with _open_weights(f) as st:
-            for k,ours in pairs:
-                raw, to = st.get_tensor(k), state[ours]
-                t = raw.to(to.device, to.dtype)
-                if not raw.is_floating_point() or not t.isfinite().all(): raise CheckpointError(
-                    f"{f}: {k} ({raw.dtype}) holds NaN or infinity as {to.dtype}, or no floats; load another dtype, or fetch or train the file again")
-                if ours in done and not torch.equal(t, to): raise CheckpointError(
-                    f"{f}: {k} and {done[ours]} should be one table and differ; fetch the model again")
-                to.copy_(t)
-                done[ours] = k
-
-# %% ../nbs/02_phi3v.ipynb #2cbcee1b
 @patch(cls_method=True)
 def from_pretrained(cls:Phi3VModel,
-    folder, # Model folder in the published layout: config.json, and safetensors in one file or in shards
+    folder, # Model folder in the published layout: config.json, and weights in one file or in shards
     device:str='cpu', # Where the weights go
     dtype:torch.dtype=torch.float32, # What they are stored as
 )->Phi3VModel:
     "Load a model, in eval mode, without running code from its folder; `CheckpointError` names the file or tensor at fault."
-    folder = Path(folder)
     config = Phi3VConfig.from_pretrained(folder)
     with torch.device('meta'): model = cls(config)
-    plan = _plan(model, _weight_files(folder))
-    model = model.to(dtype).to_empty(device=device)
-    emb = _inner(model.vision_tower).embeddings
-    emb.position_ids = torch.arange(emb.position_embedding.num_embeddings, device=device)[None]
-    _fill(model, plan)
-    return model.eval()
+    ours = {published_name(k):k for k in model.state_dict()}
+    ours[_WTE] = ours['model.embed_tokens.weight']
+    return load_weights(model, weight_files(folder), rename=lambda k: ours.get(k, ''), unused='|'.join(unused_names(config)), device=device, dtype=dtype)
 
-# %% ../nbs/02_phi3v.ipynb #3f46eb8d
+# %% ../nbs/02_phi3v.ipynb #fa752b75
 @patch
 def save_pretrained(self:Phi3VModel,
     folder, # Model folder, made if needed

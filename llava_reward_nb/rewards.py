@@ -19,9 +19,9 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .backbones import Phi3VBackbone, hub_folder
-from .clip import check_pixels
-from .core import MODELS, InputError, as_prompts, load_image, progress as progress_bar
+from .backbones import Phi3VBackbone
+from .clip import check_pixels, open_image
+from .core import MODELS, InputError, as_prompts, hub_folder, progress as progress_bar
 from .model import RewardModel
 from .phi3v import GLB_GN, SUB_GN, hd_shape, token_order
 from .shapes import Checker
@@ -250,21 +250,12 @@ def _score(name:str, reward, images:list, prompts:list, where:list)->Tensor:
     if out.shape!=(len(images),): raise ValueError(f"reward {name!r} returned shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
     return out.detach().float().cpu()
 
-def _decode(x)->Image.Image:
-    "Open an image in the mode it is stored in; `InputError` as `load_image`."
-    if not isinstance(x, (str, Path, Image.Image)): return load_image(x)
-    try:
-        im = x if isinstance(x, Image.Image) else Image.open(Path(x).expanduser())
-        rgb = load_image(im, str(x))
-    except Exception: return load_image(x) # says what is wrong
-    return rgb if im.mode=='RGB' or im.mode[0]=='I' else im.copy()
-
 def _open(x, opened:dict, last:dict):
     "An image from this batch or the last, or freshly opened; or the error."
     key = str(x) if isinstance(x, (str, Path)) else id(x)
     if key in last: opened[key] = last[key]
     if key not in opened:
-        try: opened[key] = _decode(x)
+        try: opened[key] = open_image(x)
         except InputError as e: opened[key] = str(e)
     return opened[key]
 

@@ -1,5 +1,5 @@
 "CLIPScore, PickScore, HPSv2 and the aesthetic score against the numbers of the reference code; files that are not as they should be."
-import json, shutil, sys, zlib
+import gc, json, shutil, sys, warnings, zlib
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -222,13 +222,28 @@ def test_aesthetic_layouts(toys, aesthetic, rewards):
 def test_aesthetic_is_strict(toys, aesthetic):
     path, folder, head = aesthetic
     with pytest.raises(CheckpointError, match='lacks layers'): AestheticScore.from_pretrained(toys/'clip', device='cpu')
-    for change, say in ((dict(more=torch.ones(1)), 'unknown more'), ({'layers.7.bias': torch.tensor([torch.inf])}, 'layers.7.bias'),
+    for change, say in ((dict(more=torch.ones(1)), 'unknown tensors more'), ({'layers.7.bias': torch.tensor([torch.inf])}, 'layers.7.bias'),
                         ({'layers.0.weight': torch.ones(1024, 768)}, r'\(1024, 768\)')):
         torch.save(head | change, path)
         with pytest.raises(CheckpointError, match=say): AestheticScore.from_pretrained(path, device='cpu', clip=toys/'clip')
 
 
 # ---- bad input
+
+def test_files_are_closed(tmp_path):
+    "Whatever the mode, one frame or two, whole or not: no file stays open."
+    im = image('sq').convert('RGB')
+    for mode in ('RGB', 'P', 'L', 'LA', 'RGBA'): im.convert(mode).save(tmp_path/f'{mode}.png')
+    im.save(tmp_path/'two.gif', save_all=True, append_images=[im.rotate(90)]); im.save(tmp_path/'a.jpg')
+    (tmp_path/'cut.png').write_bytes((tmp_path/'P.png').read_bytes()[:-99])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always', ResourceWarning)
+        modes = {f.name: open_image(f).mode for f in tmp_path.iterdir() if f.name != 'cut.png'}
+        with pytest.raises(InputError, match='damaged'): open_image(tmp_path/'cut.png')
+        gc.collect()
+    assert not [w for w in said if issubclass(w.category, ResourceWarning)]
+    assert {n: m for n, m in modes.items() if n.endswith('png')} == {f'{m}.png': m for m in ('RGB', 'P', 'L', 'LA', 'RGBA')}
+
 
 @sections
 def test_bad_input(rewards, section):
@@ -273,7 +288,7 @@ def test_offline_error_says_what_is_needed(monkeypatch):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     for c, need in ((CLIPScore, 'config.json'), (PickScore, 'config.json'), (HPSv2, 'HPS_v2.1_compressed.pt'), (AestheticScore, 'config.json')):
-        with pytest.raises(CheckpointError, match=f'{need} cannot be fetched(.|\n)*pass a local folder'): c.from_pretrained(f'nobody-at-all/{c.name}')
+        with pytest.raises(CheckpointError, match=f'cannot be fetched(.|\n)*pass a local copy: a folder that holds {need}'): c.from_pretrained(f'nobody-at-all/{c.name}')
 
 
 @pytest.mark.parametrize('section', ['pickscore', 'hpsv2'])
@@ -281,7 +296,7 @@ def test_tokenizer_of_the_ancestor_where_there_is_none(toys, tmp_path, monkeypat
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     shutil.copytree(toys/NAMES[section], tmp_path/'bare', ignore=shutil.ignore_patterns('tokenizer*', 'vocab*', 'merges*'))
-    with pytest.raises(CheckpointError, match='^laion/CLIP-ViT-H-14-laion2B-s32B-b79K: tokenizer.json or vocab.json cannot be fetched'):
+    with pytest.raises(CheckpointError, match='^laion/CLIP-ViT-H-14-laion2B-s32B-b79K: cannot be fetched(.|\n)*tokenizer.json or vocab.json'):
         CLASSES[section].from_pretrained(tmp_path/'bare', device='cpu')
     again = CLASSES[section].from_pretrained(tmp_path/'bare', device='cpu', tokenizer=toys/'clip')
     assert len(again.tokenizer) == again.model.config.text_config.vocab_size

@@ -122,8 +122,8 @@ def test_bad_checkpoints(toy, tmp_path, fault):
     sd, k, say = torch.load(f, weights_only=True), 'blip.visual_encoder.norm.weight', 'vision.post_layernorm.weight'
     if fault == 'missing': del sd[k]
     if fault == 'extra': sd['blip.visual_encoder.more'], say = torch.ones(1), 'blip.visual_encoder.more'
-    if fault == 'shape': sd[k] = sd[k][1:].clone()
-    if fault == 'nan': sd[k][3] = torch.nan
+    if fault == 'shape': sd[k], say = sd[k][1:].clone(), k
+    if fault == 'nan': sd[k][3], say = torch.nan, k
     torch.save(sd, f)
     if fault == 'cut': f.write_bytes(f.read_bytes()[:5000]); say = 'cannot be read'
     if fault == 'gone': f.unlink(); say = 'holds no ImageReward.safetensors or ImageReward.pt'
@@ -137,7 +137,7 @@ def test_bad_checkpoints(toy, tmp_path, fault):
 def test_offline_error_says_what_is_needed(monkeypatch):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(CheckpointError, match='ImageReward.pt cannot be fetched(.|\n)*pass a local folder'): ImageReward.from_pretrained('nobody-at-all/imagereward')
+    with pytest.raises(CheckpointError, match='cannot be fetched(.|\n)*pass a local copy(.|\n)*ImageReward.pt'): ImageReward.from_pretrained('nobody-at-all/imagereward')
 
 
 # ---- gradients, bad input
