@@ -37,7 +37,7 @@ setup(
         'console_scripts': [
             *(f'{name} = {cli}:{name}' for name in
               ('llava_reward_score', 'llava_reward_compare', 'llava_reward_train', 'llava_reward_demo')),
-            *(f'{name} = {lib}.commands:{name}' for name in ('llava_reward_eval', 'llava_reward_table', 'llava_reward_latency')),
+            *(f'{name} = {lib}.commands:{name}' for name in ('llava_reward_eval', 'llava_reward_table', 'llava_reward_latency', 'llava_reward_steer')),
             f'llava_reward_bench = {lib}.bench:llava_reward_bench',
         ],
         'nbdev': [f'{lib} = {lib}._modidx:d'],
