@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['borrow_tower', 'tiny_clip', 'Contrasting', 'contrastive_loss', 'train_clip', 'tiny_imagereward', 'Rewarding',
-           'seeing_loss', 'answering_loss', 'preference_loss', 'train_imagereward', 'preference_hits', 'build_metrics']
+           'start_from', 'seeing_loss', 'answering_loss', 'preference_loss', 'train_imagereward', 'preference_hits',
+           'build_metrics']
 
 # %% ../nbs/12c_tiny_metrics.ipynb #398a8afe
 import json
@@ -22,6 +23,10 @@ from .tiny import (TINY, TINY_MEAN, TINY_STD, Tower, accuracy_rows, fit, launch,
                                   tiny_base)
 
 # %% ../nbs/12c_tiny_metrics.ipynb #432f82c3
+def _folded(w, mean, std, new_mean, new_std)->tuple: # patch weights for pixels of the new normalisation, and what they lack (d,)
+    mu,sigma,m,s = (torch.tensor(v) for v in (mean,std,new_mean,new_std))
+    return w*(s/sigma)[:,None,None], (w*((m-mu)/sigma)[:,None,None]).sum((1,2,3))
+
 @torch.no_grad()
 def borrow_tower(
     target:nn.Module, # a `CLIPVisionModel` of the same sizes; changed in place
@@ -31,10 +36,8 @@ def borrow_tower(
 ):
     "Copy a vision tower so that it gives the same states for pixels of another normalisation."
     target.load_state_dict(source.state_dict(), strict=False)
-    mu,sigma,m,s = (torch.tensor(v) for v in (mean,std,new_mean,new_std))
-    e = target.embeddings; w = source.embeddings.patch_embedding.weight
-    e.patch_embedding.weight.copy_(w*(s/sigma)[:,None,None])
-    e.position_embedding.weight[1:] += (w*((m-mu)/sigma)[:,None,None]).sum((1,2,3))
+    e = target.embeddings; w,rest = _folded(source.embeddings.patch_embedding.weight, mean, std, new_mean, new_std)
+    e.patch_embedding.weight.copy_(w); e.position_embedding.weight[1:] += rest
 
 # %% ../nbs/12c_tiny_metrics.ipynb #d6f60307
 def tiny_clip(
@@ -108,6 +111,21 @@ class Rewarding(nn.Module):
         ids,mask = prompt_ids(reward.tokenizer, texts)
         return self.model.layers(self.model.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=V).last_hidden_state[:,0]).squeeze(-1)
 
+# %% ../nbs/12c_tiny_metrics.ipynb #cdf85f49
+@torch.no_grad()
+def start_from(
+    vision:nn.Module, # BLIP's vision model; changed in place
+    source:nn.Module, # a CLIP tower of the same width and depth, trained on `TINY_MEAN` and `TINY_STD`
+):
+    "Fill BLIP's eyes with a CLIP tower's weights; not the same function, but a start."
+    e,s = vision.embeddings,source.embeddings; w,rest = _folded(s.patch_embedding.weight, TINY_MEAN, TINY_STD, CLIP_MEAN, CLIP_STD)
+    for to,x in ((e.patch_embedding.weight, w), (e.patch_embedding.bias, rest), (e.position_embedding, s.position_embedding.weight), (e.class_embedding, s.class_embedding)): to.copy_(x.view_as(to))
+    for to,layer in zip(vision.encoder.layers, source.encoder.layers):
+        a = layer.self_attn; qkv = a.q_proj,a.k_proj,a.v_proj
+        to.self_attn.qkv.weight.copy_(torch.cat([p.weight for p in qkv])); to.self_attn.qkv.bias.copy_(torch.cat([p.bias for p in qkv]))
+        to.self_attn.projection.load_state_dict(a.out_proj.state_dict())
+        for k in 'mlp','layer_norm1','layer_norm2': getattr(to, k).load_state_dict(getattr(layer, k).state_dict())
+
 # %% ../nbs/12c_tiny_metrics.ipynb #18a43dee
 def seeing_loss(model:Rewarding, rng, step:int, n:int=16)->tuple:
     "Step 1: labels of patches."
@@ -132,11 +150,13 @@ def preference_loss(model:Rewarding, rng, step:int, n:int=24)->tuple:
 
 # %% ../nbs/12c_tiny_metrics.ipynb #d47df5da
 def train_imagereward(
-    work,                    # folder for checkpoints
-    steps:tuple=(1500,600,500), # of the three steps
+    work,                       # folder with the finished stage 0
+    steps:tuple=(2000,900,500), # of the three steps
 ):
     "Train the tiny ImageReward: seeing, answering, preferring."
     model = Rewarding(tiny_imagereward())
+    tower = Tower(tiny_base()[0]); tower.load_state_dict(torch.load(Path(work)/'stage0.pt', weights_only=True)['model'])
+    start_from(model.model.vision, tower.vision_tower)
     for i,(name,loss,lr) in enumerate((('see',seeing_loss,1e-3), ('answer',answering_loss,1e-3), ('prefer',preference_loss,5e-4))):
         fit(model, loss, steps[i], lr, Path(work)/f'imagereward_{name}.pt', seed=31+i)
 
