@@ -438,7 +438,7 @@ def _with_published(t:Table, name:str)->Table:
     return t
 
 # %% ../nbs/11_evaluation.ipynb #24f34170
-def _remarks(runs:list, frame, intervals:bool)->list: # lines
+def _remarks(runs:list, frame, intervals:bool, by:str='')->list: # lines
     out = []
     for r in runs:
         m = r.meta
@@ -447,9 +447,10 @@ def _remarks(runs:list, frame, intervals:bool)->list: # lines
         if m['left_out']: out.append(f"{m['left_out']} records could not be used and are left out.")
         for _,f in r.failures().iterrows(): out.append(f"{f.reward}: {f.n} items without a score ({textwrap.shorten(f.error,100,placeholder=' …')}).")
     if 'ties' in frame and frame.ties.any():
-        t = frame.drop_duplicates(['reward','part']); t = t[t.ties>0]
-        out.append('Ties of scores: '+'; '.join(f"{r.reward} {r.ties} of {r.n}{f' in {r.part}' if r.part else ''}"
-                                                for _,r in t.iterrows())+'.')
+        t = frame.drop_duplicates(['reward','part']+([by] if by else []))
+        t = t.groupby(['reward','part'], sort=False)[['ties','n']].sum().query('ties>0')
+        out.append('Ties of scores: '+'; '.join(f"{reward} {r.ties} of {r.n}{f' in {part}' if part else ''}"
+                                                for (reward,part),r in t.iterrows())+'.')
     und = frame.groupby('part').undecided.max() if 'undecided' in frame else []
     out += [f"{int(v)} pairs{f' of {p}' if p else ''} on which people had no preference are left out."
             for p,v in getattr(und,'items',lambda: [])() if v]
@@ -457,6 +458,11 @@ def _remarks(runs:list, frame, intervals:bool)->list: # lines
         out.append('In brackets: 95 % bootstrap intervals' + (', drawing whole prompts.' if (frame.kind=='sample').any()
                 else '.'))
     return out
+
+def _grouped(frame, keys:list)->list: # (key, rows) each; first by the first key, in order of appearance
+    parts = dict(list(frame.groupby(keys, sort=False)))
+    at = [{v:i for i,v in enumerate(dict.fromkeys(frame[k]))} for k in keys]
+    return [(k,parts[k]) for k in sorted(parts, key=lambda k: [a[v] for a,v in zip(at,k)])]
 
 def _signs(run:Run, frame, threshold:float)->dict: # (reward, column) -> '†' where the best beats the second
     rows,scores,out = run.rows,run.scores(),{}
@@ -480,7 +486,7 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
                        for k,v in n.items())
     t = Table(df, SPECS[name].about, {}, digits, low if intervals else None, high if intervals else None, signs=signs)
     t = _with_published(t, name) if published else t
-    t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals)
+    t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals, by)
     t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
     if (frame.groupby(cols[:-1]).n.nunique()>1).any():
         t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part+' ' if r.part else ''}{r.n}"
@@ -500,7 +506,7 @@ def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
     rows,frames = [],[r.samples() for r in runs]
     if any('geneval' not in f for f in frames):
         raise InputError("a run of geneval without verdicts; run it again (run_benchmark adds the judge by itself)")
-    for key,g in pd.concat(frames).groupby(['model','guidance'], sort=False):
+    for key,g in _grouped(pd.concat(frames), ['model','guidance']):
         g = g[g.geneval.notna()]; c,tags = g.geneval.to_numpy(float),g.category.to_numpy()
         s = geneval_scores([dict(tag=t,prompt=p,correct=v) for t,p,v in zip(tags,g.prompt,c)])
         for t in [*[t for t in GENEVAL_TAGS if t in s['tasks']],'overall']:
@@ -532,7 +538,7 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
     import pandas as pd
     samples = pd.concat([r.samples() for r in runs]); metrics = list(dict.fromkeys(m for r in runs for m in r.rewards))
     rows = []
-    for key,g in samples.groupby(['model','guidance'], sort=False):
+    for key,g in _grouped(samples, ['model','guidance']):
         for metric in metrics:
             v = g[g[metric].notna()] if metric in g else g[:0]
             low,high = stats.interval(_mean, v[metric].to_numpy(float),
@@ -610,7 +616,7 @@ def per_prompt(
         raise InputError(f"particles: {int(twice.sum())} rows repeat a particle (first: "
                          f"{frame[twice].iloc[0][[*keys,'particle']].to_dict()}); pass each once")
     out = []
-    for key,g in frame.sort_values('particle').groupby(keys, sort=False):
+    for key,g in frame.sort_values('particle', kind='stable').groupby(keys, sort=False):
         lead = pd.to_numeric(g.guidance_score).to_numpy(float)
         at = 0 if np.isnan(lead).all() else stats.best_particle(np.where(np.isnan(lead),-np.inf,lead))
         row = dict(zip(keys,key), k=len(g))
@@ -639,7 +645,7 @@ def table9(
     if not metrics: raise InputError("particles: no metric columns; add a column of scores for each metric")
     each = per_prompt(frame, metrics); words = dict(best='best particle', mean='particle mean')
     cells,low,high,ns,blank,signs = {},{},{},[],0,{}
-    for key,g in each.groupby(['prompt_set','model','guidance'], sort=False):
+    for key,g in _grouped(each, ['prompt_set','model','guidance']):
         ns.append(len(g))
         for s in summary:
             for m in metrics:
@@ -668,7 +674,7 @@ def _panel_rows(frame, prompts, guidances)->dict: # prompt -> {guidance: row of 
     out = {}
     for p in prompts:
         for g in guidances:
-            part = frame[(frame.prompt==p)&(frame.guidance==g)].sort_values('particle')
+            part = frame[(frame.prompt==p)&(frame.guidance==g)].sort_values('particle', kind='stable')
             if not len(part): continue
             lead = part.guidance_score.to_numpy(float)
             at = 0 if np.isnan(lead).all() else stats.best_particle(np.where(np.isnan(lead),-np.inf,lead))
