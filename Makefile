@@ -14,7 +14,7 @@ took = && printf '== took %d min %02d s\n' $$((SECONDS/60)) $$((SECONDS%60))
 help: ## Print these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: $(READY) ## Score, compare and rank rendered scenes with the embedded model; writes demo/
+demo: $(READY) ## Score, compare, rank and steer with the embedded models; writes demo/
 	@$(BIN)/llava_reward_demo
 
 test: export HF_HUB_OFFLINE = 1
@@ -37,6 +37,7 @@ bundle: $(READY) ## Retrain the embedded models (hours; when interrupted, run it
 	@$(BIN)/python -c "from llava_reward_nb.tiny import build_tiny; build_tiny()"
 	@$(BIN)/python -c "from llava_reward_nb.tiny_metrics import build_metrics; build_metrics()"
 	@$(BIN)/python -c "from llava_reward_nb.tiny_diffusion import build_diffusion; build_diffusion()"
+	@$(BIN)/python -c "from llava_reward_nb.guidance import build_guidance; build_guidance()"
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \

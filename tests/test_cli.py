@@ -302,7 +302,7 @@ def test_train_skips_bad_records(tmp_path, capsys):
 
 
 def test_demo(tmp_path, capsys):
-    llava_reward_demo(tmp_path/'demo', n=8)
+    llava_reward_demo(tmp_path/'demo', n=8, prompts=1)
     out = capsys.readouterr().out
     assert len(read_table(tmp_path/'demo'/'scores.csv')) == len(list((tmp_path/'demo'/'images').glob('*.png'))) == 49
     with Image.open(tmp_path/'demo'/'demo.png') as im: assert min(im.size) > 1000
