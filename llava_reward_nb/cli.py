@@ -755,15 +755,17 @@ def _seconds(t0:float)->str:
 @command('''  llava_reward_demo
   llava_reward_demo --out /tmp/look --n 500
 
-Takes a minute or two on two CPU cores and needs no network. Then look at demo/demo.png.''')
+Takes a few minutes on two CPU cores and needs no network. Then look at demo/demo.png and demo/steering/steering.png.''')
 def llava_reward_demo(
-    out:str='demo', # folder for the images, scores.csv, accuracy.csv and demo.png
+    out:str='demo', # folder for the images, scores.csv, accuracy.csv, demo.png and steering/
     n:int=2400,     # held-out records on which each perspective is measured, twice
+    prompts:int=6,  # for which images are steered
 ):
-    "See the embedded model at work: scenes are rendered, scored from their files, compared, ranked, measured and drawn."
+    "See the embedded models at work: scenes are rendered, scored from their files, compared, ranked, measured and drawn; then rewards steer a diffusion model."
     import time
+    from llava_reward_nb.guidance import demo_steering
     from llava_reward_nb.tiny import evaluate_tiny
-    if n<1: raise InputError(f"--n {n}: must be at least 1")
+    if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")
     folder,t0 = Path(out),time.perf_counter()
     rm = load('tiny', list(perspective_kinds('tiny')))
     rows = demo_scores(folder, rm)
@@ -775,4 +777,6 @@ def llava_reward_demo(
     print(text_table(accuracy_table(measured))); print(f"({_seconds(t0)})\n")
     write_table(measured, folder/'accuracy.csv')
     demo_picture(rows, folder, {r['perspective']:r['accuracy'] for r in measured if r['kind']=='all' and r['split']=='train'})
-    print(f"Look at {folder/'demo.png'}; all numbers are in {folder/'scores.csv'} and {folder/'accuracy.csv'}.")
+    print(f"5. A tiny Stable Diffusion, steered: {prompts} prompts, 4 particles each, without a reward and with three\n"); t0 = time.perf_counter()
+    print(demo_steering(folder/'steering', prompts)); print(f"({_seconds(t0)}; over 300 prompts: the notebook 12d_guidance)\n")
+    print(f"Look at {folder/'demo.png'} and {folder/'steering/steering.png'}; all numbers are in {folder/'scores.csv'}, {folder/'accuracy.csv'} and {folder/'steering/scores.parquet'}.")
