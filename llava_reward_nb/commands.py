@@ -83,7 +83,7 @@ def llava_reward_eval(
 The suffix of --out says which form: .md, .tex, .html, .csv or .txt.''')
 def llava_reward_table(
     table:str,                 # a benchmark, or table9 or latency
-    runs:list[str]=None,       # folders that llava_reward_eval wrote, or tables of particles or times [default: runs/<benchmark>]
+    runs:list[str],            # folders that llava_reward_eval wrote, or tables of particles or times [default: runs/<benchmark>]
     out:str='',                # file to write: .md, .tex, .html, .csv or .txt
     by:str='',                 # split the columns by a column of the records, such as category
     threshold:float=0.,        # pairs whose scores are no further apart are ties

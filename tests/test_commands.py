@@ -19,8 +19,19 @@ def start(command, *args):
 def run(command, *args):
     "Exit code, stdout and stderr."
     p = start(command, *args)
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=900)
     return p.returncode, out, err
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    "The same in this process, which has imported everything already."
+    def run(command, *args):
+        monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
+        try: exec(f'{command}()', {'__name__': '__main__', command: getattr(commands, command)}); code = 0
+        except SystemExit as e: code = e.code
+        return code, *capsys.readouterr()
+    return run
 
 
 def test_every_twin_and_every_table(tmp_path):
@@ -32,7 +43,7 @@ def test_every_twin_and_every_table(tmp_path):
         assert {'checker', 'tiny/alignment'} <= set(Run(tmp_path/'runs'/name).scores().columns), name
         for suffix in ('md', 'tex', 'html', 'csv'):
             commands.llava_reward_table(name, [str(tmp_path/'runs'/name)], out=str(tmp_path/f'{name}.{suffix}'))
-            assert 'checker' in (tmp_path/f'{name}.{suffix}').read_text()
+            assert ('apprentice' if name == 'geneval' else 'checker') in (tmp_path/f'{name}.{suffix}').read_text() # GenEval judges painters, not rewards
 
 
 def test_killed_run_goes_on(tmp_path):
@@ -50,9 +61,9 @@ def test_killed_run_goes_on(tmp_path):
     pd.testing.assert_frame_equal(Run(tmp_path/'cut').scores(), Run(tmp_path/'whole').scores())
 
 
-def test_a_reward_is_added(tmp_path):
+def test_a_reward_is_added(here, tmp_path):
     "A second call with another reward adds its column and leaves the first alone."
-    for r in 'checker', 'tiny/fidelity': assert run('llava_reward_eval', 'hpdv2', '--reward', r, '--limit', 3, '--out', tmp_path/'r')[0] == 0
+    for r in 'checker', 'tiny/fidelity': assert here('llava_reward_eval', 'hpdv2', '--reward', r, '--limit', 3, '--out', tmp_path/'r')[0] == 0
     assert Run(tmp_path/'r').scores().notna().all().all() and list(Run(tmp_path/'r').scores().columns) == ['checker', 'tiny/fidelity']
 
 
@@ -63,14 +74,20 @@ def test_a_reward_is_added(tmp_path):
     (['mjbench', '--reward', 'checker', '--data', 'no/such/folder'], 1, 'no such file or folder'),
     (['tifa160', '--reward', 'checker', '--limit', '0'], 2, 'at least 1'),
     (['smid', '--reward', 'checker', '--data', 'hub'], 1, 'local copy')])
-def test_bad_calls(tmp_path, args, code, says):
-    got, out, err = run('llava_reward_eval', *args, '--out', tmp_path/'x')
+def test_bad_calls(here, tmp_path, args, code, says):
+    got, out, err = here('llava_reward_eval', *args, '--out', tmp_path/'x')
     assert got == code and says in err and 'Traceback' not in err, err
     assert not (tmp_path/'x').exists()
 
 
-def test_table_of_nothing(tmp_path):
-    code, _, err = run('llava_reward_table', 'tifa160', tmp_path/'none')
+def test_table_of_two_runs(here, tmp_path):
+    for r in 'checker', 'tiny/safety': assert here('llava_reward_eval', 'pickapic', '--reward', r, '--limit', 2, '--out', tmp_path/r.replace('/', '-'))[0] == 0
+    code, out, err = here('llava_reward_table', 'pickapic', tmp_path/'checker', tmp_path/'tiny-safety', '--intervals', '--out', tmp_path/'t.md')
+    assert code == 0 and 'checker' in out and 'tiny/safety' in out and (tmp_path/'t.md').is_file(), err
+
+
+def test_table_of_nothing(here, tmp_path):
+    code, _, err = here('llava_reward_table', 'tifa160', tmp_path/'none')
     assert code == 1 and 'llava_reward_eval tifa160' in err
-    code, _, err = run('llava_reward_table', 'table9')
+    code, _, err = here('llava_reward_table', 'table9')
     assert code == 2 and 'particles' in err
