@@ -488,6 +488,10 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     t = _with_published(t, name) if published else t
     t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals, by)
     t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
+    odd = [c for c in df if c.startswith('bias, ') and ((df[c]<0)|(df[c]>100)).any()]
+    if odd:
+        t.better |= {c:'' for c in odd}; t.digits = {c:digits for c in df}
+        t.notes.append('Bias measures below 0 or above 100 come of scores below zero and mean nothing; their columns are not ranked.')
     if (frame.groupby(cols[:-1]).n.nunique()>1).any():
         t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part+' ' if r.part else ''}{r.n}"
                 for _,r in frame.drop_duplicates(['reward','part']).iterrows())+'.')
@@ -575,7 +579,7 @@ def make_table(
         t.notes.append('Published rows are of the real benchmark, ours of its offline twin in the world of shapes: do not compare them.')
     return t
 
-# %% ../nbs/11_evaluation.ipynb #d54caf4e
+# %% ../nbs/11_evaluation.ipynb #3b94a88b
 PARTICLE_FIELDS = ('prompt_set','model','prompt','seed','particle','guidance','guidance_score')
 
 def particle_frame(
@@ -603,7 +607,7 @@ def metric_columns(
     return [c for c in frame.columns if c not in other and pd.api.types.is_numeric_dtype(frame[c])
             and frame[c].notna().any()]
 
-# %% ../nbs/11_evaluation.ipynb #12b4dca0
+# %% ../nbs/11_evaluation.ipynb #bbb3a748
 def per_prompt(
     frame,         # DataFrame of particles
     metrics:list,  # columns
@@ -624,7 +628,7 @@ def per_prompt(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../nbs/11_evaluation.ipynb #e3ff62a9
+# %% ../nbs/11_evaluation.ipynb #a83d0be7
 def _differs(each, g, key:tuple, column:str)->bool: # from the rows without guidance, on the same prompts and seeds
     if key[2]=='none': return False
     base = each[(each.prompt_set==key[0])&(each.model==key[1])&(each.guidance=='none')]
@@ -669,7 +673,7 @@ def table9(
                  {c:3 for c in cells}|{('','prompts'):0},
                  made[1] if intervals else None, made[2] if intervals else None, block=2, signs=signs, notes=notes)
 
-# %% ../nbs/11_evaluation.ipynb #910417d8
+# %% ../nbs/11_evaluation.ipynb #21fa7b0b
 def _panel_rows(frame, prompts, guidances)->dict: # prompt -> {guidance: row of the best particle}
     out = {}
     for p in prompts:
@@ -716,7 +720,7 @@ def panels(
     plt.close(fig)
     return fig
 
-# %% ../nbs/11_evaluation.ipynb #c67c72ea
+# %% ../nbs/11_evaluation.ipynb #35b9bd11
 def _wait():
     if torch.cuda.is_available(): torch.cuda.synchronize()
     elif torch.backends.mps.is_available(): torch.mps.synchronize()
