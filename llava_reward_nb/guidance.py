@@ -259,7 +259,7 @@ def build_guidance(
     write_table(frame, out/'log'/'guidance.parquet'); write_table(read_table(work/'lam.jsonl'), out/'log'/'guidance.jsonl')
     return frame
 
-# %% ../nbs/12d_guidance.ipynb #a6d152bd
+# %% ../nbs/12d_guidance.ipynb #161d4783
 def demo_steering(
     out,           # folder: scores.parquet, images/, steering.png
     n:int=6,       # prompts
