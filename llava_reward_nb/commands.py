@@ -183,7 +183,7 @@ def _show(frame, out:Path, ways:list): # prints, and writes best/ and panels.png
     shown = frame[frame.seed==frame.seed.iloc[0]]
     with atomic_path(out/'panels.png') as f: panels(shown, n=8, metrics=metrics).savefig(f, format='png', dpi=110)
     print(table9(frame, metrics))
-    print(f"\nimages of all particles in {out/'images'}, the best of each prompt in {out/'best'}, {frame.prompt.nunique()} prompts and their scores in {out/'scores.parquet'}; look at {out/'panels.png'}")
+    print(f"\nimages of all particles in {out/'images'}, the best of each prompt in {out/'best'}, scores in {out/'scores.parquet'}; look at {out/'panels.png'}")
 
 # %% ../nbs/14b_commands.ipynb #115f8dd8
 @command('''  llava_reward_steer "a photo of a red circle" --model tiny --reward tiny --out steered
