@@ -33,6 +33,9 @@ export: $(READY) ## Write the package from the notebooks, then clean the noteboo
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
+bundle: export OMP_NUM_THREADS = 1
+bundle: export MALLOC_MMAP_THRESHOLD_ = 1000000000
+bundle: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 bundle: $(READY) ## Retrain the embedded models (hours; when interrupted, run it again and it goes on)
 	@$(BIN)/python -c "from llava_reward_nb.tiny import build_tiny; build_tiny()"
 	@$(BIN)/python -c "from llava_reward_nb.tiny_metrics import build_metrics; build_metrics()"
