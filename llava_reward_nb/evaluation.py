@@ -488,10 +488,7 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     t = _with_published(t, name) if published else t
     t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals, by)
     t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
-    odd = [c for c in df if c.startswith('bias, ') and ((df[c]<0)|(df[c]>100)).any()]
-    if odd:
-        t.better |= {c:'' for c in odd}; t.digits = {c:digits for c in df}
-        t.notes.append('Bias measures below 0 or above 100 come of scores below zero and mean nothing; their columns are not ranked.')
+    if df[[c for c in df if c.startswith('bias, ')]].isna().any(axis=None): t.notes.append('Bias, NDS and GES need positive scores; blank where there are others.')
     if (frame.groupby(cols[:-1]).n.nunique()>1).any():
         t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part+' ' if r.part else ''}{r.n}"
                 for _,r in frame.drop_duplicates(['reward','part']).iterrows())+'.')
