@@ -763,6 +763,7 @@ def llava_reward_demo(
 ):
     "See the embedded models at work: scenes are rendered, scored from their files, compared, ranked, measured and drawn; then rewards steer a diffusion model."
     import time
+    from llava_reward_nb.evaluation import table9
     from llava_reward_nb.guidance import demo_steering
     from llava_reward_nb.tiny import evaluate_tiny
     if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")
@@ -778,5 +779,7 @@ def llava_reward_demo(
     write_table(measured, folder/'accuracy.csv')
     demo_picture(rows, folder, {r['perspective']:r['accuracy'] for r in measured if r['kind']=='all' and r['split']=='train'})
     print(f"5. A tiny Stable Diffusion, steered: {prompts} prompts, 4 particles each, without a reward and with three\n"); t0 = time.perf_counter()
-    print(demo_steering(folder/'steering', prompts)); print(f"({_seconds(t0)}; over 300 prompts: the notebook 12d_guidance)\n")
+    demo_steering(folder/'steering', prompts)
+    for best in ('best','mean'): print(table9(folder/'steering/scores.parquet', summary=(best,)), '\n')
+    print(f"({_seconds(t0)}; over 300 prompts: the notebook 12d_guidance)\n")
     print(f"Look at {folder/'demo.png'} and {folder/'steering/steering.png'}; all numbers are in {folder/'scores.csv'}, {folder/'accuracy.csv'} and {folder/'steering/scores.parquet'}.")

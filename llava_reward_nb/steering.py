@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'PAPER', 'RECIPES', 'predicted_x0', 'check_scheduler', 'st
 
 # %% ../nbs/10_steering.ipynb #5a4fe8f2
 import copy, functools, inspect, math, time, warnings, zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 from fastcore.basics import patch
@@ -533,11 +534,22 @@ def _read_pipeline(name, dtype):
     if getattr(path, 'is_dir', lambda: False)() and not (path/'model_index.json').is_file():
         raise CheckpointError(f"{path}: has no model_index.json, so it is no diffusers pipeline; pass the folder of a pipeline or a hub id such as 'owner/name'")
     try:
-        with warnings.catch_warnings(): # newer versions call it dtype
+        with warnings.catch_warnings(), _quiet(bars=name not in MODELS): # newer versions call it dtype
             warnings.simplefilter('ignore', FutureWarning)
             return diffusers.DiffusionPipeline.from_pretrained(str(path), torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as e:
         raise CheckpointError(f"{name}: cannot be loaded as a diffusers pipeline ({str(e).splitlines()[0]:.150})") from e
+
+@contextmanager
+def _quiet(bars:bool):
+    "No word about image processors that want torchvision; no loading bars either, for what is small"
+    import diffusers, transformers
+    logs = [lib.utils.logging for lib in (diffusers, transformers)]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs: log.set_verbosity_error(); bars or log.disable_progress_bar()
+    try: yield
+    finally:
+        for log,(level,on) in zip(logs, before): log.set_verbosity(level); on and log.enable_progress_bar()
 
 def _pipe_bytes(pipe): return sum(p.numel()*p.element_size() for m in pipe.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
 

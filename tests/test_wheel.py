@@ -68,6 +68,12 @@ def test_scores_an_image_from_the_command_line(fresh, tmp_path):
         assert max(scores, key=scores.get) == name, scores
 
 
-@pytest.mark.parametrize('command', ['score', 'compare', 'train', 'demo', 'bench'])
+def test_demo_runs_to_the_end(fresh, tmp_path):
+    "With nothing but the wheel and what it asks for: rewards, tables and steering."
+    out = run(fresh/'llava_reward_demo', '--n', '8', '--prompts', '1', cwd=tmp_path, env={'HF_HUB_OFFLINE': '1'})
+    assert 'FK by LLaVA-Reward' in out and (tmp_path/'demo'/'steering'/'steering.png').is_file()
+
+
+@pytest.mark.parametrize('command', ['score', 'compare', 'train', 'eval', 'table', 'latency', 'steer', 'demo', 'bench'])
 def test_help_teaches(fresh, tmp_path, command):
     assert 'usage: llava_reward_' in run(fresh/f'llava_reward_{command}', '--help', cwd=tmp_path)
