@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from . import __version__
 from .backbones import hub_folder, load_backbone
 from .core import (CheckpointError, InputError, as_images, as_prompts, atomic_path, default_device, default_dtype,
-                                  progress, reward_inputs)
+                                  progress, read_tensors, reward_inputs)
 from .losses import make_loss
 from .skipca import ValueHead
 
@@ -262,14 +261,9 @@ def save_pretrained(self:RewardModel,
 # %% ../nbs/06_model.ipynb #f4985b36
 def _read_weights(path:Path)->dict:
     "Tensors of a .safetensors or .bin file; `CheckpointError` if it is missing, damaged, or holds NaN."
-    if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy it again")
-    try:
-        if path.suffix=='.bin': sd = torch.load(path, map_location='cpu', weights_only=True)
-        else:
-            with safe_open(path, 'pt') as f: sd = {k:f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise CheckpointError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:200]}); copy it again") from None
+    sd = dict(read_tensors(path))
     for k,v in sd.items():
-        if not isinstance(v, Tensor) or not v.isfinite().all(): raise CheckpointError(f"{path}: {k} holds NaN or infinity (or is no tensor); the training diverged or the file is damaged")
+        if not v.isfinite().all(): raise CheckpointError(f"{path}: {k} holds NaN or infinity; the training diverged or the file is damaged")
     return sd
 
 # %% ../nbs/06_model.ipynb #fe71efb2

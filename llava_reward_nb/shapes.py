@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SIZE', 'SHAPES', 'COLORS', 'DARK', 'HELD_OUT', 'SPLITS', 'LOOKALIKES', 'EXTENT', 'OUTLINES', 'STROKE', 'SUPERSAMPLE',
            'RELATIONS', 'CLEAR_GAP', 'CLEAR_RATIO', 'NUMBERS', 'CATEGORIES', 'PREFIXES', 'VOCAB', 'RADII', 'SIGN_RADII',
-           'GAP', 'JITTER', 'KINDS', 'ARTIFACTS', 'OVERALL', 'MIN_PIXELS', 'MIN_IOU', 'Obj', 'Sign', 'Scene', 'outline',
-           'render', 'relation_of', 'Fact', 'Prompt', 'make_prompt', 'parse_prompt', 'sample_prompt', 'scene_for',
-           'sample_scene', 'describe', 'statements', 'negative_kinds', 'hard_negative', 'add_artifact',
-           'alignment_pair', 'fidelity_pair', 'safety_label', 'overall_score', 'overall_group', 'alignment_pairs',
-           'fidelity_pairs', 'safety_labels', 'overall_pairs', 'write_records', 'Seen', 'Checker']
+           'GAP', 'JITTER', 'KINDS', 'ARTIFACTS', 'OVERALL', 'MIN_PIXELS', 'MIN_IOU', 'nameless_color', 'Obj', 'Sign',
+           'Scene', 'outline', 'render', 'relation_of', 'Fact', 'Prompt', 'make_prompt', 'parse_prompt',
+           'sample_prompt', 'scene_for', 'sample_scene', 'worded', 'describe', 'statements', 'negative_kinds',
+           'hard_negative', 'add_artifact', 'alignment_pair', 'fidelity_pair', 'safety_label', 'overall_score',
+           'overall_group', 'alignment_pairs', 'fidelity_pairs', 'safety_labels', 'overall_pairs', 'write_records',
+           'Seen', 'Checker']
 
 # %% ../nbs/01_shapes.ipynb #420f05d3
 import math, re
@@ -33,11 +34,27 @@ DARK = (38,38,42) # what signs are drawn in; no object has this colour
 
 # %% ../nbs/01_shapes.ipynb #946041c5
 HELD_OUT = frozenset({('green','circle'), ('yellow','square'), ('blue','triangle'), ('red','star')}) # (color, shape)
-SPLITS = ('train', 'unseen', 'all')
+SPLITS = ('train', 'nameless', 'unseen', 'all')
 _HELD = {shape:color for color,shape in HELD_OUT}
 
 def _allowed(shape:str, split:str)->list: # the colors that `shape` may have in `split`
-    return [c for c in COLORS if split!='train' or (c,shape) not in HELD_OUT]
+    return [c for c in COLORS if split not in ('train','nameless') or (c,shape) not in HELD_OUT]
+
+# %% ../nbs/01_shapes.ipynb #4bd5f3e6
+_LIGHT = (234,234,234) # what backgrounds are close to
+
+def nameless_color(
+    rng,           # numpy Generator
+    far:float=60., # least distance, in RGB, from the background and from each colour in `HELD_OUT`
+)->tuple: # (r,g,b), 0 to 255
+    "A random colour that is the same for all shapes to wear."
+    avoid = np.array([_LIGHT, *(COLORS[c] for c,_ in sorted(HELD_OUT))])
+    while True:
+        rgb = rng.integers(0, 256, 3)
+        if np.linalg.norm(avoid-rgb, axis=1).min()>far: return tuple(rgb.tolist())
+
+def _color(rng, shape:str, split:str): # of an object that nobody has asked to be of a colour
+    return nameless_color(rng) if split=='nameless' else _pick(rng, _allowed(shape,split))
 
 # %% ../nbs/01_shapes.ipynb #2667414f
 @dataclass(frozen=True)
@@ -91,16 +108,19 @@ OUTLINES = dict(circle=_regular(48), square=_regular(4, radius=1.25), triangle=_
 def outline(o:Obj)->np.ndarray: # (k,2) corners, in pixels
     "The polygon of an object, turned and placed."
     a = math.radians(o.angle); c,s = o.r*math.cos(a), o.r*math.sin(a)
-    return OUTLINES[o.shape] @ np.array([[c,s],[-s,c]]) + (o.x,o.y)
+    corners = OUTLINES[o.shape] if o.shape in OUTLINES else np.array(o.shape) # a shape may also be given as it is
+    return corners @ np.array([[c,s],[-s,c]]) + (o.x,o.y)
 
 # %% ../nbs/01_shapes.ipynb #56327eba
+def _rgb(o:Obj)->tuple: return COLORS.get(o.color, o.color) # a colour may also be given as it is
+
 def _fill(
     im:Image.Image, # large canvas
     o:Obj,          # what to draw
     k:float,        # canvas pixels per scene pixel
     rgb:tuple=None, # default: the color of `o`
 ):
-    ImageDraw.Draw(im).polygon((outline(o)*k).ravel().tolist(), fill=rgb or COLORS.get(o.color, o.color))
+    ImageDraw.Draw(im).polygon((outline(o)*k).ravel().tolist(), fill=rgb or _rgb(o))
 
 # %% ../nbs/01_shapes.ipynb #5a5ca905
 STROKE = 3. # of a sign, in pixels
@@ -317,7 +337,7 @@ def _terms(rng, category:str, split:str)->list:
 def sample_prompt(
     rng,                # numpy Generator
     category:str=None,  # one of `CATEGORIES`; default: any
-    split:str='train',  # 'train', 'unseen' or 'all'
+    split:str='train',  # one of `SPLITS`
 )->Prompt:
     "Draw a prompt; `InputError` for an unknown category or split."
     _check_split(split)
@@ -392,8 +412,8 @@ def _compose(
 def _colors(rng, terms, split:str)->list: # (shape, color) of each object the terms name
     specs = []
     for n,s,c in terms:
-        same = _pick(rng, _allowed(s,split)) if rng.random()<.5 else ''
-        specs += [(s, c or same or _pick(rng,_allowed(s,split))) for _ in range(n)]
+        same = _color(rng,s,split) if rng.random()<.5 else ''
+        specs += [(s, c or same or _color(rng,s,split)) for _ in range(n)]
     if split=='unseen' and not any((c,s) in HELD_OUT for s,c in specs):
         loose = [i for i,(_,s,c) in enumerate((1,s,c) for n,s,c in terms for _ in range(n)) if not c]
         if loose: i = _pick(rng,loose); specs[i] = (specs[i][0], _HELD[specs[i][0]])
@@ -409,14 +429,14 @@ def scene_for(
     "Draw a scene of which every fact holds; `InputError` if the prompt names a pair that the split holds out, or over 4 objects."
     _check_split(split)
     for _,s,c in prompt.terms:
-        if split=='train' and (c,s) in HELD_OUT: raise InputError(
-            f"prompt {prompt.text!r}: a {c} {s} is held out of the split 'train'; use split='unseen' or 'all'")
+        if c and c not in _allowed(s,split): raise InputError(
+            f"prompt {prompt.text!r}: a {c} {s} is held out of the split {split!r}; use split='unseen' or 'all'")
     specs = _colors(rng, prompt.terms, split)
     others = [s for s in SHAPES if s not in {t[1] for t in prompt.terms}]
     room = 4-bool(sign)-len(specs)
     if distractors and others and room>0 and rng.random()<.4:
         for _ in range(1+int(rng.random()*min(2,room))):
-            s = _pick(rng,others); specs.append((s, _pick(rng,_allowed(s,split))))
+            s = _pick(rng,others); specs.append((s, _color(rng,s,split)))
     return _compose(rng, specs, prompt.relation, sign)
 
 # %% ../nbs/01_shapes.ipynb #0a047942
@@ -434,6 +454,14 @@ def sample_scene(
     specs = _colors(rng, [(m,s,'')]+[(1,_pick(rng,SHAPES),'') for _ in range(n-m)], split)
     return _compose(rng, specs, _pick(rng,list(RELATIONS)) if n==2 else '', sign)
 
+# %% ../nbs/01_shapes.ipynb #aafaf0ef
+def worded(
+    scene:Scene, # objects of any colours
+)->Scene: # its objects have colour '' if one of them has none that we can name
+    "A scene as far as words go."
+    if all(o.color in COLORS for o in scene.objects): return scene
+    return replace(scene, objects=tuple(replace(o, color='') for o in scene.objects))
+
 # %% ../nbs/01_shapes.ipynb #1ba65cb1
 def describe(
     scene:Scene, # 1 to 4 objects
@@ -441,6 +469,7 @@ def describe(
 )->str:
     "Say everything about a scene (but for its sign), objects from left to right; `InputError` if it is empty."
     if not scene.objects: raise InputError("the scene has no objects to describe; pass one with 1 to 4")
+    scene = worded(scene)
     objs = sorted(scene.objects, key=lambda o: o.x)
     if len(objs)==2 and (objs[0].shape,objs[0].color)!=(objs[1].shape,objs[1].color) and relation_of(*objs):
         flip = relation_of(*objs)=='below' if rng is None else rng.random()<.5
@@ -463,6 +492,7 @@ def _either(rng, a, b)->tuple: return (a,b) if rng.random()<.5 else (b,a)
 
 def _claim_color(rng, objs:tuple, truth:bool, split:str):
     o = _pick(rng, objs)
+    if not o.color: return None
     if truth: return [(1,o.shape,o.color)], ''
     here = {p.color for p in objs if p.shape==o.shape}
     wrong = [c for c in _allowed(o.shape,split) if c not in here]
@@ -508,7 +538,7 @@ def statements(
     kinds=KINDS,        # kinds to draw from, as often as each is listed
 )->list: # of (text, bool)
     "True and false statements, verified; `InputError` if the scene gives no occasion for any of `kinds`."
-    _check_split(split); out = []
+    _check_split(split); out,scene = [],worded(scene)
     if set(kinds)-set(KINDS): raise InputError(f"kinds {', '.join(kinds)}; use some of {', '.join(KINDS)}")
     for trial in range(40*n if scene.objects else 0):
         if len(out)==n: break
@@ -528,7 +558,8 @@ def _edit_object(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
     if not others: return scene
     old,new = _pick(rng,sorted(named)), _pick(rng,others)
     def turn(o):
-        return replace(o, shape=new, color=o.color if o.color in _allowed(new,split) else _pick(rng,_allowed(new,split)))
+        keep = o.color not in COLORS or o.color in _allowed(new,split)
+        return replace(o, shape=new, color=o.color if keep else _color(rng,new,split))
     return replace(scene, objects=tuple(turn(o) if o.shape==old else o for o in scene.objects))
 
 def _edit_color(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
@@ -611,7 +642,7 @@ def _paint_deform(im, o:Obj, k:float, rng):
     q = p[i] + (t-i)[:,None]*(p[(i+1)%len(p)]-p[i]) - (o.x,o.y) # 72 points along the edges
     a,phase = np.arctan2(q[:,1], q[:,0]), rng.random(2)*2*np.pi
     wave = max(_between(rng,.1,.14), 1.1/o.r)*np.sin((6+int(rng.random()*3))*a+phase[0]) + _between(rng,.05,.1)*np.sin(2*a+phase[1])
-    ImageDraw.Draw(im).polygon(((q*(1+wave)[:,None]+(o.x,o.y))*k).ravel().tolist(), fill=COLORS[o.color])
+    ImageDraw.Draw(im).polygon(((q*(1+wave)[:,None]+(o.x,o.y))*k).ravel().tolist(), fill=_rgb(o))
 
 def _paint_cut(im, o:Obj, k:float, rng, background:tuple):
     _fill(im, o, k)
@@ -629,13 +660,13 @@ def _paint_blend(im, o:Obj, k:float, rng):
     side = np.arange(n)/k
     along = ((side+x0/k-o.x)*math.cos(a)+(side[:,None]+y0/k-o.y)*math.sin(a))/o.r # distance along the direction of the gradient
     t = np.clip((along-start)/.6, 0, 1)[...,None]
-    fill = Image.fromarray((np.array(COLORS[o.color])*(1-t)+np.array(other)*t).astype(np.uint8))
+    fill = Image.fromarray((np.array(_rgb(o))*(1-t)+np.array(other)*t).astype(np.uint8))
     mask = Image.new('L', (n,n)); ImageDraw.Draw(mask).polygon((outline(o)*k-(x0,y0)).ravel().tolist(), fill=255)
     im.paste(fill, (x0,y0), mask)
 
 def _ghosts(scene:Scene, rng)->Image.Image:
     a,d = 2*math.pi*rng.random(), _between(rng,4.5,7)
-    def faint(o): return tuple(int(.45*c+.55*b) for c,b in zip(COLORS[o.color], scene.background))
+    def faint(o): return tuple(int(.45*c+.55*b) for c,b in zip(_rgb(o), scene.background))
     def paint(im, o, k):
         if o is scene.objects[0]: # all ghosts lie below all objects
             for g in scene.objects: _fill(im, replace(g, x=g.x+d*math.cos(a), y=g.y+d*math.sin(a)), k, faint(g))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TINY_MEAN', 'TINY_STD', 'TINY', 'word_merges', 'tiny_tokenizer', 'tiny_base', 'fit', 'Tower', 'patch_labels', 'study',
            'to_pixels', 'probe_loss', 'scene_labels', 'tower_loss', 'Packer', 'pack_rows', 'Pretrainer', 'places',
-           'base_loss', 'nameless', 'count_of', 'second_loss', 'launch', 'stage0', 'stage1', 'stage1b', 'save_base',
-           'stage2', 'right_or_wrong', 'accuracy_rows', 'evaluate_tiny', 'base_answers', 'ablation_run', 'build_tiny']
+           'base_loss', 'nameless', 'formless', 'twin_labels', 'count_of', 'second_loss', 'launch', 'stage0', 'stage1',
+           'stage1b', 'save_base', 'stage2', 'right_or_wrong', 'accuracy_rows', 'evaluate_tiny', 'base_answers',
+           'ablation_run', 'build_tiny']
 
 # %% ../nbs/12_tiny.ipynb #5e432c96
 import json, math, shutil, tempfile, time
@@ -28,8 +29,8 @@ from .data import load_records
 from .model import PerspectiveConfig, RewardModel
 from .phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VModel, Phi3VProcessor, plain_ids
 from .shapes import (ARTIFACTS, COLORS, HELD_OUT, KINDS, LOOKALIKES, SHAPES, SIZE, VOCAB, Scene, add_artifact, alignment_pair,
-                                    alignment_pairs, describe, fidelity_pairs, hard_negative, make_prompt, outline, overall_pairs, relation_of, render,
-                                    safety_labels, sample_prompt, scene_for, statements)
+                                    alignment_pairs, describe, fidelity_pairs, hard_negative, make_prompt, nameless_color, outline, overall_pairs, relation_of, render,
+                                    safety_labels, sample_prompt, scene_for, statements, worded)
 from .trainer import RewardConfig, bootstrap_ci, train_perspective
 
 # %% ../nbs/12_tiny.ipynb #acbaed25
@@ -170,19 +171,21 @@ def patch_labels(
     scene:Scene, # what is in the image
     patch:int=8, # side of a patch in pixels
 )->dict: # color, shape, sign: (64,) int class of each patch, 0 for none
-    "Which colour, shape and sign each patch of the image shows (at least a sixth of the patch)."
+    "Which colour, shape and sign each patch of the image shows (at least a sixth of the patch); -100 for what has no name."
     g = SIZE//patch
     def most(classes): # the class that covers most of each patch
         im = Image.new('L', (SIZE,SIZE))
         for o,c in zip(scene.objects, classes): ImageDraw.Draw(im).polygon(outline(o).ravel().tolist(), fill=c)
-        share = np.stack([(np.asarray(im)==c).reshape(g,patch,g,patch).mean((1,3)) for c in range(1,1+max(len(COLORS),len(SHAPES)))])
+        share = np.stack([(np.asarray(im)==c).reshape(g,patch,g,patch).mean((1,3)) for c in range(1,2+max(len(COLORS),len(SHAPES)))])
         return np.where(share.max(0)>1/6, share.argmax(0)+1, 0).ravel()
     sign,s = np.zeros((g,g), int),scene.sign
     if s is not None:
         y,x = np.mgrid[:g,:g]*patch+patch/2
         sign[np.hypot(x-s.x, y-s.y)<s.r+2] = 1+('prohibition',*LOOKALIKES).index(s.kind)
-    colors,shapes = list(COLORS),list(SHAPES)
-    return dict(color=most([1+colors.index(o.color) for o in scene.objects]), shape=most([1+shapes.index(o.shape) for o in scene.objects]), sign=sign.ravel())
+    def named(names, values): # cross-entropy leaves out -100
+        names = list(names); y = most([1+(names+[v]).index(v) for v in values])
+        return np.where(y>len(names), -100, y)
+    return dict(color=named(COLORS, [o.color for o in scene.objects]), shape=named(SHAPES, [o.shape for o in scene.objects]), sign=sign.ravel())
 
 # %% ../nbs/12_tiny.ipynb #cd73649e
 _MIX = dict(single_object=1, two_objects=1, counting=2, colors=1, position=4, color_attribution=2) # relations need most practice
@@ -191,6 +194,7 @@ def study(
     rng,           # numpy Generator
     signs:float,   # share of scenes with a sign or a look-alike
     spoiled:float, # share of images with an artifact
+    recolor=None,  # (Scene, rng) -> Scene as it is drawn
 )->tuple: # Prompt, Scene, RGB image, artifact class (0: none)
     "A scene to learn from: half satisfy their prompt, half just miss it."
     names = [c for c,n in _MIX.items() for _ in range(n)]
@@ -199,6 +203,7 @@ def study(
     if sum(n for n,*_ in prompt.terms)>3: sign = ''
     scene = scene_for(prompt, rng, distractors=not sign, sign=sign)
     if rng.random()<.5: scene,_ = hard_negative(prompt, scene, rng)
+    if recolor: scene = recolor(scene, rng)
     kind = int(rng.integers(len(ARTIFACTS))) if rng.random()<spoiled else -1
     return prompt,scene,(add_artifact(scene, ARTIFACTS[kind], rng) if kind>=0 else render(scene)),kind+1
 
@@ -210,15 +215,16 @@ def to_pixels(images)->Tensor: # (n,3,64,64) normalised
 # %% ../nbs/12_tiny.ipynb #587992ff
 def probe_loss(
     logits:dict, # what `Tower` gave
-    labels:dict, # classes of the same shapes, long
+    labels:dict, # classes of the same shapes, long; or their probabilities, shaped like the logits
 )->tuple: # loss, dict of accuracies (of patches that show something, of images with an artifact)
     "Cross-entropies of all probes; patches that show something count twice, as most show nothing."
     loss,stats = 0.,{}
     for k,x in logits.items():
-        x,y = x.flatten(0,-2),labels[k].flatten()
-        each,some = F.cross_entropy(x, y, reduction='none'),y>0
-        loss = loss+each.mean()
-        if some.any(): loss,stats[k] = loss+each[some].mean(),(x.argmax(-1)==y)[some].float().mean().item()
+        soft = labels[k].is_floating_point()
+        x,y = x.flatten(0,-2),labels[k].flatten(0,-2) if soft else labels[k].flatten()
+        each,best = F.cross_entropy(x, y, reduction='none'),y.argmax(-1) if soft else y
+        some,loss = best>0,loss+each.mean()
+        if some.any(): loss,stats[k] = loss+each[some].mean(),(x.argmax(-1)==best)[some].float().mean().item()
     return loss,stats
 
 def scene_labels(
@@ -308,8 +314,8 @@ class Pretrainer(nn.Module):
         logits,target,teaches = self.logits(batch, features),batch['targets'][chosen],batch['teaches'][chosen]
         each,right = F.cross_entropy(logits, target, reduction='none'),logits.argmax(-1)==target
         loss = {k:each[teaches==v].mean() for k,v in dict(caption=_CAPTION, place=_PLACE, yesno=_ANSWER).items()}
-        probes,_ = probe_loss(self.tower.probe(seen[0]), labels)
-        return sum(loss.values())+.4*probes, dict({k:v.item() for k,v in loss.items()}, probes=probes.item(),
+        probes,known = probe_loss(self.tower.probe(seen[0]), labels)
+        return sum(loss.values())+.4*probes, dict({k:v.item() for k,v in loss.items()}, probes=probes.item(), shape=known['shape'],
             places=right[teaches==_PLACE].float().mean().item(), answers=right[teaches==_ANSWER].float().mean().item())
 
 # %% ../nbs/12_tiny.ipynb #ec229da1
@@ -339,34 +345,59 @@ _KINDS = (*KINDS, 'relation', 'relation') # of the statements asked
 
 def base_loss(
     model:Pretrainer,
-    rng,               # numpy Generator
-    step:int,          # not used
-    n:int=32,          # images
-    second:bool=False, # in the second round: names without colours, and counts
+    rng,      # numpy Generator
+    step:int, # not used
+    n:int=32, # images
 )->tuple: # loss, dict of figures for the log
-    "Loss of n fresh images with up to nine texts each."
+    "Loss of n fresh images with up to eight texts each."
     batch,rows,packer = [study(rng, .2, .45) for _ in range(n)],[],model.packer
     for prompt,scene,_,_ in batch:
         asked = [(prompt.text, prompt.holds(scene)), *statements(scene, rng, 3, kinds=_KINDS)]
-        told = [*places(scene, rng, rng.random()<.5), count_of(scene, rng)] if second else places(scene, rng)
-        rows.append([packer.caption(describe(scene, rng)), *(packer.place(*t) for t in told), *(packer.question(*t) for t in asked)])
+        rows.append([packer.caption(describe(scene, rng)), *(packer.place(*t) for t in places(scene, rng)), *(packer.question(*t) for t in asked)])
     _,scenes,images,artifacts = zip(*batch)
     return model(pack_rows(packer, rows), to_pixels(images), scene_labels(scenes, artifacts))
 
-# %% ../nbs/12_tiny.ipynb #cd76686c
+# %% ../nbs/12_tiny.ipynb #5ccb1464
+def _painted(scene:Scene, color)->Scene: return replace(scene, objects=tuple(replace(o, color=color()) for o in scene.objects))
+
 def nameless(
     scene:Scene, # objects of any colours
     rng,         # numpy Generator
-    far:float=90.,# least distance, in RGB, from the background and from the colour that is kept from this shape
 )->Scene: # its objects have (r,g,b) colours
-    "The same objects in random colours."
-    def color(o):
-        avoid = np.array([scene.background, *(COLORS[c] for c,s in HELD_OUT if s==o.shape)])
-        while True:
-            rgb = rng.integers(0, 256, 3)
-            if np.linalg.norm(avoid-rgb, axis=1).min()>far: return tuple(rgb.tolist())
-    return replace(scene, objects=tuple(replace(o, color=color(o)) for o in scene.objects))
+    "The same objects in colours that have no name."
+    return _painted(scene, lambda: nameless_color(rng))
 
+def formless(
+    scene:Scene, # objects of any shapes
+    rng,         # numpy Generator
+)->Scene: # its shapes are tuples of corners
+    "Odd polygons in the same places and colours."
+    def corners():
+        n = int(rng.integers(4, 10)); a,r = (np.arange(n)+.8*rng.random(n))*2*np.pi/n, .5+.8*rng.random(n)
+        return tuple(map(tuple, np.stack([r*np.cos(a), r*np.sin(a)], 1).tolist()))
+    return replace(scene, objects=tuple(replace(o, shape=corners()) for o in scene.objects))
+
+# %% ../nbs/12_tiny.ipynb #2794c6d6
+@torch.no_grad()
+def twin_labels(
+    tower:Tower,     # as it is now
+    scenes:list,     # in named colours where the place is even, in nameless ones where it is odd
+    artifacts:list,  # artifact classes, 0 for none
+    rng,             # numpy Generator
+)->dict: # as of `scene_labels`, but shape (n,64,5) and color (n,64,7) are probabilities, or all 0 where nothing is asked
+    "Labels of a batch: what has no prejudice as it is, the rest as the tower sees it in the twins."
+    labels = scene_labels(scenes, artifacts)
+    soft = {k:F.one_hot(labels[k].clamp(min=0), n+1).float() for k,n in (('shape',len(SHAPES)), ('color',len(COLORS)))}
+    def look(twins, what): return tower(to_pixels([render(s) for s in twins]))[what].softmax(-1)
+    soft['shape'][::2] = look([nameless(s, rng) for s in scenes[::2]], 'shape')
+    some = labels['color']!=0
+    soft['color'][some] = 0
+    odd = [formless(s, rng) for s in scenes[1::2]]
+    both = some[1::2] & (scene_labels(odd, [0]*len(odd))['color']!=0) # patches that show something in the image and in its twin
+    soft['color'][1::2][both] = look(odd, 'color')[both]
+    return labels|soft
+
+# %% ../nbs/12_tiny.ipynb #7f073e18
 def count_of(
     scene:Scene, # one object or more
     rng,         # numpy Generator
@@ -376,15 +407,22 @@ def count_of(
     n = sum(p.shape==o.shape and color in ('',p.color) for p in scene.objects)
     return f'{color} {o.shape}s'.strip(), _ROWS[n-1]
 
-# %% ../nbs/12_tiny.ipynb #e28553c6
+# %% ../nbs/12_tiny.ipynb #8ddfb21b
+_BARE = ('object', 'object', 'count', 'relation', 'relation') # kinds of statements that need no colour
+
 def second_loss(model:Pretrainer, rng, step:int, n:int=32)->tuple:
-    "Loss of the second round: as in the first, and as many scenes in nameless colours for the tower alone."
-    loss,stats = base_loss(model, rng, step, n, True)
-    _,scenes,*_ = zip(*(study(rng, 0, 0) for _ in range(n)))
-    labels = scene_labels(scenes, [0]*n)
-    labels['color'][labels['color']>0] = -100 # cross-entropy leaves these out
-    probes,seen = probe_loss(model.tower(to_pixels([render(nameless(s, rng)) for s in scenes])), labels)
-    return loss+.4*probes, dict(stats, nameless=seen['shape'])
+    "Loss of n fresh images with up to nine texts each, every second one in nameless colours, and of n/2 images of odd polygons for the tower alone."
+    batch,rows,packer = [study(rng, .2, .45, nameless if i%2 else None) for i in range(n)],[],model.packer
+    for i,(prompt,scene,_,_) in enumerate(batch):
+        scene = worded(scene)
+        asked = statements(scene, rng, 4, kinds=_BARE) if i%2 else [(prompt.text, prompt.holds(scene)), *statements(scene, rng, 3, kinds=_KINDS)]
+        told = [*places(scene, rng, rng.random()<.5), count_of(scene, rng)]
+        rows.append([packer.caption(describe(scene, rng)), *(packer.place(*t) for t in told), *(packer.question(*t) for t in asked)])
+    _,scenes,images,artifacts = zip(*batch)
+    loss,stats = model(pack_rows(packer, rows), to_pixels(images), twin_labels(model.tower, scenes, artifacts, rng))
+    odd = [formless(_painted(s, lambda: list(COLORS)[rng.integers(len(COLORS))]), rng) for s in scenes[::2]]
+    probes,known = probe_loss(model.tower(to_pixels([render(s) for s in odd])), scene_labels(odd, [0]*len(odd)))
+    return loss+.4*probes, dict(stats, color=known['color'])
 
 # %% ../nbs/12_tiny.ipynb #5bed6de2
 def _worker(rank:int, world:int, store:str, fn, args):
@@ -422,7 +460,7 @@ def stage1(
 
 def stage1b(
     work, # folder with the finished stage 1
-    steps:int=900,
+    steps:int=2000,
 ):
     "The second round."
     base,proc = tiny_base()
@@ -442,16 +480,16 @@ def save_base(
     base.half().save_pretrained(out); proc.save_pretrained(out)
 
 # %% ../nbs/12_tiny.ipynb #7150e261
-def _alignment(n:int, seed:int)->list:
+def _alignment(n:int, seed:int, split:str)->list:
     names = [c for c,k in _MIX.items() for _ in range(k)]
-    return [alignment_pair(np.random.default_rng([seed,i]), category=names[i%len(names)]) for i in range(n)]
+    return [alignment_pair(np.random.default_rng([seed,i]), split, names[i%len(names)]) for i in range(n)]
 
-TINY = dict( # name -> how many training records, their maker (n, seed), maker of held-out records (n, seed, split), configuration
-    alignment=(24_000, _alignment, alignment_pairs, dict(loss='bt')),
-    fidelity=(24_000, fidelity_pairs, fidelity_pairs, dict(loss='bt')),
-    overall=(18_000, overall_pairs, overall_pairs, dict(loss='gpm', dim=2)),
-    overall_bt=(18_000, overall_pairs, overall_pairs, dict(loss='bt')),
-    safety=(12_000, safety_labels, safety_labels, dict(loss='cls')))
+TINY = dict( # name -> how many training records, their maker (n, seed, split), maker of held-out records (n, seed, split), configuration, learning rate
+    alignment=(12_000, _alignment, alignment_pairs, dict(loss='bt'), 5e-4),
+    fidelity=(24_000, fidelity_pairs, fidelity_pairs, dict(loss='bt'), 1e-3),
+    overall=(24_000, overall_pairs, overall_pairs, dict(loss='gpm', dim=2), 1e-3),
+    overall_bt=(18_000, overall_pairs, overall_pairs, dict(loss='bt'), 5e-4),
+    safety=(12_000, safety_labels, safety_labels, dict(loss='cls'), 1e-3))
 
 # %% ../nbs/12_tiny.ipynb #53a59463
 def stage2(
@@ -463,12 +501,13 @@ def stage2(
     **config,       # fields of `PerspectiveConfig` to change
 )->RewardModel: # with the trained perspective
     "Train one perspective on a frozen base, going on from its last checkpoint if there is one."
-    most,records,_,fields = TINY[name]
+    most,make,_,fields,lr = TINY[name]; n = n or most; seed0 = 1000+2*sorted(TINY).index(name)
+    records = make(n-n//2, seed0, 'train')+make(n//2, seed0+1, 'nameless')
     torch.set_num_threads(1)
-    args = RewardConfig(output_dir=str(out), learning_rate=1e-3, per_device_train_batch_size=32, gradient_accumulation_steps=1,
+    args = RewardConfig(output_dir=str(out), learning_rate=lr, per_device_train_batch_size=32, gradient_accumulation_steps=1,
                         lora_rank=16, lora_alpha=32, logging_steps=25, save_steps=200, seed=seed, use_cpu=True, dataloader_drop_last=True)
     model = RewardModel(load_backbone(base))
-    train_perspective(model, name, load_records(records(n or most, 1000+sorted(TINY).index(name)), check_images=False), args, PerspectiveConfig(**fields|config), resume=True)
+    train_perspective(model, name, load_records(records, check_images=False), args, PerspectiveConfig(**fields|config), resume=True)
     return model
 
 # %% ../nbs/12_tiny.ipynb #e0da3f36

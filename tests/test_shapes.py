@@ -45,7 +45,8 @@ def test_unreadable_prompts_are_input_errors(text):
 def test_scenes_satisfy_their_prompt_and_split(seed, category, split):
     rng = gen(seed); p = sample_prompt(rng, category, split); s = scene_for(p, rng, split)
     assert p.holds(s) and p.fraction(s)==1 and not p.broken(s)
-    if split=='train': assert not held_out(s) and not names_held_out(p)
+    if split in ('train','nameless'): assert not held_out(s) and not names_held_out(p)
+    if split=='nameless': assert {o.color for o in s.objects if isinstance(o.color,str)}=={c for *_,c in p.terms if c}
     if split=='unseen':
         assert held_out(s)
         if any(c for *_,c in p.terms): assert names_held_out(p)
@@ -81,14 +82,21 @@ def test_statements_are_as_true_as_they_say(seed, split):
     for text,truth in statements(s, rng, 6, split):
         p = parse_prompt(text)
         assert p.holds(s)==truth
-        if split=='train': assert not names_held_out(p)
+        if split in ('train','nameless'): assert not names_held_out(p)
+
+@steady
+@given(seeds)
+def test_nameless_colors_keep_away_from_held_out_ones(seed):
+    rng = gen(seed); p = sample_prompt(rng, split='nameless'); s,_ = hard_negative(p, scene_for(p, rng, 'nameless'), rng, split='nameless')
+    for o in s.objects:
+        if not isinstance(o.color, str): assert min(math.dist(o.color, COLORS[c]) for c,_ in HELD_OUT)>60
 
 @steady
 @given(seeds, splits)
 def test_captions_are_true_and_complete(seed, split):
     rng = gen(seed); s = sample_scene(rng, split=split); p = parse_prompt(describe(s, rng))
     assert p.holds(s) and sum(n for n,*_ in p.terms)==len(s.objects)
-    assert sorted((sh,c) for n,sh,c in p.terms for _ in range(n))==named(s.objects)
+    assert sorted((sh,c) for n,sh,c in p.terms for _ in range(n))==named(worded(s).objects)
 
 @steady
 @given(seeds, categories, signs)
