@@ -28,7 +28,7 @@ from .core import atomic_path, progress, write_table
 from .data import load_records
 from .model import PerspectiveConfig, RewardModel
 from .phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VModel, Phi3VProcessor, plain_ids
-from .shapes import (ARTIFACTS, COLORS, HELD_OUT, KINDS, LOOKALIKES, SHAPES, SIZE, VOCAB, Scene, add_artifact, alignment_pair,
+from .shapes import (ARTIFACTS, COLORS, KINDS, LOOKALIKES, SHAPES, SIZE, VOCAB, Scene, add_artifact, alignment_pair,
                                     alignment_pairs, describe, fidelity_pairs, hard_negative, make_prompt, nameless_color, outline, overall_pairs, relation_of, render,
                                     safety_labels, sample_prompt, scene_for, statements, worded)
 from .trainer import RewardConfig, bootstrap_ci, train_perspective
