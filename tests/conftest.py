@@ -1,9 +1,11 @@
 "Golden numbers, and the toy checkpoints and images they were computed with."
-import importlib.util, json, os, subprocess, sys
+import importlib.util, json, os, signal, subprocess, sys
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored, and children would inherit that
 
 PHI3V = Path(__file__).resolve().parent/'golden'/'phi3v'
 
