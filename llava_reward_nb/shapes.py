@@ -44,14 +44,13 @@ def _allowed(shape:str, split:str)->list: # the colors that `shape` may have in 
 _LIGHT = (234,234,234) # what backgrounds are close to
 
 def nameless_color(
-    rng,           # numpy Generator
-    far:float=60., # least distance, in RGB, from the background and from each colour in `HELD_OUT`
+    rng, # numpy Generator
 )->tuple: # (r,g,b), 0 to 255
-    "A random colour that is the same for all shapes to wear."
+    "A random colour for any shape, at least 60 away in RGB from the background and from each colour in `HELD_OUT`."
     avoid = np.array([_LIGHT, *(COLORS[c] for c,_ in sorted(HELD_OUT))])
     while True:
         rgb = rng.integers(0, 256, 3)
-        if np.linalg.norm(avoid-rgb, axis=1).min()>far: return tuple(rgb.tolist())
+        if np.linalg.norm(avoid-rgb, axis=1).min()>60: return tuple(rgb.tolist())
 
 def _color(rng, shape:str, split:str): # of an object that nobody has asked to be of a colour
     return nameless_color(rng) if split=='nameless' else _pick(rng, _allowed(shape,split))
