@@ -27,8 +27,9 @@ def main():
     logs, failed, had = Path(tempfile.mkdtemp(prefix='machines_')), [], instruction_sets()
     for capability in SETS:
         for threads in (1, 2):
+            machine = f'{capability}, {threads} thread' + 's'*(threads > 1)
             if capability not in had:
-                print(f'{capability}, {threads} threads: left out, this CPU has no {capability}')
+                print(f'{machine}: left out, this CPU has no {capability}')
                 continue
             env = os.environ | dict(ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1')
             for name, command in parts().items():
@@ -36,7 +37,7 @@ def main():
                 with open(log, 'w', encoding='utf-8') as f:
                     code = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT).returncode
                 said = 'passed' if code == 0 else f'FAILED, see {log}'
-                print(f'{capability}, {threads} threads, {name}: {said} ({(time.monotonic()-start)/60:.0f} min)', flush=True)
+                print(f'{machine}, {name}: {said} ({(time.monotonic()-start)/60:.0f} min)', flush=True)
                 if code: failed.append(log)
     sys.exit(len(failed) > 0)
 
