@@ -7,7 +7,7 @@ __all__ = ['SCORE_COLUMNS', 'tensors_hash', 'file_hash', 'text_hash', 'pixels_ha
            'ScoreStore']
 
 # %% ../nbs/00b_store.ipynb #7c371046
-import hashlib, inspect, json, os, re, secrets, tempfile, threading, time
+import hashlib, json, os, re, secrets, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType

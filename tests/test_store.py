@@ -9,7 +9,7 @@ from torch import nn
 
 from llava_reward_nb import store
 from llava_reward_nb.core import InputError
-from llava_reward_nb.store import ScoreStore, file_hash, folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
+from llava_reward_nb.store import ScoreStore, file_hash, folder_lock, identity, make_identity, tensors_hash, text_hash
 
 torch.set_num_threads(1)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64)
