@@ -162,7 +162,7 @@ def _open_folder(folder:Path, bench:Benchmark, full_hash:str, data, limit)->dict
                 left_out=len({f.index for f in bench.faults}), faults=[str(f) for f in bench.faults],
                 rewards=(old or {}).get('rewards',{}),
                 versions=versions(), started=(old or {}).get('started') or time.strftime('%Y-%m-%dT%H:%M:%S%z'))
-    write_table(pd.DataFrame(bench.rows), folder/'rows.parquet')
+    write_table(bench.rows, folder/'rows.parquet')
     write_table([dict(item=i.id, prompt=i.prompt, name=i.name) for i in bench.items.values()], folder/'items.parquet')
     _dump(meta, folder)
     return meta
@@ -450,8 +450,8 @@ def _remarks(runs:list, frame, intervals:bool, by:str='')->list: # lines
     out += [f"{int(v)} pairs{f' of {p}' if p else ''} on which people had no preference are left out."
             for p,v in getattr(und,'items',lambda: [])() if v]
     if intervals:
-        out.append('In brackets: 95 % intervals' + (' over prompts.' if (frame.kind=='sample').any()
-                else '.'))
+        over = ' over prompts' if (frame.kind=='sample').any() else ''
+        out.append(f'In brackets: 95 % intervals{over}; none from fewer than {stats.FEWEST} independent cases or at a limit.')
     return out
 
 def _grouped(frame, keys:list)->list: # (key, rows) each; first by the first key, in order of appearance
@@ -660,7 +660,7 @@ def table9(
     notes = [f"{' or '.join(map(str,k))} particles a prompt; the best particle is the one with the highest guidance "
              "score, without guidance the first."]
     notes += [f'{blank} missing scores are left out of the means.'] if blank else []
-    notes += ['In brackets: 95 % intervals over prompts.'] if intervals else []
+    notes += [f'In brackets: 95 % intervals over prompts; none from fewer than {stats.FEWEST}.'] if intervals else []
     notes += ['† differs from no guidance: p < 0.05, exact paired permutation test over prompts, each column by itself.'] if signs else []
     return Table(made[0], 'Metrics under guidance (Table 9)', {('','prompts'):''},
                  {c:3 for c in cells}|{('','prompts'):0},
