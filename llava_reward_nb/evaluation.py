@@ -162,7 +162,7 @@ def _open_folder(folder:Path, bench:Benchmark, full_hash:str, data, limit)->dict
                 left_out=len({f.index for f in bench.faults}), faults=[str(f) for f in bench.faults],
                 rewards=(old or {}).get('rewards',{}),
                 versions=versions(), started=(old or {}).get('started') or time.strftime('%Y-%m-%dT%H:%M:%S%z'))
-    write_table(bench.rows, folder/'rows.parquet')
+    write_table(pd.DataFrame(bench.rows), folder/'rows.parquet')
     write_table([dict(item=i.id, prompt=i.prompt, name=i.name) for i in bench.items.values()], folder/'items.parquet')
     _dump(meta, folder)
     return meta

@@ -9,7 +9,6 @@ __all__ = ['TIE', 'FEWEST', 'mean', 'clusters', 'pair_decisions', 'accuracy', 'p
 
 # %% ../nbs/10d_stats.ipynb #e13f88d7
 import math
-from functools import partial
 
 import numpy as np
 
