@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from .core import CheckpointError, hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, blame, read_json
 
-# %% ../nbs/03_backbones.ipynb #57381e62
+# %% ../nbs/03_backbones.ipynb #20195a59
 class PassLock:
     "A re-entrant lock around the passes of one model; a copy of it, or what comes out of a pickle, is a lock of its own."
     def __init__(self): self._lock = threading.RLock()
@@ -26,7 +26,7 @@ class PassLock:
     def __exit__(self, *exc): self._lock.release()
     def __reduce__(self): return type(self),()
 
-# %% ../nbs/03_backbones.ipynb #949d414d
+# %% ../nbs/03_backbones.ipynb #316f06fe
 @contextmanager
 def evaluating(
     model:nn.Module, # put into eval mode inside
@@ -78,12 +78,22 @@ class Phi3VBackbone(nn.Module):
 
 # %% ../nbs/03_backbones.ipynb #a8aec064
 @patch
+@torch.compiler.disable
 def encode(self:Phi3VBackbone,
     images,  # see `as_images`
     prompts, # one for all, or n
 )->dict: # tensors on the CPU, see `Phi3VProcessor`
     "Model input for images and prompts; `InputError` names the one that cannot be used."
     return self.processor(images, prompts)
+
+@patch
+@torch.compiler.disable
+def check(self:Phi3VBackbone,
+    sizes:list,   # (width, height) of n images, pixels
+    prompts:list, # n strings
+):
+    "`InputError` for the first image or prompt that this backbone cannot use."
+    self.processor.check(sizes, prompts)
 
 # %% ../nbs/03_backbones.ipynb #1e75442d
 @patch
@@ -114,7 +124,7 @@ def fingerprint(self:Phi3VBackbone)->list: # 64 floats
     middle = torch.stack([p[len(p)//2].float() for p in spread])
     return [round(x, 6) for x in w.float().tolist()]+[float(f'{x:.4g}') for x in middle.tolist()]
 
-# %% ../nbs/03_backbones.ipynb #34fb5486
+# %% ../nbs/03_backbones.ipynb #c2971ca6
 def same_base(
     a:list, # a fingerprint, as remembered: 16 or 64 floats
     b:list, # another

@@ -171,7 +171,7 @@ def blame(
         said = (str(e).strip() or 'no message').splitlines()[0]
         raise CheckpointError(f"{path}: damaged, or of another kind ({type(e).__name__}: {said:.200}); fetch or copy it again") from None
 
-# %% ../nbs/02_phi3v.ipynb #ab8dca7f
+# %% ../nbs/02_phi3v.ipynb #7efe400d
 def read_json(
     path, # A JSON file
 )->dict:
@@ -183,7 +183,7 @@ def read_json(
     if not isinstance(d, dict): raise CheckpointError(f"{path}: holds a {type(d).__name__}, not a JSON object; fetch or copy it again")
     return d
 
-# %% ../nbs/02_phi3v.ipynb #3b74aa03
+# %% ../nbs/02_phi3v.ipynb #4f040c60
 @patch(cls_method=True)
 def from_pretrained(cls:Phi3VConfig,
     folder, # Model folder with a config.json
@@ -371,9 +371,24 @@ def pad(self:Phi3VProcessor,
 @patch
 def _check_lengths(self:Phi3VProcessor, rows:list):
     "`InputError` for the first row longer than the model can take."
+    for i,r in enumerate(rows): self._check_length(i, len(r))
+
+@patch
+def _check_length(self:Phi3VProcessor, i:int, n:int):
     most = self.tokenizer.model_max_length
-    for i,r in enumerate(rows):
-        if len(r)>most: raise InputError(f"prompt {i}: {len(r)} tokens with its image, the model takes {most}; shorten it or lower num_crops")
+    if n>most: raise InputError(f"prompt {i}: {n} tokens with its image, the model takes {most}; shorten it or lower num_crops")
+
+@patch
+def check(self:Phi3VProcessor,
+    sizes:list,   # (width, height) of n images, pixels
+    prompts:list, # n strings
+):
+    "`InputError` for the first image that is too thin or prompt that is too long; nothing is opened for it."
+    p,texts = self.image_processor,{}
+    for i,(size,prompt) in enumerate(zip(sizes, prompts)):
+        if prompt not in texts: texts[prompt] = len(self.prompt_ids(prompt, 0))
+        n = texts[prompt]+p.num_tokens(hd_shape(*size, p.num_crops, p.crop_size, f'image {i}'))
+        self._check_length(i, n)
 
 @patch
 def __call__(self:Phi3VProcessor,
@@ -405,7 +420,7 @@ def load_tokenizer(
         tok('a b').input_ids # a damaged one fails here and not at the first prompt
     return tok
 
-# %% ../nbs/02_phi3v.ipynb #a8447bfa
+# %% ../nbs/02_phi3v.ipynb #f84e3319
 def check_vocabulary(
     tokenizer,      # a fast tokenizer
     rows:int,       # of the embedding table
@@ -487,7 +502,7 @@ class LongRope(nn.Module):
         angle = torch.cat([angle, angle], -1)
         return (angle.cos()*self.scale).to(x.dtype), (angle.sin()*self.scale).to(x.dtype)
 
-# %% ../nbs/02_phi3v.ipynb #653bb2a0
+# %% ../nbs/02_phi3v.ipynb #ae14fbec
 def _matmul_patches(self, x:Tensor)->Tensor: # the `forward` of a convolution whose patches do not overlap
     k = self.kernel_size
     grid = [n//s for n,s in zip(x.shape[2:], k)]
@@ -506,7 +521,7 @@ class PatchConv3d(nn.Conv3d):
     "A `Conv3d` with stride equal to its kernel, computed as a matrix product."
     forward = _matmul_patches
 
-# %% ../nbs/02_phi3v.ipynb #4fe1f9bd
+# %% ../nbs/02_phi3v.ipynb #5b70c57b
 def exact_patches(
     model:nn.Module, # any model; changed in place
 )->nn.Module: # the same
