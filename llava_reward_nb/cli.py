@@ -20,7 +20,7 @@ import torch
 from fastcore.script import anno_parser
 from PIL import Image
 
-from .core import InputError, _suffix, atomic_path, progress, read_table, write_table
+from .core import InputError, atomic_path, progress, read_table, table_kind, write_table
 
 # %% ../nbs/14_cli.ipynb #50d6411a
 @dataclass
@@ -59,7 +59,7 @@ def image_items(
 def _read_rows(path)->list:
     "Rows of a table; in CSV files every cell is text."
     path = Path(path).expanduser()
-    if _suffix(path)!='.csv' or not path.is_file(): rows = read_table(path)
+    if table_kind(path)!='.csv' or not path.is_file(): rows = read_table(path)
     else:
         import pandas as pd
         try: rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict('records')
@@ -260,7 +260,7 @@ def check_settings(
         except (RuntimeError, AssertionError) as e: raise InputError(f"--device {device}: cannot be used here ({str(e).splitlines()[0]:.100}); leave it out for the best there is") from None
     if out is not None:
         if Path(out).is_dir(): raise InputError(f"--out {out}: is a folder; name a file in it")
-        _suffix(Path(out))
+        table_kind(out)
 
 def load(
     model,             # "tiny", a folder or a hub id
