@@ -41,7 +41,8 @@ def _notes(): # warnings as lines, not as Python says them
         if issubclass(w.category, UserWarning): print('note:', w.message, file=sys.stderr)
 
 def _folder(name:str, out:str, several:bool)->Path:
-    return Path(out)/name if several or not out else Path(out)
+    "Where a run lies; without --out where `llava_reward_table` looks for it."
+    return Path(out or 'runs').expanduser()/name if several or not out else Path(out).expanduser()
 
 # %% ../nbs/14b_commands.ipynb #ddae31a4
 @command('''  llava_reward_eval mjbench --reward tiny/alignment tiny/safety checker
@@ -56,7 +57,7 @@ def llava_reward_eval(
     benchmark:str,         # mjbench, tifa160, unsafebench, smid, imagereward, pickapic, hpdv2, geneval, drawbench, or all
     reward:list[str]=None, # rewards to evaluate, by name or folder; all in one pass over the images
     data:str='tiny',       # hub id, folder or file of the benchmark; hub: the published one; tiny: its offline twin
-    out:str='',            # folder for the scores [default: runs/<benchmark>]
+    out:str='',            # folder for the scores; of several benchmarks a folder in it for each [default: runs/<benchmark>]
     limit:int=None,        # rows of each part, for a quick look
     batch_size:int=16,     # images at a time
     images:str='',         # folder of the images, where they do not lie beside the data (unsafebench, smid, tifa160)
