@@ -103,7 +103,7 @@ ARRAYS = st.integers(2, 30).flatmap(lambda n: st.tuples(*[hnp.arrays(float, n, e
 @given(ARRAYS)
 def test_weights_are_repetitions(data):
     x, y, seed = data
-    w = stats.resamples(len(x), 3, seed=seed)
+    w = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1/len(x)), size=3).astype(float)
     with np.errstate(all='ignore'):
         for f in (stats.pearson, stats.spearman, stats.kendall_tau_b):
             for got, r in zip(f(x, y, w), w.astype(int)): near(got, f(np.repeat(x, r), np.repeat(y, r)), 1e-9)
@@ -326,8 +326,10 @@ KILLED = '''
 import sys, time, torch
 from llava_reward_nb import evaluation
 class Slow:
+    calls = 0
     def __call__(self, images, prompts):
-        time.sleep(.05)
+        self.calls += 1
+        time.sleep(600 if sys.argv[3] == 'waits' and self.calls == 20 else .05) # waits to be killed
         with open(sys.argv[2], 'a') as f: f.write('x'*len(images))
         return torch.full((len(images),), 1.)
 evaluation._Writer.__init__.__defaults__ = (.2,)
@@ -338,16 +340,16 @@ evaluation.run_benchmark('unsafebench', dict(slow=Slow()), out=sys.argv[1], batc
 def test_killed_run_goes_on(tmp_path):
     log, run = tmp_path/'log', tmp_path/'run'
     (tmp_path/'k.py').write_text(KILLED)
-    cmd = [sys.executable, str(tmp_path/'k.py'), str(run), str(log)]
+    cmd = lambda how: [sys.executable, str(tmp_path/'k.py'), str(run), str(log), how]
     root = str(Path(__file__).parents[1])
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
-    p = subprocess.Popen(cmd, env=env)
+    p = subprocess.Popen(cmd('waits'), env=env)
     deadline = time.time()+120
     while time.time() < deadline and p.poll() is None and len(list((run/'scores').glob('[0-9]*.parquet'))) < 2: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait()
     kept, paid = len(Run(run).records), len(log.read_text())
     assert 0 < kept <= paid < 120
-    subprocess.run(cmd, check=True, env=env)
+    subprocess.run(cmd('goes on'), check=True, env=env)
     assert len(log.read_text()) == paid+120-kept
     assert (Run(run).scores().slow == 1).all() and len(Run(run).scores()) == 120
 
