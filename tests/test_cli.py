@@ -190,7 +190,8 @@ def test_bad_settings(home, no_model, kwargs, why):
 
 
 @pytest.mark.parametrize('text,why', [('', 'has no rows|cannot be read'), ('image,prompt\n', 'no rows'), ('picture,prompt\na,b\n', "no column 'image' or 'path'"),
-                                      ('image,text\na.png,b\n', "no column 'prompt'"), ('image,prompt\n"a.png,b\n', 'cannot be read')])
+                                      ('image,words\na.png,b\n', "no column 'prompt'"), ('image,prompt\n"a.png,b\n', 'line 2'),
+                                      ('image,file_name,prompt\na.png,a.png,x\n', 'say where with --image-column'), ('image,prompt\na.png,x,y\n', 'row 1')])
 def test_bad_tables(tmp_path, no_model, text, why):
     (tmp_path/'t.csv').write_text(text)
     with pytest.raises(InputError, match=why): llava_reward_score([], table=tmp_path/'t.csv', model=TINY)
