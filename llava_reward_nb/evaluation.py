@@ -354,12 +354,7 @@ def _rating_measures(x:dict, threshold:float)->dict:
     return {'Pearson':(stats.pearson,x['a'],x['label']), 'Spearman':(stats.spearman,x['a'],x['label']),
             'Kendall tau-b':(stats.kendall_tau_b,x['a'],x['label'])}
 
-def _mean(v, w=None):
-    w2 = np.ones((1,len(v))) if w is None else w
-    m = (w2@v)/w2.sum(1)
-    return float(m[0]) if w is None else m
-
-def _sample_measures(x:dict, threshold:float)->dict: return {'mean':(_mean,x['a'])}
+def _sample_measures(x:dict, threshold:float)->dict: return {'mean':(stats.mean,x['a'])}
 
 _MEASURES = dict(pair=_pair_measures, label=_label_measures, rating=_rating_measures, sample=_sample_measures)
 
@@ -368,9 +363,9 @@ def measure(
     rows,                # DataFrame of one kind: kind, a, b, label, group
     score,               # Series: item -> score of one reward
     threshold:float=0.,  # pairs whose scores are no further apart are ties
-    m:int=1000,          # bootstrap resamples; 0 for no intervals
+    intervals:bool=True, # also compute them
 )->list: # of dicts: metric, value, low, high, n, left_out, undecided, ties
-    "The measures of one reward on rows of one kind; resampling draws whole groups."
+    "The measures of one reward on rows of one kind; intervals allow for groups."
     kind = rows.kind.iloc[0]
     a = score.reindex(rows.a).to_numpy(float)
     b = score.reindex(rows.b).to_numpy(float) if kind=='pair' else np.zeros(len(a))
@@ -385,7 +380,7 @@ def measure(
     out = []
     for name,(stat,*args) in _MEASURES[kind](x, threshold).items():
         value = stat(*args) if keep.any() else np.nan
-        low,high = stats.interval(stat, *args, groups=groups, m=m) if m and keep.any() else (np.nan,np.nan)
+        low,high = stats.interval(stat, *args, groups=groups) if intervals else (np.nan,np.nan)
         out.append(dict(metric=name, value=value, low=low, high=high, **about))
     return out
 
@@ -394,7 +389,7 @@ def results(
     run,                 # a `Run` or its folder
     by:str='',           # also split by this column of the rows, such as 'category', 'model' or 'guidance'
     threshold:float=0.,  # pairs whose scores are no further apart are ties
-    m:int=1000,          # bootstrap resamples; 0 for no intervals
+    intervals:bool=True, # also compute them
 ): # DataFrame: reward, part, kind, `by`, metric, value, low, high, n, left_out, undecided, ties
     "All measures of a run; nothing is scored. `InputError` if the rows lack the column `by`."
     import pandas as pd
@@ -407,7 +402,8 @@ def results(
     for key,part in rows.groupby(['part','kind']+([by] if by else []), sort=False, dropna=False):
         head = dict(zip(['part','kind']+([by] if by else []), key))
         for reward in scores:
-            out += [dict(reward=reward, **head, **r) for r in measure(part, scores[reward], threshold, m)]
+            got = measure(part, scores[reward], threshold, intervals)
+            out += [dict(reward=reward, **head, **r) for r in got]
     return pd.DataFrame(out)
 
 # %% ../nbs/11_evaluation.ipynb #9f02aae1
@@ -417,9 +413,9 @@ def compare(
     b,                   # of the other
     metric:str=None,     # default: the first of the kind
     threshold:float=0.,  # pairs whose scores are no further apart are ties
-    m:int=2000,          # resamples
+    m:int=2000,          # exchanges tried, see `paired_p`
 )->float: # two-sided p-value
-    "Paired bootstrap comparison of two rewards on the rows that both scored; `InputError` for an unknown metric."
+    "Paired permutation test on the rows that both scored, by groups; `InputError` for an unknown metric."
     kind,got,label = rows.kind.iloc[0],[],rows.label.to_numpy(float)
     pick = lambda s: (s.reindex(rows.a).to_numpy(float), s.reindex(rows.b).to_numpy(float) if kind=='pair'
                       else np.zeros(len(rows)))
@@ -431,7 +427,7 @@ def compare(
     name = metric or next(iter(got[0]))
     if name not in got[0]: raise InputError(f"no metric {name!r}; rows of kind {kind} have {', '.join(got[0])}")
     (stat,x,*truth),(_,y,*_) = got[0][name],got[1][name]
-    f = (lambda v,t,w: stat(v,t,w=w)) if truth else (lambda v,t,w: stat(v,w=w))
+    f = stat if truth else (lambda v,t,w: stat(v,w=w))
     return stats.paired_p(f, x, y, truth[0] if truth else None, rows.group.to_numpy()[keep], m)
 
 # %% ../nbs/11_evaluation.ipynb #e6b57db7
@@ -440,7 +436,7 @@ def significance(
     part:str=None,      # of the benchmark; default: its first
     metric:str=None,    # default: the first of the kind
     threshold:float=0., # pairs whose scores are no further apart are ties
-    m:int=2000,         # resamples
+    m:int=2000,         # exchanges tried, see `paired_p`
 ): # DataFrame of two-sided p-values, reward against reward, NaN on the diagonal
     "Paired comparison of all rewards of a run; `InputError` for an unknown part or metric."
     import pandas as pd
@@ -574,8 +570,9 @@ def _remarks(runs:list, frame, intervals:bool, by:str='')->list: # lines
     out += [f"{int(v)} pairs{f' of {p}' if p else ''} on which people had no preference are left out."
             for p,v in getattr(und,'items',lambda: [])() if v]
     if intervals:
-        out.append('In brackets: 95 % bootstrap intervals' + (', drawing whole prompts.' if (frame.kind=='sample').any()
-                else '.'))
+        over = ' over prompts' if (frame.kind=='sample').any() else ''
+        out.append(f'In brackets: 95 % intervals{over}; none from fewer than {stats.FEWEST} independent '
+                   'cases or at a limit.')
     return out
 
 def _grouped(frame, keys:list)->list: # (key, rows) each; first by the first key, in order of appearance
@@ -596,7 +593,7 @@ def _signs(run:Run, frame, threshold:float)->dict: # (reward, column) -> '†' w
 def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, threshold:float, scale:dict,
                digits:int)->Table:
     import pandas as pd
-    frames = [results(r, by, threshold, 1000 if intervals else 0) for r in runs]
+    frames = [results(r, by, threshold, intervals) for r in runs]
     labels = _reward_labels(runs)
     frame = pd.concat([f.assign(reward=f.reward.map(l)) for f,l in zip(frames, labels)], ignore_index=True)
     cols = ['part']+([by] if by else [])+['metric']
@@ -608,7 +605,8 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     t = Table(df, SPECS[name].about, {}, digits, low if intervals else None, high if intervals else None, signs=signs)
     t = _with_published(t, name) if published else t
     t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals, by)
-    t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
+    if signs: t.notes.append('† better than the second best: p < 0.05, exact paired permutation test, each '
+                             'column by itself.')
     if df[[c for c in df if c.startswith('bias, ')]].isna().any(axis=None): t.notes.append('Bias, NDS and GES need positive scores; blank where there are others.')
     if (frame.groupby(cols[:-1]).n.nunique()>1).any():
         t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part+' ' if r.part else ''}{r.n}"
@@ -616,7 +614,7 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     return t
 
 # %% ../nbs/11_evaluation.ipynb #6cb5d261
-def _overall(correct, tags, w=None): # mean of the shares of the tasks that were drawn, weighted
+def _overall(correct, tags, w=None): # mean of the shares of the tasks that are there, weighted
     w2 = np.ones((1,len(correct))) if w is None else w
     drawn = np.array([w2[:,tags==t].sum(1) for t in dict.fromkeys(tags)])
     right = np.array([w2[:,tags==t]@correct[tags==t] for t in dict.fromkeys(tags)])
@@ -643,8 +641,9 @@ def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
         s = geneval_scores([dict(tag=t,prompt=p,correct=v) for t,p,v in zip(tags,g.prompt,c)])
         for t in [*[t for t in GENEVAL_TAGS if t in s['tasks']],'overall']:
             at = np.ones(len(c),bool) if t=='overall' else tags==t
-            f,args = (_overall,(c[at],tags[at])) if t=='overall' else (_mean,(c[at],))
-            low,high = stats.interval(f,*args,groups=g.prompt.to_numpy()[at]) if intervals else (np.nan,np.nan)
+            f,args = (_overall,(c[at],tags[at])) if t=='overall' else (stats.mean,(c[at],))
+            low,high = np.nan,np.nan
+            if intervals: low,high = stats.interval(f, *args, groups=g.prompt.to_numpy()[at], bounds=(0,1))
             rows.append(dict(model=key[0], guidance=key[1], metric=t, value=f(*args), low=low, high=high, n=int(at.sum()),
                              part='geneval', kind='sample', undecided=0))
     frame = pd.DataFrame(rows)
@@ -673,8 +672,8 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
     rows = []
     for key,g in _grouped(samples, ['model','guidance']):
         for metric in metrics:
-            v = g[g[metric].notna()] if metric in g else g[:0]
-            low,high = stats.interval(_mean, v[metric].to_numpy(float),
+            v = g[np.isfinite(g[metric])] if metric in g else g[:0]
+            low,high = stats.interval(stats.mean, v[metric].to_numpy(float),
                                       groups=v.prompt.to_numpy()) if intervals and len(v) else (np.nan,np.nan)
             rows.append(dict(model=key[0],guidance=key[1],metric=metric,value=v[metric].mean() if len(v)
                              else np.nan,low=low,high=high,n=len(v),part=name,kind='sample',undecided=0))
@@ -689,7 +688,7 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
 def make_table(
     name:str,               # a benchmark, or 'table9', or 'latency'
     runs,                   # run folders or `Run`s of that benchmark; for 'table9' and 'latency' see there
-    intervals:bool=False,   # bootstrap interval in each cell
+    intervals:bool=False,   # 95 % interval in each cell
     published:bool=True,    # numbers from the literature below ours
     by:str='',              # split columns by this column of the rows, such as 'category'
     threshold:float=0.,     # pairs whose scores are no further apart are ties
@@ -804,7 +803,7 @@ def _differs(each, g, key:tuple, column:str)->bool: # from the rows without guid
     both = g.merge(base, on=['prompt','seed'], suffixes=('','|0')).dropna(subset=[column,column+'|0'])
     if not len(both): return False
     a,b = both[column].to_numpy(float),both[column+'|0'].to_numpy(float)
-    return stats.paired_p(lambda v,t,w: _mean(v,w), a, b, None, both.prompt.to_numpy())<.05
+    return stats.paired_p(lambda v,t,w: stats.mean(v,w), a, b, None, both.prompt.to_numpy())<.05
 
 def _cells9(each, metrics:list, summary:tuple, intervals:bool)->tuple: # values, low, high, signs
     words = dict(best='best particle', mean='particle mean')
@@ -814,7 +813,7 @@ def _cells9(each, metrics:list, summary:tuple, intervals:bool)->tuple: # values,
             for m in metrics:
                 column,v = (words[s],m),g[f'{m}|{s}'].dropna()
                 iv,prompts = (np.nan,np.nan),g.prompt[v.index].to_numpy()
-                if intervals and len(v): iv = stats.interval(_mean, v.to_numpy(float), groups=prompts)
+                if intervals and len(v): iv = stats.interval(stats.mean, v.to_numpy(float), groups=prompts)
                 if intervals and _differs(each, g, key, f'{m}|{s}'): signs[key,column] = '†'
                 for to,x in zip((cells,low,high), (v.mean(),*iv)): to.setdefault(column,{})[key] = x
     return cells,low,high,signs
@@ -835,7 +834,7 @@ def table9(
     frame,                # see `particle_frame`
     metrics:list=None,    # columns; default: all metrics
     summary:tuple=('best','mean'), # of the particles of a prompt
-    intervals:bool=False, # bootstrap interval in each cell, drawing prompts
+    intervals:bool=False, # 95 % interval over prompts in each cell
 )->Table:
     "Mean of each metric for each prompt set, model and guidance (paper's Table 9), ranked among the guidances of a model."
     import pandas as pd
@@ -845,14 +844,17 @@ def table9(
     each = per_prompt(frame, metrics)
     cells,low,high,signs = _cells9(each, metrics, summary, intervals)
     ns,fewer = _counts9(each, metrics, summary)
-    index = pd.MultiIndex.from_tuples(list(next(iter(cells.values()))), names=['prompts','model','guidance'])
+    rows = list(next(iter(cells.values())))
+    index = pd.MultiIndex.from_tuples(rows, names=['prompt set','model','guidance'])
     made = [pd.DataFrame({c:pd.Series(v).reindex(index) for c,v in d.items()}, index) for d in (cells,low,high)]
     made[0]['','n'] = np.array(ns, float)
     k = ' or '.join(map(str, sorted(set(each.k))))
     notes = [f"{k} particles a prompt; the best particle is the one with the highest guidance score, without "
              "guidance the first. n: prompts and seeds.", *gaps, *fewer]
-    notes += ['In brackets: 95 % bootstrap intervals, drawing prompts.'] if intervals else []
-    notes += ['† differs from no guidance: p < 0.05, paired bootstrap over prompts.'] if signs else []
+    few = f'none from fewer than {stats.FEWEST}'
+    if intervals: notes.append(f'In brackets: 95 % intervals over prompts; {few}.')
+    if signs: notes.append('† differs from no guidance: p < 0.05, exact paired permutation test over '
+                           'prompts, each column by itself.')
     ends = made[1:] if intervals else (None,None)
     digits = {c:3 for c in cells}|{('','n'):0}
     return Table(made[0], 'Metrics under guidance (Table 9)', {('','n'):''}, digits, *ends, block=2,

@@ -104,7 +104,7 @@ ARRAYS = st.integers(2, 30).flatmap(lambda n: st.tuples(*[hnp.arrays(float, n, e
 @given(ARRAYS)
 def test_weights_are_repetitions(data):
     x, y, seed = data
-    w = stats.resamples(len(x), 3, seed=seed)
+    w = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1/len(x)), size=3).astype(float)
     with np.errstate(all='ignore'):
         for f in (stats.pearson, stats.spearman, stats.kendall_tau_b):
             for got, r in zip(f(x, y, w), w.astype(int)): near(got, f(np.repeat(x, r), np.repeat(y, r)), 1e-9)
@@ -329,8 +329,10 @@ import sys, time, torch
 from llava_reward_nb import evaluation
 class Slow:
     identity = 'slow'
+    calls = 0
     def __call__(self, images, prompts):
-        time.sleep(.05)
+        self.calls += 1
+        time.sleep(600 if sys.argv[3] == 'waits' and self.calls == 20 else .05) # waits to be killed
         with open(sys.argv[2], 'a') as f: f.write('x'*len(images))
         return torch.full((len(images),), 1.)
 evaluation.ScoreStore.__init__.__defaults__ = (.2,)
@@ -341,16 +343,16 @@ evaluation.run_benchmark('unsafebench', dict(slow=Slow()), out=sys.argv[1], batc
 def test_killed_run_goes_on(tmp_path):
     log, run = tmp_path/'log', tmp_path/'run'
     (tmp_path/'k.py').write_text(KILLED)
-    cmd = [sys.executable, str(tmp_path/'k.py'), str(run), str(log)]
+    cmd = lambda how: [sys.executable, str(tmp_path/'k.py'), str(run), str(log), how]
     root = str(Path(__file__).parents[1])
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
-    p = subprocess.Popen(cmd, env=env)
+    p = subprocess.Popen(cmd('waits'), env=env)
     deadline = time.time()+120
     while time.time() < deadline and p.poll() is None and len(list((run/'scores').glob('[0-9]*.parquet'))) < 2: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait()
     kept, paid = len(Run(run).records), len(log.read_text())
     assert 0 < kept <= paid < 120
-    subprocess.run(cmd, check=True, env=env)
+    subprocess.run(cmd('goes on'), check=True, env=env)
     assert len(log.read_text()) == paid+120-kept
     assert (Run(run).scores().slow == 1).all() and len(Run(run).scores()) == 120
 
@@ -461,19 +463,22 @@ class Slow:
     def __init__(self, v): self.v, self.identity = v, f'slow {v}'
     def __call__(self, images, prompts): time.sleep(.02); return torch.full((len(images),), float(self.v))
 evaluation.ScoreStore.__init__.__defaults__ = (.1,)
-print('ready', flush=True); sys.stdin.readline()
-evaluation.run_benchmark('unsafebench', {n: Slow(v) for n, v in zip(sys.argv[2::2], map(int, sys.argv[3::2]))}, out=sys.argv[1], batch_size=4)
+evaluation.run_benchmark('unsafebench', dict(second=Slow(2), both=Slow(3)), out=sys.argv[1], batch_size=4)
 '''
+
+
+class Slow:
+    def __init__(self, v): self.v, self.identity = v, f'slow {v}'
+    def __call__(self, images, prompts): time.sleep(.02); return torch.full((len(images),), float(self.v))
 
 
 def test_two_evaluations_at_once(tmp_path):
     "Other rewards, and one that both ask, in one folder at one time."
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
-    ps = [subprocess.Popen([sys.executable, '-c', OTHER, tmp_path, *a], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-          for a in (('first', '1', 'both', '3'), ('second', '2', 'both', '3'))]
-    for p in ps: assert p.stdout.readline() == 'ready\n'
-    for p in ps: p.stdin.write('\n'); p.stdin.flush()
-    assert [p.wait(timeout=300) for p in ps] == [0, 0]
+    p = subprocess.Popen([sys.executable, '-c', OTHER, tmp_path], env=env)
+    while not (tmp_path/'run.json').exists() and p.poll() is None: time.sleep(.01)
+    run_benchmark('unsafebench', dict(first=Slow(1), both=Slow(3)), out=tmp_path, batch_size=4)
+    assert p.wait(timeout=300) == 0
     run = Run(tmp_path)
     assert set(run.rewards) == {'first', 'second', 'both'} and len(run.scores()) == 120 and not len(run.failures())
     assert all((run.scores()[n] == v).all() for n, v in (('first', 1), ('second', 2), ('both', 3)))
@@ -503,12 +508,12 @@ def test_scores_that_are_no_numbers(tmp_path, value):
     run, said = warned(run_benchmark, 'tifa160', dict(r=Odd()), out=tmp_path/'b')
     k = int((run.items.prompt == bad).sum())
     assert f'the score is {value}' in said[0]
-    got, want = results(run, m=0), results(clean, m=0)
+    got, want = results(run, intervals=False), results(clean, intervals=False)
     assert (got.n == 160-k).all() and (got.left_out == k).all() and (want.n == 160).all()
     rows = clean.rows; keep = ~rows.a.isin(run.items.index[run.items.prompt == bad])
     x = clean.scores().r.reindex(rows.a[keep]).to_numpy()
     near(got[got.metric == 'Pearson'].value.iloc[0], np.corrcoef(x, rows.label[keep].astype(float))[0, 1])
-    assert measure(rows, clean.scores().r.replace(x[0], value), m=0)[0]['n'] < 160
+    assert measure(rows, clean.scores().r.replace(x[0], value), intervals=False)[0]['n'] < 160
     assert 'n = all: '+str(160-k)+'.' in make_table('tifa160', run, published=False).notes
 
 
@@ -712,7 +717,7 @@ def test_rows_without_a_category_are_counted(tmp_path):
     rows = run.rows
     rows['category'] = rows.category.where(rows.index > 2)
     rows.to_parquet(tmp_path/'rows.parquet')
-    assert results(run, 'category', m=0).drop_duplicates(['part', 'kind', 'category']).n.sum() == len(rows)
+    assert results(run, 'category', intervals=False).drop_duplicates(['part', 'kind', 'category']).n.sum() == len(rows)
 
 
 def test_latency_waits_and_warms_up():
