@@ -575,6 +575,7 @@ def _remarks(runs:list, frame, intervals:bool, by:str='')->list: # lines
                    'cases or at a limit.')
     return out
 
+# %% ../nbs/11_evaluation.ipynb #db6d2964
 def _grouped(frame, keys:list)->list: # (key, rows) each; first by the first key, in order of appearance
     parts = dict(list(frame.groupby(keys, sort=False, dropna=False)))
     at = [{v:i for i,v in enumerate(dict.fromkeys(frame[k]))} for k in keys]
