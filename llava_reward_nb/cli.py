@@ -15,7 +15,7 @@ __all__ = ['PAIR_COLUMNS', 'PIECE', 'DTYPES', 'MOST', 'image_name', 'text_table'
 import argparse, json, math, os, re, shutil, sys, tempfile, threading, unicodedata, warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
