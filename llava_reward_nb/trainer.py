@@ -62,7 +62,7 @@ def bootstrap_ci(
     means = [v[rng.integers(0, len(v), len(v))].mean() for _ in range(n)]
     return tuple(float(x) for x in np.quantile(means, [(1-level)/2, (1+level)/2]))
 
-# %% ../nbs/08_trainer.ipynb #ecd8fe28
+# %% ../nbs/08_trainer.ipynb #300e08f2
 _SHARDS = "the weights would lie in pieces on several processes; one process a GPU works, see torchrun"
 _HALVES = "it would round the trained weights to 16 bits for good; what is trained stays float32"
 _UPLOAD = "upload the perspective's folder when the run is done: hf upload OWNER/NAME FOLDER"
@@ -91,7 +91,7 @@ def _check_arguments(args):
     if getattr(args, 'train_sampling_strategy', 'random') not in ('random','sequential'): raise ValueError(
         f"train_sampling_strategy={args.train_sampling_strategy!r} is not honoured here; use 'random' or 'sequential'")
 
-# %% ../nbs/08_trainer.ipynb #ed1c8c1f
+# %% ../nbs/08_trainer.ipynb #fdfcc863
 def _check_numbers(args):
     "ValueError for numbers with which nothing can be learnt."
     finite = lambda x: isinstance(x, (int,float)) and math.isfinite(x)
@@ -140,7 +140,7 @@ class RewardConfig(TrainingArguments):
         if self.data_seed is None: self.data_seed = self.seed # else the order would depend on who used the random generator before
         super().__post_init__()
 
-# %% ../nbs/08_trainer.ipynb #34909c4e
+# %% ../nbs/08_trainer.ipynb #275a204b
 _SHORT = 34 # shorter runs leave out the schedule's first step, whose rate is 0
 
 def _next(f, k:int)->float: return f(k+1)
@@ -171,7 +171,7 @@ def learning_rates(
         optimizer.step()
         schedule.step()
 
-# %% ../nbs/08_trainer.ipynb #9a9ed184
+# %% ../nbs/08_trainer.ipynb #485a001d
 def planned_updates(
     args:RewardConfig, # the recipe
     n:int,             # records
@@ -230,7 +230,8 @@ def _check_fit(records, processor):
 # %% ../nbs/08_trainer.ipynb #72079cfa
 class RewardTrainer(Trainer):
     "Trains the active perspective of a reward model; ValueError if the records do not fit its loss or nothing is trainable."
-    start = None # for `recipe`: hash of the weights that the perspective starts with, if they are not new
+    start = None  # for `recipe`: hash of the weights that the perspective starts with, if they are not new
+    inputs = None # for `recipe`: identities of base and records when training began
     def __init__(self,
         model:RewardModel,  # its active perspective is trained
         args:RewardConfig,  # the recipe
@@ -279,7 +280,7 @@ def compute_loss(self:RewardTrainer,
     if num_items_in_batch is not None: loss = loss*len(target)/num_items_in_batch
     return (loss, vectors) if return_outputs else loss
 
-# %% ../nbs/08_trainer.ipynb #afdc0183
+# %% ../nbs/08_trainer.ipynb #896a7404
 @patch
 def create_scheduler(self:RewardTrainer,
     num_training_steps:int, # updates of the run
@@ -326,27 +327,7 @@ def metrics(self:RewardTrainer,
     if not self.loss.pairs: return label_metrics(p, target)
     return pairwise_accuracy(p[target!=.5]) if (target!=.5).any() else {}
 
-# %% ../nbs/08_trainer.ipynb #5c471c2b
-@patch
-def training_step(self:RewardTrainer,
-    model,                   # the model, possibly wrapped
-    inputs:dict,             # a batch of the collator
-    num_items_in_batch=None, # records that the update sees
-)->torch.Tensor: # loss ()
-    "Loss and gradients of one batch; ValueError if the loss is not finite, before any weight is changed by it."
-    loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
-    if not loss.isfinite(): raise ValueError(
-        f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower learning_rate "
-        f"{self.args.learning_rate:g}, or look for what the base makes of the last records; {self.kept()}")
-    return loss
-
-@patch
-def kept(self:RewardTrainer)->str: # words for an error
-    "What is left of a run that stops here."
-    found = list(checkpoints(self.args.output_dir))
-    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-
-# %% ../nbs/08_trainer.ipynb #e606b355
+# %% ../nbs/08_trainer.ipynb #68e6d874
 def _norms(model)->dict:
     "Name of each trainable tensor -> its norm, in float64 so that small moves show."
     return {n:torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for n,p in model.named_parameters() if p.requires_grad}
@@ -360,7 +341,7 @@ def _check_moved(before:dict, after:dict, updates:int):
     if stayed: warnings.warn(f"{len(stayed)} of {len(before)} trainable tensors have not changed in {updates} updates, such as {stayed[0]}; "
                              "does the optimizer hold them?", stacklevel=3)
 
-# %% ../nbs/08_trainer.ipynb #a38a8b3d
+# %% ../nbs/08_trainer.ipynb #e74aa9e0
 @patch
 def _check_weights(self:RewardTrainer):
     "ValueError if updates would be rounded away, or reach none of the weights."
@@ -391,9 +372,9 @@ def recipe(self:RewardTrainer)->dict:
     "What decides, besides the perspective's own configuration, which weights come out."
     args = json.loads(self.args.to_json_string())
     lora = self.model.peft.peft_config[self.perspective]
-    if not hasattr(self, '_inputs'): self._inputs = dict( # slow for large models and data, and fixed
-        records=self.train_dataset.identity() if self.train_dataset else None, base=_base_identity(self.model))
-    return dict(**self._inputs, version=__version__, processes=self.args.world_size, start=self.start, lora_rank=lora.r,
+    if self.inputs is None: self.inputs = dict(base=_base_identity(self.model),
+                                               records=self.train_dataset.identity() if self.train_dataset else None)
+    return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, lora_rank=lora.r,
                 lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, **{k:args.get(k) for k in _SAME})
 
 # %% ../nbs/08_trainer.ipynb #68d17899
@@ -411,7 +392,7 @@ def _save(self:RewardTrainer,
     self.model.save_perspective(self.perspective, folder/self.perspective)
     with atomic_path(folder/'training_args.json') as p: p.write_text(json.dumps(self.recipe(), indent=1)+'\n')
 
-# %% ../nbs/08_trainer.ipynb #cc784b30
+# %% ../nbs/08_trainer.ipynb #c736229b
 def _listed(folder:Path)->list:
     "The files of a checkpoint that one process wrote, by their names in it."
     files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name!='files.json')
@@ -508,7 +489,7 @@ def _checkpoint(self:RewardTrainer,
         else: return path
     raise ValueError(f"{where}: has no complete checkpoint to go on from; start with resume_from_checkpoint=None")
 
-# %% ../nbs/08_trainer.ipynb #0e9bc486
+# %% ../nbs/08_trainer.ipynb #1c178b21
 @contextmanager
 def _only_run(args):
     "This process alone trains into output_dir."
@@ -527,6 +508,7 @@ def train(self:RewardTrainer,
     self._check_weights()
     with _only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
+        self.recipe() # now, since files may change while we train
         self.model.set_perspective(self.perspective)
         before = _norms(self.model)
         try: out = Trainer.train(self, resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
@@ -535,6 +517,26 @@ def train(self:RewardTrainer,
         finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         if not checkpoint: _check_moved(before, _norms(self.model), out.global_step)
     return out
+
+# %% ../nbs/08_trainer.ipynb #5c471c2b
+@patch
+def training_step(self:RewardTrainer,
+    model,                   # the model, possibly wrapped
+    inputs:dict,             # a batch of the collator
+    num_items_in_batch=None, # records that the update sees
+)->torch.Tensor: # loss ()
+    "Loss and gradients of one batch; ValueError if the loss is not finite, before any weight is changed by it."
+    loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
+    if not loss.isfinite(): raise ValueError(
+        f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower learning_rate "
+        f"{self.args.learning_rate:g}, or look for what the base makes of the last records; {self.kept()}")
+    return loss
+
+@patch
+def kept(self:RewardTrainer)->str: # words for an error
+    "What is left of a run that stops here."
+    found = list(checkpoints(self.args.output_dir))
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 # %% ../nbs/08_trainer.ipynb #5b759dbd
 @patch
