@@ -30,8 +30,8 @@ def _rows(source):
         path = Path(source).expanduser()
         return read_table(path, text=True), path.parent, str(path)
     if isinstance(source, pd.DataFrame):
-        if not source.columns.is_unique: raise InputError(
-            f"records: the DataFrame has two columns {source.columns[source.columns.duplicated()][0]!r}; rename one")
+        twice = source.columns[source.columns.duplicated()]
+        if len(twice): raise InputError(f"records: the DataFrame has two columns {twice[0]!r}; rename one")
         return source.to_dict('records'), None, 'records'
     if isinstance(source, Mapping) or not hasattr(source, '__iter__'):
         raise InputError(f"records: got a {type(source).__name__}; pass a file, a DataFrame or a list of dicts "
@@ -41,7 +41,8 @@ def _rows(source):
 # %% ../nbs/07_data.ipynb #03d920b2
 _CHOSEN = ('chosen_path', 'chosen', 'chosen_image', 'jpg_chosen')
 _REJECTED = ('reject_path', 'rejected_path', 'rejected', 'rejected_image', 'jpg_rejected')
-_NAMES = dict(prompt=PROMPT_COLUMNS, chosen_path=_CHOSEN, reject_path=_REJECTED, path=IMAGE_COLUMNS, label=('label',)) # ours -> what it may be called
+_NAMES = dict(prompt=PROMPT_COLUMNS, chosen_path=_CHOSEN, reject_path=_REJECTED, path=IMAGE_COLUMNS,
+              label=('label',)) # our name -> what it may be called
 _NUMBERED = ('jpg_0', 'jpg_1', 'label_0', 'label_1') # Pick-a-Pic
 
 def _called(field, have, rows, columns, name)->str|None:
@@ -53,8 +54,8 @@ def _called(field, have, rows, columns, name)->str|None:
     found = [n for n in _NAMES[field] if n in have]
     equal = lambda a, b: a is b or isinstance(a, str) and isinstance(b, str) and a==b
     rivals = [n for n in found[1:] if not all(equal(r.get(n), r.get(found[0])) for r in rows)]
-    if rivals: raise InputError(f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, "
-                                f"or choose: columns={{{field!r}: {found[0]!r}}}")
+    if rivals: raise InputError(f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename "
+                                f"one, or choose: columns={{{field!r}: {found[0]!r}}}")
     return found[0] if found else None
 
 def _from_numbered(row:dict)->dict:
@@ -63,8 +64,8 @@ def _from_numbered(row:dict)->dict:
     images,rates = [row.get('jpg_0'), row.get('jpg_1')],[row.get('label_0'), row.get('label_1')]
     try: second = number(rates[1])>number(rates[0])
     except (InputError, TypeError): second = False # the fault shows later
-    order = (1,0) if second else (0,1)
-    return out | dict(zip(('chosen_path','reject_path','c_rate','r_rate'), [x[k] for x in (images, rates) for k in order]))
+    c,r = (1,0) if second else (0,1)
+    return out | dict(chosen_path=images[c], reject_path=images[r], c_rate=rates[c], r_rate=rates[r])
 
 # %% ../nbs/07_data.ipynb #41f5409a
 def _our_names(
@@ -79,13 +80,17 @@ def _our_names(
     have = list(dict.fromkeys(k for r in dicts for k in r))
     called = {f:_called(f, have, dicts, columns, name) for f in ('prompt', 'chosen_path', 'reject_path')}
     numbered = set(_NUMBERED)<=set(have)
-    if numbered and called['chosen_path'] and called['reject_path']: raise InputError(
-        f"{name}: both jpg_0, jpg_1 and {called['chosen_path']!r}, {called['reject_path']!r} may be the pairs; remove one of them")
-    if not numbered and not (called['chosen_path'] and called['reject_path']):
-        called |= {f:_called(f, have, dicts, columns, name) for f in ('path', 'label')}
+    two = called['chosen_path'] and called['reject_path']
+    if numbered and two: raise InputError(
+        f"{name}: both jpg_0, jpg_1 and {called['chosen_path']!r}, {called['reject_path']!r} may be the pairs; "
+        "remove two of them")
+    if not numbered and not two: called |= {f:_called(f, have, dicts, columns, name) for f in ('path', 'label')}
     to = {theirs:ours for ours,theirs in called.items() if theirs}
-    named = [{to.get(k,k):v for k,v in r.items() if k in to or k not in to.values()} if isinstance(r, Mapping) else r for r in rows]
-    return [_from_numbered(r) if isinstance(r, Mapping) and numbered else r for r in named]
+    def renamed(r):
+        if not isinstance(r, Mapping): return r
+        out = {to.get(k,k):v for k,v in r.items() if k in to or k not in to.values()}
+        return _from_numbered(out) if numbered else out
+    return [renamed(r) for r in rows]
 
 # %% ../nbs/07_data.ipynb #a2d079fd
 PAIR_FIELDS = ('prompt', 'chosen_path', 'reject_path')  # what a pair must have; c_rate, r_rate, prompt_id may be there
@@ -114,7 +119,7 @@ def _prompt(x, two=False):
     "A string, or (for pairs) a list of two."
     if isinstance(x, str):
         if two and x[:1]=='[' and _two_texts(x): raise InputError(
-            f"is {x!r:.60}, a list that was written as text; CSV holds no lists: save the records as .jsonl or .parquet")
+            f"is {x!r:.60}, a list that was written as text; CSV holds no lists: save as .jsonl or .parquet")
         return x
     if not two: raise InputError(f"is {x!r:.60}, a {type(x).__name__}; it must be a string ('' if there is none)")
     items = x.tolist() if hasattr(x, 'tolist') else x
@@ -143,7 +148,7 @@ def _label(x):
     word = str(x).strip().lower()
     try: v = float(word=='true') if word in ('true','false') else number(x)
     except InputError: v = None
-    if v not in (0., 1.): raise InputError(f"is {x!r:.60}; a label is 1 (such as safe) or 0, or true or false")
+    if v not in (0., 1.): raise InputError(f"is {x!r:.60}; a label is 1 (such as safe) or 0, true or false")
     return int(v)
 
 # %% ../nbs/07_data.ipynb #6bab5851
@@ -160,7 +165,8 @@ def _picture(x, folder):
     path = Path(x).expanduser()
     tries = [path] if path.is_absolute() or folder is None else [Path(folder)/path, path]
     found = [p for p in tries if _exists(p)]
-    if not found: raise InputError(f"no such file: {' nor '.join(map(str, tries))}; mend the path or pass folder=")
+    if not found: raise InputError(
+        f"no such file: {' nor '.join(map(str, tries))}; mend the path or pass folder=")
     return found[0]
 
 def _exists(path:Path)->bool:
@@ -176,7 +182,7 @@ def _on_disk(im:Image.Image):
 def check_image(
     x, # see `load_image`
 ):
-    "`InputError`, as `load_image` would give it, if an image cannot be used; decodes as little as it can, and keeps nothing."
+    "`InputError`, as `load_image` would give it, if an image cannot be used; decodes little, keeps nothing."
     if isinstance(x, (str, os.PathLike)):
         try:
             with Image.open(x) as im:
@@ -247,11 +253,13 @@ def _image_faults(records, kind, name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         why = _over(reason, {image_key(x):x for _,_,x,_ in uses}, 'checking images')
-    clear = [w.message for w in caught if issubclass(w.category, TransparencyWarning)]
+    is_clear = lambda w: issubclass(w.category, TransparencyWarning)
+    clear = [w.message for w in caught if is_clear(w)]
     for w in caught:
-        if not issubclass(w.category, TransparencyWarning): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    if clear: warnings.warn(f"{name}: {len(clear)} image{'s have' if len(clear)>1 else ' has'} transparent pixels and will be judged "
-                            f"by the colours behind them; the first: {clear[0]}", TransparencyWarning, stacklevel=3)
+        if not is_clear(w): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    have = 'image has' if len(clear)==1 else 'images have'
+    if clear: warnings.warn(f"{name}: {len(clear)} {have} transparent pixels and will be judged by the colours "
+                            f"behind them; the first: {clear[0]}", TransparencyWarning, stacklevel=3)
     return [Fault(i, f, why[image_key(x)]) for i,f,x,_ in uses if why[image_key(x)]]
 
 # %% ../nbs/07_data.ipynb #9d5dcbf7
@@ -271,10 +279,13 @@ class RewardRecords(Sequence):
         if isinstance(i, slice): i = range(len(self.rows))[i]
         try: return self.rows[operator.index(i)]
         except TypeError: at = [operator.index(j) for j in i]
-        return RewardRecords([self.rows[j] for j in at], self.kind, self.name, places=[self.places[j] for j in at])
+        places = [self.places[j] for j in at]
+        return RewardRecords([self.rows[j] for j in at], self.kind, self.name, places=places)
     def __add__(self, other):
         if self.kind!=other.kind: raise InputError(f"cannot add {other.kind} records to {self.kind} records; train them one after the other")
-        return RewardRecords(self.rows+other.rows, self.kind, f'{self.name} + {other.name}', self.faults+other.faults, self.places+other.places)
+        both = RewardRecords(self.rows+other.rows, self.kind, f'{self.name} + {other.name}', self.faults+other.faults)
+        both.places = self.places+other.places
+        return both
     def __repr__(self):
         n = sum(r['target']==.5 for r in self.rows) if self.kind=='pair' else sum(r['label'] for r in self.rows)
         return f"{len(self)} {self.kind}s ({n} {'ties' if self.kind=='pair' else 'with label 1'}) from {self.name}"
@@ -285,7 +296,7 @@ def load_records(
     folder=None,             # Where relative image paths start; default: the folder of the file; then the working directory
     skip_bad:bool=False,     # Leave faulty records out with a warning instead of stopping
     check_images:bool=True,  # Open every image file; False only checks that it exists
-    columns:dict=None,       # Our field name -> its column here, where the usual names do not do: dict(prompt='caption')
+    columns:dict=None,       # Our field name -> its column here, for unusual names: dict(prompt='caption')
 )->RewardRecords:
     "Read and check pairs or labels; one `InputError` names the faulty records and fields."
     rows, base, name = _rows(source)
@@ -295,17 +306,19 @@ def load_records(
     faults = [Fault(i, *f) for i,(_,fs) in enumerate(clean) for f in fs]
     good = [(i,r) for i,(r,fs) in enumerate(clean) if not fs]
     if check_images: faults = sorted(faults + _image_faults(good, kind, name), key=lambda f: f.index)
-    return _without(RewardRecords([r for _,r in good], kind, name, places=[i for i,_ in good]), faults, len(rows), skip_bad)
+    found = RewardRecords([r for _,r in good], kind, name, places=[i for i,_ in good])
+    return _without(found, faults, len(rows), skip_bad)
 
 def _without(records, faults, n, skip_bad):
-    "Records that have no fault, of n in the source; `InputError` (or a warning, to leave them out) if there are faults."
+    "Records without a fault, of n in the source; `InputError`, or a warning when bad ones are skipped."
     if not faults: return records
     bad,report = {f.index for f in faults},_report(faults, n, records.name)
     keep = [(p,r) for p,r in zip(records.places, records.rows) if p not in bad]
     if not skip_bad: raise InputError(report + "\nmend them, or leave them out with skip_bad=True")
     if not keep: raise InputError(report + "\nnone is left")
     warnings.warn(report + "\nthey are left out", stacklevel=3)
-    return RewardRecords([r for _,r in keep], records.kind, records.name, records.faults+faults, [p for p,_ in keep])
+    places,good = zip(*keep)
+    return RewardRecords(list(good), records.kind, records.name, records.faults+faults, places)
 
 # %% ../nbs/07_data.ipynb #6a23da0f
 @patch
@@ -367,14 +380,15 @@ def identity(self:RewardRecords)->str: # number, kind and hash
     def content(x):
         if isinstance(x, Mapping): x = x['bytes']
         if isinstance(x, (str, os.PathLike)): return file_hash(x)
-        if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.blake2b(x, digest_size=16).hexdigest()
+        if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16] # as a file
         return pixels_hash(load_image(x))
     uses = _uses(list(enumerate(self.rows)), self.kind)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', TransparencyWarning)
         known = _over(content, {image_key(x):x for _,_,x,_ in uses}, 'hashing images')
     key,digest = 'target' if self.kind=='pair' else 'label',hashlib.blake2b(digest_size=8)
-    for i,f,x,prompt in uses: digest.update(json.dumps([i, f, prompt, float(self.rows[i][key]), known[image_key(x)]]).encode())
+    for i,f,x,prompt in uses:
+        digest.update(json.dumps([i, f, prompt, float(self.rows[i][key]), known[image_key(x)]]).encode())
     return f"{len(self)} {self.kind}s, hash {digest.hexdigest()}"
 
 # %% ../nbs/07_data.ipynb #90d3c99a
@@ -385,7 +399,9 @@ def check_fit(
 )->RewardRecords: # those that fit
     "Records that a model can take; one `InputError` names the others."
     tiles = getattr(processor, 'image_processor', None)
-    if tiles is None or (done:=(id(processor), tiles.num_crops))==getattr(records, '_fits', None): return records
+    if tiles is None: return records
+    done = (id(processor), tiles.num_crops)
+    if done==getattr(records, '_fits', None): return records
     uses = _uses(list(zip(records.places, records.rows)), records.kind)
     def tokens(x):
         try: return tiles.num_tokens(tiles.sizes([SimpleNamespace(size=image_size(x))])[0])
@@ -398,7 +414,8 @@ def check_fit(
         n = known[image_key(x)]
         if isinstance(n, str): faults.append(Fault(i, f, n)); continue
         try: processor._check_lengths([processor.prompt_ids(prompt, n)])
-        except InputError as e: faults.append(Fault(i, 'prompt', f"with {f}: {str(e).removeprefix('prompt 0: ')}"))
+        except InputError as e:
+            faults.append(Fault(i, 'prompt', f"with {f}: {str(e).removeprefix('prompt 0: ')}"))
     fitting = _without(records, faults, len(records), skip_bad)
     fitting._fits = done
     return fitting
@@ -407,7 +424,7 @@ def check_fit(
 @dataclass
 class RewardCollator:
     "Load the images of some records and make one batch; `InputError` names a file that has gone bad since it was checked."
-    processor:object # Callable (list of n RGB PIL images, list of n prompts) -> dict of tensors; pickled for spawned workers
+    processor:object # Callable (n RGB PIL images, n prompts) -> dict of tensors; pickled for spawned workers
     def __call__(self,
         rows:list, # Records of one kind: b dicts
     )->dict: # The processor's tensors for 2b (pairs: chosen, then rejected) or b rows, and 'target' or 'label', (b,) float32

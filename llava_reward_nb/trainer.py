@@ -68,13 +68,16 @@ _HALVES = "it would round the trained weights to 16 bits for good; what is train
 _UPLOAD = "upload the perspective's folder when the run is done: hf upload OWNER/NAME FOLDER"
 _REFUSED = dict( # arguments of `TrainingArguments` that this trainer does not honour, and why
     label_smoothing_factor="the records say the target: equal ratings make a pair a tie, with target 1/2",
-    remove_unused_columns="the collator needs the fields of the records", label_names="the loss knows its target",
+    remove_unused_columns="the collator needs the fields of the records",
+    label_names="the loss knows its target",
     length_column_name="records have no length", neftune_noise_alpha="the input embeddings are frozen",
-    use_liger_kernel="its kernels are not for this model", liger_kernel_config="its kernels are not for this model",
+    use_liger_kernel="its kernels are not for this model",
+    liger_kernel_config="its kernels are not for this model",
     torch_compile="the model's input has another shape in every batch",
     torch_compile_backend="the model is not compiled", torch_compile_mode="the model is not compiled",
     auto_find_batch_size="a run would begin again with other batches and moved weights; set the batch size",
-    bf16_full_eval=_HALVES, fp16_full_eval=_HALVES, fsdp=_SHARDS, deepspeed=_SHARDS, parallelism_config=_SHARDS,
+    bf16_full_eval=_HALVES, fp16_full_eval=_HALVES,
+    fsdp=_SHARDS, deepspeed=_SHARDS, parallelism_config=_SHARDS,
     eval_do_concat_batches="the metrics need all predictions at once",
     batch_eval_metrics="the metrics need all predictions at once",
     include_for_metrics="the metrics are made of probabilities and targets alone",
@@ -88,25 +91,28 @@ def _check_arguments(args):
         got,usual = getattr(args, f.name),f.default_factory() if f.default is MISSING else f.default
         if f.name in _REFUSED and got!=usual and (got or usual): raise ValueError(
             f"{f.name}={got!r} is not honoured here: {_REFUSED[f.name]}; leave it out")
-    if getattr(args, 'train_sampling_strategy', 'random') not in ('random','sequential'): raise ValueError(
-        f"train_sampling_strategy={args.train_sampling_strategy!r} is not honoured here; use 'random' or 'sequential'")
+    order = getattr(args, 'train_sampling_strategy', 'random')
+    if order not in ('random','sequential'): raise ValueError(
+        f"train_sampling_strategy={order!r} is not honoured here; use 'random' or 'sequential'")
 
 # %% ../nbs/08_trainer.ipynb #fdfcc863
 def _check_numbers(args):
     "ValueError for numbers with which nothing can be learnt."
     finite = lambda x: isinstance(x, (int,float)) and math.isfinite(x)
+    epochs = args.num_train_epochs
     needed = dict(
         learning_rate=(finite(args.learning_rate) and args.learning_rate>0, "a number above 0"),
-        num_train_epochs=(finite(args.num_train_epochs) and (args.num_train_epochs>0 or args.max_steps>0), "a number above 0"),
+        num_train_epochs=(finite(epochs) and (epochs>0 or args.max_steps>0), "a number above 0"),
         max_steps=(args.max_steps!=0, "a number of updates, or -1 for as many as the epochs have"),
-        warmup_steps=(finite(args.warmup_steps) and args.warmup_steps>=0, "a share below 1, or a number of updates"),
+        warmup_steps=(finite(args.warmup_steps) and args.warmup_steps>=0, "a share below 1, or updates"),
         per_device_train_batch_size=(args.per_device_train_batch_size>=1, "at least 1"),
         gradient_accumulation_steps=(args.gradient_accumulation_steps>=1, "at least 1"),
         lora_rank=(args.lora_rank>=1, "at least 1"),
         lora_alpha=(finite(args.lora_alpha) and args.lora_alpha>0, "a number above 0"),
         lora_dropout=(0<=args.lora_dropout<1, "a share from 0 to below 1"))
     for name,(good,need) in needed.items():
-        if not good: raise ValueError(f"{name} is {getattr(args, name)!r}; nothing would be learnt: it must be {need}")
+        if not good: raise ValueError(
+            f"{name} is {getattr(args, name)!r}; nothing would be learnt: it must be {need}")
 
 # %% ../nbs/08_trainer.ipynb #5621e625
 @dataclass
@@ -154,7 +160,8 @@ def make_schedule(
     warmup = args.get_warmup_steps(updates)
     short = updates<_SHORT and warmup>0
     schedule = get_scheduler(args.lr_scheduler_type, optimizer=optimizer, num_warmup_steps=warmup,
-                             num_training_steps=updates+short, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+                             num_training_steps=updates+short,
+                             scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     if not short or not isinstance(schedule, LambdaLR): return schedule
     return LambdaLR(optimizer, [partial(_next, f) for f in schedule.lr_lambdas])
 
@@ -183,15 +190,21 @@ def planned_updates(
     if not batches: return 0
     return args.max_steps if args.max_steps>0 else math.ceil(args.num_train_epochs*each)
 
+def _alike(r:dict)->bool:
+    "Whether both sides of a pair are the same image for the same prompt."
+    a,b = r['chosen_path'],r['reject_path']
+    same = a is b or isinstance(a, (bytes,Path)) and isinstance(b, (bytes,Path)) and a==b
+    return same and (isinstance(r['prompt'], str) or len(set(r['prompt']))==1)
+
 def _silent(records:RewardRecords)->str|None:
     "Why records cannot teach anything, or None."
     if records.kind=='label':
         same = {r['label'] for r in records}
-        return f"all {len(records)} labels are {same.pop()}; bring images with the other label" if len(same)==1 else None
+        if len(same)>1: return None
+        return f"all {len(records)} labels are {same.pop()}; bring images with the other label"
     told = [r for r in records if r['target']!=.5]
     if not told: return f"all {len(records)} pairs are ties; bring pairs in which one image is better"
-    alike = lambda r: r['chosen_path'] is r['reject_path'] or isinstance(r['chosen_path'], (bytes,Path)) and r['chosen_path']==r['reject_path']
-    if all(alike(r) and (isinstance(r['prompt'], str) or len(set(r['prompt']))==1) for r in told): return (
+    if all(map(_alike, told)): return (
         "in every pair that is no tie both images are the same; bring pairs of different images")
 
 def check_plan(
@@ -199,12 +212,13 @@ def check_plan(
     args:RewardConfig,     # the recipe
 )->int: # updates that the run will make
     "ValueError if a run over these records cannot teach anything."
-    n = planned_updates(args, len(records))
-    if not n: raise ValueError(f"{records.name}: {len(records)} records make no batch of {args.per_device_train_batch_size*args.world_size}; "
-                               "bring more, lower per_device_train_batch_size, or leave dataloader_drop_last out")
+    n,batch = planned_updates(args, len(records)),args.per_device_train_batch_size*args.world_size
+    if not n: raise ValueError(f"{records.name}: {len(records)} records make no batch of {batch}; bring more, "
+                               "lower per_device_train_batch_size, or leave dataloader_drop_last out")
     if why := _silent(records): raise ValueError(f"{records.name}: nothing to learn: {why}")
-    if (warmup := args.get_warmup_steps(n))>n: raise ValueError(
-        f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would never reach learning_rate: lower it, or train longer")
+    warmup = args.get_warmup_steps(n)
+    if warmup>n: raise ValueError(f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would "
+                                  "never reach learning_rate: lower it, or train longer")
     return n
 
 # %% ../nbs/08_trainer.ipynb #280f89e7
@@ -249,7 +263,8 @@ class RewardTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
         super().__init__(**{**dict(model=model, args=args, data_collator=RewardCollator(processor), train_dataset=train_dataset,
                                    eval_dataset=eval_dataset, compute_metrics=lambda seen: self.metrics(seen)), **kwargs})
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled: raise ValueError(f"DeepSpeed and FSDP are not honoured here: {_SHARDS}")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled: raise ValueError(
+            f"DeepSpeed and FSDP are not honoured here: {_SHARDS}")
         self.label_names = ['target' if self.loss.pairs else 'label']
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
@@ -330,16 +345,18 @@ def metrics(self:RewardTrainer,
 # %% ../nbs/08_trainer.ipynb #68e6d874
 def _norms(model)->dict:
     "Name of each trainable tensor -> its norm, in float64 so that small moves show."
-    return {n:torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for n,p in model.named_parameters() if p.requires_grad}
+    norm = lambda p: torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item()
+    return {n:norm(p) for n,p in model.named_parameters() if p.requires_grad}
 
 def _check_moved(before:dict, after:dict, updates:int):
     "ValueError if no tensor has moved, a warning if some have not."
-    stayed = [n for n in before if before[n]==after[n]]
-    if updates==1: stayed = [n for n in stayed if 'lora_A' not in n] # these cannot move before lora_B has
-    if stayed and len(stayed)==len([n for n in before if updates>1 or 'lora_A' not in n]): raise ValueError(
-        f"no weight has changed in {updates} updates; the learning rate is too small for float32, or the optimizer holds other weights")
-    if stayed: warnings.warn(f"{len(stayed)} of {len(before)} trainable tensors have not changed in {updates} updates, such as {stayed[0]}; "
-                             "does the optimizer hold them?", stacklevel=3)
+    movable = [n for n in before if updates>1 or 'lora_A' not in n] # lora_A cannot move before lora_B has
+    stayed = [n for n in movable if before[n]==after[n]]
+    if stayed and len(stayed)==len(movable): raise ValueError(
+        f"no weight has changed in {updates} updates; the learning rate is too small for float32, or the "
+        "optimizer holds other weights")
+    if stayed: warnings.warn(f"{len(stayed)} of {len(before)} trainable tensors have not changed in {updates} "
+                             f"updates, such as {stayed[0]}; does the optimizer hold them?", stacklevel=3)
 
 # %% ../nbs/08_trainer.ipynb #e74aa9e0
 @patch
@@ -348,17 +365,17 @@ def _check_weights(self:RewardTrainer):
     learn = {n:p for n,p in self.model.named_parameters() if p.requires_grad}
     coarse = [n for n,p in learn.items() if p.dtype not in (torch.float32, torch.float64)]
     if coarse: raise ValueError(
-        f"{coarse[0]} is {learn[coarse[0]].dtype}: small updates would be rounded away; load the model with dtype=, which leaves "
-        "what is trained in float32, instead of casting all of it")
+        f"{coarse[0]} is {learn[coarse[0]].dtype}: small updates would be rounded away; load the model with "
+        "dtype=, which leaves what is trained in float32, instead of casting all of it")
     held = {id(p) for g in (self.optimizer.param_groups if self.optimizer else []) for p in g['params']}
     if self.optimizer and not held & {id(p) for p in learn.values()}: raise ValueError(
-        "the optimizer holds none of the trainable weights; make it from this model's parameters, or leave it out")
+        "the optimizer holds none of the trainable weights; make it from this model, or leave it out")
 
 # %% ../nbs/08_trainer.ipynb #03ac2a21
-_SAME = ('learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_steps', 'num_train_epochs', 'max_steps',
-         'per_device_train_batch_size', 'gradient_accumulation_steps', 'optim', 'optim_args', 'adam_beta1', 'adam_beta2', 'adam_epsilon',
-         'weight_decay', 'max_grad_norm', 'seed', 'data_seed', 'bf16', 'fp16', 'dataloader_drop_last', 'train_sampling_strategy',
-         ) # arguments that decide which weights come out
+_SAME = ('learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_steps', 'num_train_epochs',
+         'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'optim', 'optim_args',
+         'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay', 'max_grad_norm', 'seed', 'data_seed', 'bf16',
+         'fp16', 'dataloader_drop_last', 'train_sampling_strategy') # arguments that decide which weights come out
 
 def _base_identity(model:RewardModel)->str:
     "Dtype and hash of the frozen weights, without those of perspectives."
@@ -372,10 +389,12 @@ def recipe(self:RewardTrainer)->dict:
     "What decides, besides the perspective's own configuration, which weights come out."
     args = json.loads(self.args.to_json_string())
     lora = self.model.peft.peft_config[self.perspective]
-    if self.inputs is None: self.inputs = dict(base=_base_identity(self.model),
-                                               records=self.train_dataset.identity() if self.train_dataset else None)
-    return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, lora_rank=lora.r,
-                lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, **{k:args.get(k) for k in _SAME})
+    if self.inputs is None:
+        records = self.train_dataset.identity() if self.train_dataset else None
+        self.inputs = dict(records=records, base=_base_identity(self.model))
+    sizes = dict(lora_rank=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout)
+    return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, **sizes,
+                **{k:args.get(k) for k in _SAME})
 
 # %% ../nbs/08_trainer.ipynb #68d17899
 @patch
@@ -383,11 +402,12 @@ def _save(self:RewardTrainer,
     output_dir=None, # gets a sub-folder with the perspective; default: the run's
     state_dict=None, # unused
 ):
-    "What `save_model` and checkpoints write of the model; ValueError for weights that are not finite, before anything is written."
+    "What `save_model` and checkpoints write; ValueError for weights that are not finite, before anything is written."
     if not self.args.should_save: return
     bad = [n for n,p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-    if bad: raise ValueError(f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: lower learning_rate "
-                             f"{self.args.learning_rate:g}; {self.kept()}")
+    if bad: raise ValueError(
+        f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: "
+        f"lower learning_rate {self.args.learning_rate:g}; {self.kept()}")
     folder = Path(output_dir or self.args.output_dir)
     self.model.save_perspective(self.perspective, folder/self.perspective)
     with atomic_path(folder/'training_args.json') as p: p.write_text(json.dumps(self.recipe(), indent=1)+'\n')
@@ -396,7 +416,8 @@ def _save(self:RewardTrainer,
 def _listed(folder:Path)->list:
     "The files of a checkpoint that one process wrote, by their names in it."
     files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name!='files.json')
-    return [f.relative_to(folder).as_posix() for f in files if not re.fullmatch(r'rng_state_\d+\.pth', f.name)]
+    by_others = re.compile(r'rng_state_\d+\.pth')
+    return [f.relative_to(folder).as_posix() for f in files if not by_others.fullmatch(f.name)]
 
 @patch
 def _save_checkpoint(self:RewardTrainer, model, trial):
@@ -418,8 +439,8 @@ def checkpoints(
 
 def _numbered(folder)->list:
     "Folders of checkpoints, whole or not, by ascending step."
-    found = {int(m[1]):p for p in Path(folder).glob('checkpoint-*') if (m:=re.fullmatch(r'checkpoint-(\d+)', p.name))}
-    return [p for _,p in sorted(found.items())]
+    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name)]
+    return sorted(found, key=lambda p: int(p.name.partition('-')[2]))
 
 def _complete(folder:Path):
     "Name of the perspective in a checkpoint, None if it is not whole."
@@ -434,13 +455,16 @@ def _check_checkpoint(
     files = _read_json(folder/'files.json')
     need = {'training_args.json', 'trainer_state.json', 'optimizer.pt', 'scheduler.pt'}
     names = [f.removesuffix('/reward_config.json') for f in files if f.endswith('/reward_config.json')]
-    if len(names)!=1 or not need<=set(files) or not any(folder.glob('rng_state*.pth')): raise CheckpointError(
-        f"{folder}: lacks {', '.join(sorted(need-set(files))) or 'a perspective or its rng_state'}; it is no whole checkpoint")
+    lacks = sorted(need-set(files))
+    if len(names)!=1 or lacks or not any(folder.glob('rng_state*.pth')): raise CheckpointError(
+        f"{folder}: lacks {', '.join(lacks) or 'a perspective or its rng_state'}; it is no whole checkpoint")
     for f,(size,digest) in files.items():
         path = folder/f
-        if not path.is_file() or path.stat().st_size!=size: raise CheckpointError(
-            f"{path}: {f'has {path.stat().st_size} bytes of {size}' if path.is_file() else 'is missing'}; the checkpoint is not whole")
-        if hashes and file_hash(path)!=digest: raise CheckpointError(f"{path}: is not as it was written; the disk or a copy spoilt it")
+        if not path.is_file(): raise CheckpointError(f"{path}: is missing; the checkpoint is not whole")
+        if path.stat().st_size!=size: raise CheckpointError(
+            f"{path}: has {path.stat().st_size} bytes of {size}; the checkpoint is not whole")
+        if hashes and file_hash(path)!=digest: raise CheckpointError(
+            f"{path}: is not as it was written; the disk or a copy spoilt it")
     return names[0]
 
 # %% ../nbs/08_trainer.ipynb #f56db81a
@@ -457,9 +481,11 @@ def _load_from_checkpoint(self:RewardTrainer,
     saved,mine = _read_json(folder/'reward_config.json'),asdict(self.model.config)
     self.model._check_base(_config_from(saved, folder, {}), folder)
     for k in 'base','fingerprint','version': mine.pop(k)
-    if diff := _differences(saved, mine) or _differences(_read_json(where/'training_args.json'), self.recipe()): raise CheckpointError(
-        f"{where}: is of another run ({diff}); go on with the same recipe and records, or start anew in another output_dir")
-    self.model._fill(self.perspective, _read_weights(folder/'adapter_model.safetensors'), _read_weights(folder/'head.safetensors'), folder)
+    diff = _differences(saved, mine) or _differences(_read_json(where/'training_args.json'), self.recipe())
+    if diff: raise CheckpointError(f"{where}: is of another run ({diff}); go on with the same recipe, base and "
+                                   "records, or start anew in another output_dir")
+    adapter,head = (_read_weights(folder/f'{f}.safetensors') for f in ('adapter_model','head'))
+    self.model._fill(self.perspective, adapter, head, folder)
 
 # %% ../nbs/08_trainer.ipynb #1a019662
 @patch
@@ -473,21 +499,32 @@ def _checkpoint(self:RewardTrainer,
     wanted, # True: the last whole checkpoint of output_dir; or a checkpoint's folder; None: start
 ): # Path or None
     "The checkpoint to go on from; ValueError if there is none, or one would be overwritten."
-    where = self.args.output_dir; found = checkpoints(where)
-    if others := set(found.values())-{self.perspective}: raise ValueError(
+    where,anew = self.args.output_dir,"delete them, or choose another output_dir"
+    found = checkpoints(where)
+    others = set(found.values())-{self.perspective}
+    if others: raise ValueError(
         f"{where}: has checkpoints of perspective {', '.join(others)!r}; give every perspective its own output_dir")
-    if not wanted:
-        if found: raise ValueError(f"{where}: has checkpoints of an earlier run; go on with resume_from_checkpoint=True, delete them, or choose another output_dir")
-        return None
-    if wanted is not True:
+    if wanted is True: return self._last_checkpoint()
+    if wanted:
         try: _check_checkpoint(Path(wanted), hashes=True)
-        except CheckpointError as e: raise ValueError(f"{wanted}: is not a complete checkpoint ({e}); pass another, or True for the last that is") from None
+        except CheckpointError as e: raise ValueError(
+            f"{wanted}: is not a complete checkpoint ({e}); pass another, or True for the last that is") from None
         return Path(wanted)
+    if found: raise ValueError(
+        f"{where}: has checkpoints of an earlier run; go on with resume_from_checkpoint=True, {anew}")
+    for p in _numbered(where): warnings.warn(f"{p}: is not whole and not used; the run starts anew", stacklevel=3)
+    return None
+
+@patch
+def _last_checkpoint(self:RewardTrainer):
+    "The last checkpoint that is as it was written; ValueError if there is none."
+    where = self.args.output_dir
     for path in reversed(_numbered(where)):
         try: _check_checkpoint(path, hashes=True)
-        except CheckpointError as e: warnings.warn(f"passed over: {e}", stacklevel=3)
+        except CheckpointError as e: warnings.warn(f"passed over: {e}", stacklevel=4)
         else: return path
-    raise ValueError(f"{where}: has no complete checkpoint to go on from; start with resume_from_checkpoint=None")
+    raise ValueError(
+        f"{where}: has no complete checkpoint to go on from; start with resume_from_checkpoint=None")
 
 # %% ../nbs/08_trainer.ipynb #1c178b21
 @contextmanager
@@ -497,12 +534,16 @@ def _only_run(args):
     else:
         with folder_lock(args.output_dir, wait=False): yield
 
+def _reason(e:Exception)->str:
+    "What an error says; of one from a worker process, without the worker's traceback."
+    return re.sub(r'^[\w.]*InputError: ', '', str(e).strip().splitlines()[-1])
+
 @patch
 def train(self:RewardTrainer,
-    resume_from_checkpoint=None, # True: the last whole checkpoint of output_dir; or a checkpoint's folder; None: start
+    resume_from_checkpoint=None, # True: the last whole checkpoint of output_dir; or its folder; None: start
     **kwargs,                    # see `Trainer.train`
 ): # `TrainOutput`
-    "Train; ValueError if nothing could be learnt, another process trains here, or there is no checkpoint to go on from."
+    "Train; ValueError if nothing could be learnt, or output_dir holds (or lacks) an earlier run; one process at a time."
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
@@ -511,9 +552,8 @@ def train(self:RewardTrainer,
         self.recipe() # now, since files may change while we train
         self.model.set_perspective(self.perspective)
         before = _norms(self.model)
-        try: out = Trainer.train(self, resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-        except InputError as e: raise InputError(f"{str(e).strip().splitlines()[-1].removeprefix('llava_reward_nb.core.InputError: ')}; "
-                                                 f"mend it and go on: {self.kept()}") from e
+        try: out = Trainer.train(self, resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+        except InputError as e: raise InputError(f"{_reason(e)}; mend it and go on: {self.kept()}") from e
         finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         if not checkpoint: _check_moved(before, _norms(self.model), out.global_step)
     return out
@@ -525,11 +565,11 @@ def training_step(self:RewardTrainer,
     inputs:dict,             # a batch of the collator
     num_items_in_batch=None, # records that the update sees
 )->torch.Tensor: # loss ()
-    "Loss and gradients of one batch; ValueError if the loss is not finite, before any weight is changed by it."
+    "Loss and gradients of one batch; ValueError if the loss is not finite, before it changes any weight."
     loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     if not loss.isfinite(): raise ValueError(
-        f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower learning_rate "
-        f"{self.args.learning_rate:g}, or look for what the base makes of the last records; {self.kept()}")
+        f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower "
+        f"learning_rate {self.args.learning_rate:g}, or look for what the base makes of the last records; {self.kept()}")
     return loss
 
 @patch
@@ -565,12 +605,12 @@ def train_perspective(
     resume:bool=False,             # go on from the last complete checkpoint, if there is one
     **kwargs,                      # more arguments of `RewardTrainer`, such as callbacks
 )->dict: # train_loss, and eval_… metrics if there are held-out records
-    "Train a perspective and save it as output_dir/name; ValueError before any work if something does not fit."
+    "Train a perspective, save it as output_dir/name; ValueError before any work if something does not fit."
     records,eval_records = _as_records(records),_as_records(eval_records)
     further = name in model.configs
     if further and config is not None: raise ValueError(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
-    config = model.configs[name] if further else config or PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
+    config = config or (model.configs[name] if further else PerspectiveConfig('bt' if records.kind=='pair' else 'cls'))
     for r in records,eval_records: _check_records(r, config, name)
     check_plan(records, args)
     for r in records,eval_records: _check_fit(r, model.backbone.processor)
@@ -579,6 +619,7 @@ def train_perspective(
     else: model.add_perspective(name, config, args.lora_rank, args.lora_alpha, args.lora_dropout)
     trainer = RewardTrainer(model, args, records, eval_records, **kwargs)
     if further: trainer.start = tensors_hash({n:p for n,p in model.named_parameters() if p.requires_grad})
-    result = trainer.train((resume and bool(_numbered(args.output_dir)) and _any_whole(args.output_dir)) or None)
-    trainer.save_model(); trainer.save_state()
+    result = trainer.train(resume and bool(checkpoints(args.output_dir)))
+    trainer.save_model()
+    trainer.save_state()
     return dict(train_loss=result.training_loss, **(trainer.evaluate() if eval_records else {}))
