@@ -54,8 +54,9 @@ def _called(field, have, rows, columns, name)->str|None:
     found = [n for n in _NAMES[field] if n in have]
     equal = lambda a, b: a is b or isinstance(a, str) and isinstance(b, str) and a==b
     rivals = [n for n in found[1:] if not all(equal(r.get(n), r.get(found[0])) for r in rows)]
-    if rivals: raise InputError(f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename "
-                                f"one, or choose: columns={{{field!r}: {found[0]!r}}}")
+    if rivals: raise InputError(
+        f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, or choose: "
+        f"columns={{{field!r}: {found[0]!r}}}")
     return found[0] if found else None
 
 def _from_numbered(row:dict)->dict:
@@ -82,9 +83,10 @@ def _our_names(
     numbered = set(_NUMBERED)<=set(have)
     two = called['chosen_path'] and called['reject_path']
     if numbered and two: raise InputError(
-        f"{name}: both jpg_0, jpg_1 and {called['chosen_path']!r}, {called['reject_path']!r} may be the pairs; "
-        "remove two of them")
-    if not numbered and not two: called |= {f:_called(f, have, dicts, columns, name) for f in ('path', 'label')}
+        f"{name}: both jpg_0, jpg_1 and {called['chosen_path']!r}, {called['reject_path']!r} may be the "
+        "pairs; remove two of them")
+    if not numbered and not two:
+        called |= {f:_called(f, have, dicts, columns, name) for f in ('path', 'label')}
     to = {theirs:ours for ours,theirs in called.items() if theirs}
     def renamed(r):
         if not isinstance(r, Mapping): return r
@@ -258,8 +260,9 @@ def _image_faults(records, kind, name):
     for w in caught:
         if not is_clear(w): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     have = 'image has' if len(clear)==1 else 'images have'
-    if clear: warnings.warn(f"{name}: {len(clear)} {have} transparent pixels and will be judged by the colours "
-                            f"behind them; the first: {clear[0]}", TransparencyWarning, stacklevel=3)
+    if clear: warnings.warn(
+        f"{name}: {len(clear)} {have} transparent pixels and will be judged by the colours behind them; "
+        f"the first: {clear[0]}", TransparencyWarning, stacklevel=3)
     return [Fault(i, f, why[image_key(x)]) for i,f,x,_ in uses if why[image_key(x)]]
 
 # %% ../nbs/07_data.ipynb #9d5dcbf7
@@ -283,7 +286,8 @@ class RewardRecords(Sequence):
         return RewardRecords([self.rows[j] for j in at], self.kind, self.name, places=places)
     def __add__(self, other):
         if self.kind!=other.kind: raise InputError(f"cannot add {other.kind} records to {self.kind} records; train them one after the other")
-        both = RewardRecords(self.rows+other.rows, self.kind, f'{self.name} + {other.name}', self.faults+other.faults)
+        name,faults = f'{self.name} + {other.name}',self.faults+other.faults
+        both = RewardRecords(self.rows+other.rows, self.kind, name, faults)
         both.places = self.places+other.places
         return both
     def __repr__(self):
@@ -380,7 +384,7 @@ def identity(self:RewardRecords)->str: # number, kind and hash
     def content(x):
         if isinstance(x, Mapping): x = x['bytes']
         if isinstance(x, (str, os.PathLike)): return file_hash(x)
-        if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16] # as a file
+        if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16]
         return pixels_hash(load_image(x))
     uses = _uses(list(enumerate(self.rows)), self.kind)
     with warnings.catch_warnings():

@@ -213,12 +213,14 @@ def check_plan(
 )->int: # updates that the run will make
     "ValueError if a run over these records cannot teach anything."
     n,batch = planned_updates(args, len(records)),args.per_device_train_batch_size*args.world_size
-    if not n: raise ValueError(f"{records.name}: {len(records)} records make no batch of {batch}; bring more, "
-                               "lower per_device_train_batch_size, or leave dataloader_drop_last out")
+    if not n: raise ValueError(
+        f"{records.name}: {len(records)} records make no batch of {batch}; bring more, "
+        "lower per_device_train_batch_size, or leave dataloader_drop_last out")
     if why := _silent(records): raise ValueError(f"{records.name}: nothing to learn: {why}")
     warmup = args.get_warmup_steps(n)
-    if warmup>n: raise ValueError(f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would "
-                                  "never reach learning_rate: lower it, or train longer")
+    if warmup>n: raise ValueError(
+        f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would never reach learning_rate: "
+        "lower it, or train longer")
     return n
 
 # %% ../nbs/08_trainer.ipynb #280f89e7
@@ -355,8 +357,9 @@ def _check_moved(before:dict, after:dict, updates:int):
     if stayed and len(stayed)==len(movable): raise ValueError(
         f"no weight has changed in {updates} updates; the learning rate is too small for float32, or the "
         "optimizer holds other weights")
-    if stayed: warnings.warn(f"{len(stayed)} of {len(before)} trainable tensors have not changed in {updates} "
-                             f"updates, such as {stayed[0]}; does the optimizer hold them?", stacklevel=3)
+    if stayed: warnings.warn(
+        f"{len(stayed)} of {len(before)} trainable tensors have not changed in {updates} updates, such as "
+        f"{stayed[0]}; does the optimizer hold them?", stacklevel=3)
 
 # %% ../nbs/08_trainer.ipynb #e74aa9e0
 @patch
@@ -374,8 +377,8 @@ def _check_weights(self:RewardTrainer):
 # %% ../nbs/08_trainer.ipynb #03ac2a21
 _SAME = ('learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_steps', 'num_train_epochs',
          'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'optim', 'optim_args',
-         'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay', 'max_grad_norm', 'seed', 'data_seed', 'bf16',
-         'fp16', 'dataloader_drop_last', 'train_sampling_strategy') # arguments that decide which weights come out
+         'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay', 'max_grad_norm', 'seed', 'data_seed',
+         'bf16', 'fp16', 'dataloader_drop_last', 'train_sampling_strategy') # decide which weights come out
 
 def _base_identity(model:RewardModel)->str:
     "Dtype and hash of the frozen weights, without those of perspectives."
@@ -402,7 +405,7 @@ def _save(self:RewardTrainer,
     output_dir=None, # gets a sub-folder with the perspective; default: the run's
     state_dict=None, # unused
 ):
-    "What `save_model` and checkpoints write; ValueError for weights that are not finite, before anything is written."
+    "What `save_model` and checkpoints write; ValueError for weights that are not finite, before any is written."
     if not self.args.should_save: return
     bad = [n for n,p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if bad: raise ValueError(
@@ -482,8 +485,9 @@ def _load_from_checkpoint(self:RewardTrainer,
     self.model._check_base(_config_from(saved, folder, {}), folder)
     for k in 'base','fingerprint','version': mine.pop(k)
     diff = _differences(saved, mine) or _differences(_read_json(where/'training_args.json'), self.recipe())
-    if diff: raise CheckpointError(f"{where}: is of another run ({diff}); go on with the same recipe, base and "
-                                   "records, or start anew in another output_dir")
+    if diff: raise CheckpointError(
+        f"{where}: is of another run ({diff}); go on with the same recipe, base and records, or start anew in "
+        "another output_dir")
     adapter,head = (_read_weights(folder/f'{f}.safetensors') for f in ('adapter_model','head'))
     self.model._fill(self.perspective, adapter, head, folder)
 
@@ -503,16 +507,16 @@ def _checkpoint(self:RewardTrainer,
     found = checkpoints(where)
     others = set(found.values())-{self.perspective}
     if others: raise ValueError(
-        f"{where}: has checkpoints of perspective {', '.join(others)!r}; give every perspective its own output_dir")
+        f"{where}: has checkpoints of perspective {', '.join(others)!r}; give each its own output_dir")
     if wanted is True: return self._last_checkpoint()
     if wanted:
         try: _check_checkpoint(Path(wanted), hashes=True)
         except CheckpointError as e: raise ValueError(
-            f"{wanted}: is not a complete checkpoint ({e}); pass another, or True for the last that is") from None
+            f"{wanted}: is not a complete checkpoint ({e}); pass another, or True for the last") from None
         return Path(wanted)
     if found: raise ValueError(
         f"{where}: has checkpoints of an earlier run; go on with resume_from_checkpoint=True, {anew}")
-    for p in _numbered(where): warnings.warn(f"{p}: is not whole and not used; the run starts anew", stacklevel=3)
+    for p in _numbered(where): warnings.warn(f"{p}: is not whole; the run starts anew", stacklevel=3)
     return None
 
 @patch
@@ -543,7 +547,7 @@ def train(self:RewardTrainer,
     resume_from_checkpoint=None, # True: the last whole checkpoint of output_dir; or its folder; None: start
     **kwargs,                    # see `Trainer.train`
 ): # `TrainOutput`
-    "Train; ValueError if nothing could be learnt, or output_dir holds (or lacks) an earlier run; one process at a time."
+    "Train; ValueError if nothing could be learnt, or output_dir holds (or lacks) an earlier run."
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
@@ -569,7 +573,8 @@ def training_step(self:RewardTrainer,
     loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     if not loss.isfinite(): raise ValueError(
         f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower "
-        f"learning_rate {self.args.learning_rate:g}, or look for what the base makes of the last records; {self.kept()}")
+        f"learning_rate {self.args.learning_rate:g}, or look for what the base makes of the last records; "
+        f"{self.kept()}")
     return loss
 
 @patch
@@ -610,7 +615,8 @@ def train_perspective(
     further = name in model.configs
     if further and config is not None: raise ValueError(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
-    config = config or (model.configs[name] if further else PerspectiveConfig('bt' if records.kind=='pair' else 'cls'))
+    usual = PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
+    config = config or model.configs.get(name, usual)
     for r in records,eval_records: _check_records(r, config, name)
     check_plan(records, args)
     for r in records,eval_records: _check_fit(r, model.backbone.processor)
