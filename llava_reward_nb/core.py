@@ -14,11 +14,13 @@ __all__ = ['MAX_PIXELS', 'IMAGE_COLUMNS', 'PROMPT_COLUMNS', 'TABLES', 'MODELS', 
 import csv, io, json, math, os, re, shutil, sys, tempfile, warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date, time
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+from uuid import UUID
 
 import numpy as np, torch
 from PIL import Image, ImageOps
@@ -400,7 +402,11 @@ def _read_lines(text:str, path)->list:
 
 def _read_parquet(path)->list:
     import pyarrow.parquet as pq
-    table = pq.read_table(path)
+    file = pq.ParquetFile(path)
+    names = file.schema_arrow.names
+    twice = [c for c in names if names.count(c)>1]
+    if twice: raise InputError(f"{path}: has {len(twice)} columns {twice[0]!r}; give each its own name")
+    table = file.read()
     made = (table.schema.pandas_metadata or {}).get('index_columns', [])
     index = [c for c in table.column_names if c in made and c.startswith('__index')]
     return table.drop_columns(index).to_pylist()
@@ -444,17 +450,16 @@ def _plain(v, nan=None):
 
 def _rows_of(rows, nan)->list:
     "A list of dicts with the same columns each, from dicts or a DataFrame."
+    named = list(getattr(rows, 'columns', []))
+    if len(set(named))<len(named): raise InputError(f"columns {named} hold a name twice; give each its own")
     dicts = rows.to_dict('records') if hasattr(rows, 'to_dict') else list(rows)
     columns = dict.fromkeys(k for r in dicts for k in r)
-    if hasattr(rows, 'columns'):
-        if len(set(rows.columns))<len(rows.columns): raise InputError(
-            f"columns {[str(c) for c in rows.columns]} hold a name twice; give each its own")
-        columns = dict.fromkeys(rows.columns)
-    return [{str(k):_plain(r.get(k), nan) for k in columns} for r in dicts] or [dict.fromkeys(map(str, columns))][:0]
+    return [{str(k):_plain(r.get(k), nan) for k in columns} for r in dicts]
 
 # %% ../nbs/00_core.ipynb #0680d0d9
 def _json_default(v):
     if isinstance(v, (date, time)): return v.isoformat()
+    if isinstance(v, (Decimal, timedelta, UUID)): return str(v)
     raise TypeError(f"a {type(v).__name__} is neither a number nor text")
 
 def _delimited(rows:list, delimiter:str)->str:
