@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np, torch
 from PIL import Image
@@ -398,30 +397,30 @@ def identity(self:RewardRecords)->str: # number, kind and hash
 # %% ../nbs/07_data.ipynb #90d3c99a
 def check_fit(
     records:RewardRecords, # checked
-    processor,             # of the backbone, with `image_processor`, `prompt_ids` and `_check_lengths`
+    processor,             # of the backbone; has `check(sizes, prompts)`
     skip_bad:bool=False,   # leave out what does not fit, with a warning
 )->RewardRecords: # those that fit
     "Records that a model can take; one `InputError` names the others."
-    tiles = getattr(processor, 'image_processor', None)
-    if tiles is None: return records
-    done = (id(processor), tiles.num_crops)
-    if done==getattr(records, '_fits', None): return records
+    limits = (id(processor), getattr(getattr(processor, 'image_processor', None), 'num_crops', None))
+    if getattr(records, 'limits', None)==limits: return records # asked before
     uses = _uses(list(zip(records.places, records.rows)), records.kind)
-    def tokens(x):
-        try: return tiles.num_tokens(tiles.sizes([SimpleNamespace(size=image_size(x))])[0])
-        except InputError as e: return str(e).removeprefix('image 0: ')
+    def size(x):
+        try: return image_size(x)
+        except InputError as e: return str(e)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', TransparencyWarning)
-        known = _over(tokens, {image_key(x):x for _,_,x,_ in uses}, 'measuring images')
+        sizes = _over(size, {image_key(x):x for _,_,x,_ in uses}, 'measuring images')
     faults = []
     for i,f,x,prompt in uses:
-        n = known[image_key(x)]
-        if isinstance(n, str): faults.append(Fault(i, f, n)); continue
-        try: processor._check_lengths([processor.prompt_ids(prompt, n)])
+        known = sizes[image_key(x)]
+        if isinstance(known, str): faults.append(Fault(i, f, known)); continue
+        try: processor.check([known], [prompt])
         except InputError as e:
-            faults.append(Fault(i, 'prompt', f"with {f}: {str(e).removeprefix('prompt 0: ')}"))
+            why = str(e).split(' 0: ', 1)[-1] # it counts from 0 in a batch of one
+            faults.append(Fault(i, 'prompt', why) if str(e).startswith('prompt') else Fault(i, f, why))
+    faults = list({(x.index, x.field):x for x in faults}.values()) # both images of a pair have its prompt
     fitting = _without(records, faults, len(records), skip_bad)
-    fitting._fits = done
+    fitting.limits = limits
     return fitting
 
 # %% ../nbs/07_data.ipynb #26515bee
