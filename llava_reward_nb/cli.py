@@ -540,13 +540,12 @@ def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or Non
     return name, where, base or (model if (folder/'base').is_dir() and folder!=where else None)
 
 # %% ../nbs/14_cli.ipynb #005afb06
-def _checked_records(path, skip_bad:bool, check=None):
-    "Records of a file, or what `check` leaves of given ones; what is left out is said on stderr."
+def _checked_records(source, check, **kwargs):
+    "Records that pass a check, such as `load_records`; what is left out is said on stderr."
     import warnings
-    from llava_reward_nb.data import load_records
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
-        records = check(path, skip_bad=skip_bad) if check else load_records(path, skip_bad=skip_bad)
+        records = check(source, **kwargs)
     for w in caught: print('warning:', w.message, file=sys.stderr)
     return records
 
@@ -593,18 +592,18 @@ def _eval_printer():
     return Printer()
 
 # %% ../nbs/14_cli.ipynb #04bf0106
-def _train(records, eval, name, out, args, head, start, base, how, resume, skip_bad):
+def _train(records, eval, name, out, args, head, start, base, how, resume, reading):
     "Read, check, load, train and report."
-    from llava_reward_nb.data import check_fit
+    from llava_reward_nb.data import check_fit, load_records
     from llava_reward_nb.model import RewardModel
     from llava_reward_nb.trainer import check_plan, checkpoints, train_perspective
-    train,held_out = _checked_records(records, skip_bad), _checked_records(eval, skip_bad) if eval else None
+    train,held_out = (_checked_records(r, load_records, **reading) if r else None for r in (records, eval))
     config = _training_plan(train, *head, name, held_out, start)
     check_plan(train, args)
     how['dtype'] = how['dtype'] and getattr(torch, how['dtype'])
     rm = RewardModel.from_pretrained(start, name, base, **how) if start else RewardModel.from_pretrained(base, [], **how)
-    fits = lambda r, skip_bad: check_fit(r, rm.backbone.processor, skip_bad)
-    train,held_out = _checked_records(train, skip_bad, fits), held_out and _checked_records(held_out, skip_bad, fits)
+    limits = dict(processor=rm.backbone.processor, skip_bad=reading['skip_bad'])
+    train,held_out = (_checked_records(r, check_fit, **limits) if r else None for r in (train, held_out))
     print(f"{train}{f'; held out: {held_out}' if held_out else ''}")
     try: metrics = train_perspective(rm, name, train, args, config, held_out, resume, callbacks=[_eval_printer()])
     except KeyboardInterrupt:
@@ -655,6 +654,8 @@ def llava_reward_train(
     seed:int=42,           # of the new weights and of the order of records
     resume:bool=False,     # go on after an interruption (or start, if there is nothing yet)
     skip_bad:bool=False,   # leave faulty records out instead of stopping
+    prompt_column:str=None,# column of the prompts, where its name does not tell
+    image_column:str=None, # column of the labelled images, where its name does not tell
 ):
     "Train a perspective on a frozen multimodal LLM, by the paper's recipe: a new one, or a saved one further."
     kept = dict(loss=loss, dim=dim, tau=tau, lora_rank=lora_rank, num_crops=num_crops)
@@ -665,11 +666,15 @@ def llava_reward_train(
     name = name or start_name
     if not name or not out: raise UsageError("give the new perspective a --name and a folder with --out")
     check_settings(device, dtype, None, batch_size, num_crops)
-    if (Path(out)/name).exists() and not resume: raise InputError(f"{Path(out)/name}: is there already; choose another --out, or go on with --resume")
+    if (Path(out)/name).exists() and not resume: raise InputError(
+        f"{Path(out)/name}: is there already; choose another --out, or go on with --resume")
     if not start: _check_base(base)
-    args = _training_recipe(out, resume, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', 128 if lora_rank is None else lora_rank,
-        num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, save_steps=save_steps, seed=seed)
-    _train(records, eval, name, out, args, (loss, dim, tau), start, base, dict(device=device, dtype=dtype, num_crops=num_crops), resume, skip_bad)
+    args = _training_recipe(
+        out, resume, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', 128 if lora_rank is None else lora_rank,
+        num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, save_steps=save_steps, seed=seed)
+    reading = dict(skip_bad=skip_bad, columns={k:v for k,v in dict(prompt=prompt_column, path=image_column).items() if v})
+    _train(records, eval, name, out, args, (loss, dim, tau), start, base, dict(device=device, dtype=dtype, num_crops=num_crops), resume, reading)
 
 # %% ../nbs/14_cli.ipynb #be81c6b9
 _DEMO_PROMPTS = ('a photo of a star left of a circle', 'three squares', 'a photo of a purple star and a yellow circle', 'an image of a cyan triangle')

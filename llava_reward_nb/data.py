@@ -54,8 +54,8 @@ def _called(field, have, rows, columns, name)->str|None:
     equal = lambda a, b: a is b or isinstance(a, str) and isinstance(b, str) and a==b
     rivals = [n for n in found[1:] if not all(equal(r.get(n), r.get(found[0])) for r in rows)]
     if rivals: raise InputError(
-        f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, or choose: "
-        f"columns={{{field!r}: {found[0]!r}}}")
+        f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, or choose with "
+        f"columns={{{field!r}: {found[0]!r}}} (llava_reward_train: --prompt-column, --image-column)")
     return found[0] if found else None
 
 def _from_numbered(row:dict)->dict:
