@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from .core import CheckpointError, hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, blame, read_json
 
-# %% ../nbs/03_backbones.ipynb #20195a59
+# %% ../nbs/03_backbones.ipynb #31043e32
 class PassLock:
     "A re-entrant lock around the passes of one model; a copy of it, or what comes out of a pickle, is a lock of its own."
     def __init__(self): self._lock = threading.RLock()
@@ -26,7 +26,7 @@ class PassLock:
     def __exit__(self, *exc): self._lock.release()
     def __reduce__(self): return type(self),()
 
-# %% ../nbs/03_backbones.ipynb #316f06fe
+# %% ../nbs/03_backbones.ipynb #fbc0df24
 @contextmanager
 def evaluating(
     model:nn.Module, # put into eval mode inside
@@ -36,7 +36,7 @@ def evaluating(
     trained = [m for m in model.modules() if m.training]
     try:
         for m in trained: m.training = False
-        with torch.set_grad_enabled(grad): yield model
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()): yield model
     finally:
         for m in trained: m.training = True
 
@@ -124,7 +124,7 @@ def fingerprint(self:Phi3VBackbone)->list: # 64 floats
     middle = torch.stack([p[len(p)//2].float() for p in spread])
     return [round(x, 6) for x in w.float().tolist()]+[float(f'{x:.4g}') for x in middle.tolist()]
 
-# %% ../nbs/03_backbones.ipynb #c2971ca6
+# %% ../nbs/03_backbones.ipynb #0ff0d9e5
 def same_base(
     a:list, # a fingerprint, as remembered: 16 or 64 floats
     b:list, # another

@@ -22,8 +22,9 @@ from .backbones import PassLock, evaluating, load_backbone, same_base
 from .core import (MODELS, CheckpointError, InputError, as_prompts, atomic_path, default_device, default_dtype, hub_folder,
                                   image_list, image_size, load_image, progress, read_tensors, tensor_shapes)
 from .losses import make_loss
-from .phi3v import blame, read_json
+from .phi3v import blame, read_json, tokenizer_hash
 from .skipca import ValueHead
+from .store import make_identity
 
 # %% ../nbs/06_model.ipynb #0937703e
 @dataclass
@@ -119,7 +120,7 @@ def usable_name(
     name = re.sub(r'\W*[^\w-]+', '_', text).strip('_-')[:60] or 'reward'
     return f'{name}_reward' if name_fault(name) else name
 
-# %% ../nbs/06_model.ipynb #5caa4aac
+# %% ../nbs/06_model.ipynb #d6d353ea
 @patch
 def _check_name(self:RewardModel, name):
     "ValueError if a perspective of this model cannot be called so."
@@ -145,7 +146,7 @@ def _check_targets(self:RewardModel, lora):
         for k in getattr(lora, option) or {}:
             if not any(re.match(rf'(.*\.)?({k})$', n) for n in hit): raise ValueError(f"{option} names {k!r}, which fits no layer that gets LoRA")
 
-# %% ../nbs/06_model.ipynb #fdfbc015
+# %% ../nbs/06_model.ipynb #d68a3568
 @patch
 def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->RewardModel:
     "Add a perspective with these options of `LoraConfig`; ValueError before anything is changed."
@@ -164,7 +165,7 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     self.configs[name] = replace(config, num_crops=b.num_crops, base=config.base or self.base, fingerprint=b.fingerprint())
     return self.set_perspective(name)
 
-# %% ../nbs/06_model.ipynb #054fb747
+# %% ../nbs/06_model.ipynb #fb734338
 @patch
 def add_perspective(self:RewardModel,
     name:str,                      # letters, digits, '_' and '-'; see `name_fault`
@@ -208,7 +209,7 @@ def _route(self:RewardModel, name:str):
     for m in self.peft.modules():
         if isinstance(m, (BaseTunerLayer,ModulesToSaveWrapper)): m._active_adapter = [name]
 
-# %% ../nbs/06_model.ipynb #717c80a6
+# %% ../nbs/06_model.ipynb #8f149b03
 @patch
 @contextmanager
 def using(self:RewardModel,
@@ -261,20 +262,34 @@ def embed_all(self:RewardModel,
 )->dict: # name -> head vectors (n,d), float32 on the CPU
     "Head vectors of several perspectives with one pass of the vision tower; `InputError` names the input that cannot be used, before any work if its header tells."
     names = [self._known(n) for n in perspectives or list(self.configs) or [None]]
-    items = image_list(images)
-    prompts,called = as_prompts(prompts, len(items)),[f'image {i}' for i in range(len(items))] if len(items)>1 else ['image']
-    sizes = [image_size(x, n) for x,n in zip(items, called)]
-    self.backbone.check(sizes, prompts)
+    items,prompts,batches = self._plan(images, prompts, batch_size)
     out = {n:torch.zeros(len(items), self.configs[n].dim) for n in names}
-    for idx in progress(_batches(sizes, batch_size), desc='scoring'):
-        opened = [load_image(items[i], called[i]) for i in idx]
-        batch = self.backbone.encode(opened, [prompts[i] for i in idx])
+    for idx in progress(batches, desc='scoring'):
+        batch = self._encode(items, prompts, idx)
         with self.lock, evaluating(self):
             batch = {k:v.to(self.device) for k,v in batch.items()}
             features = self.backbone.vision(batch)
             for n in names:
                 with self.using(n): out[n][idx] = self(features=features, **batch).float().cpu()
     return out
+
+@patch
+@torch.compiler.disable
+def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened images, prompts, lists of indices
+    "Check what is known before anything is opened."
+    items = image_list(images)
+    prompts = as_prompts(prompts, len(items))
+    sizes = [image_size(x, _called(i, items)) for i,x in enumerate(items)]
+    self.backbone.check(sizes, prompts)
+    return items,prompts,_batches(sizes, batch_size)
+
+@patch
+@torch.compiler.disable
+def _encode(self:RewardModel, items:list, prompts:list, idx:list)->dict:
+    "Open the images of a batch and make them what the backbone reads."
+    return self.backbone.encode([load_image(items[i], _called(i, items)) for i in idx], [prompts[i] for i in idx])
+
+def _called(i:int, items:list)->str: return f'image {i}' if len(items)>1 else 'image'
 
 # %% ../nbs/06_model.ipynb #c014762a
 @patch
@@ -335,7 +350,7 @@ def rank(self:RewardModel,
     else: values = loss.score(v)
     return Ranking(values.argsort(descending=True, stable=True).tolist(), values)
 
-# %% ../nbs/06_model.ipynb #1cbf1ac4
+# %% ../nbs/06_model.ipynb #97e9eb78
 @patch
 def _tensors(self:RewardModel, name:str)->dict: # names as in PEFT's files -> parameters
     "LoRA and projector of a perspective."
@@ -353,7 +368,7 @@ def _count(self:RewardModel, name:str)->int: # of tensors
     owners = [m for path,m in self.peft.named_modules() if path.split('.')[-1]==name]
     return sum(len(list(m.parameters())) for m in owners)
 
-# %% ../nbs/06_model.ipynb #ec470b2c
+# %% ../nbs/06_model.ipynb #d2668c88
 _SUMS = 'checksums.json' # file name -> SHA-256
 
 def _sum(path:Path)->str:
@@ -402,6 +417,30 @@ def save_pretrained(self:RewardModel,
     folder = Path(folder)
     for n in self.configs: self.save_perspective(n, folder/n, dtype)
     return folder
+
+# %% ../nbs/06_model.ipynb #a7af1963
+@patch
+def identity_of(self:RewardModel,
+    perspective:str=None, # default: the active one
+)->str: # see `make_identity`
+    "Who this reward is; another text for any other weight, setting or version of the package."
+    with self.lock:
+        name,b = self._known(perspective or self.active),self.backbone
+        config = {k:v for k,v in asdict(self.configs[name]).items() if k not in ('base','fingerprint','version')}
+        apart = ('lora_', 'modules_to_save', 'original_module') # of perspectives; or the base's projector, which each replaces
+        base = {n.replace('.base_layer', ''):p for n,p in b.model.named_parameters() if not any(a in n for a in apart)}
+        own = {} if self.merged else self._tensors(name)
+        scales = {n:m.scaling[name] for n,m in b.model.named_modules() if isinstance(getattr(m, 'scaling', None), dict) and name in m.scaling}
+        p = b.processor.image_processor
+        settings = dict(config=config, model=b.model.config.to_dict(), merged=self.merged, scales=scales, dora=not self.merged and self.peft.peft_config[name].use_dora,
+                        images=[p.num_crops, p.crop_size, p.mean, p.std], tokenizer=tokenizer_hash(b.processor.tokenizer), longest=b.processor.tokenizer.model_max_length)
+        weights = [*sorted(base.items()), *sorted(own.items()), *self.heads[name].state_dict().items()]
+        return make_identity(type(self).__name__, settings, weights)
+
+@patch(as_prop=True)
+def identity(self:RewardModel)->str:
+    "Who this reward is by its active perspective; see `identity_of`."
+    return self.identity_of()
 
 # %% ../nbs/06_model.ipynb #f4985b36
 def _read_weights(path:Path)->dict:
@@ -460,7 +499,7 @@ def _saved_config(folder:Path, overrides:dict=None)->PerspectiveConfig:
     path = folder/('reward_config.json' if ours else 'reward_config.yaml')
     return _config_from(read_json(path) if ours else _published_config(path), path, overrides or {})
 
-# %% ../nbs/06_model.ipynb #96b16fcf
+# %% ../nbs/06_model.ipynb #39a8d78d
 _PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','lora_bias','rank_pattern','alpha_pattern','target_modules','exclude_modules',
            'layers_to_transform','layers_pattern')                 # to LoraConfig
 _NOTES = ('peft_type','peft_version','auto_mapping','base_model_name_or_path','revision','task_type','inference_mode','megatron_core','runtime_config') # no influence
@@ -488,7 +527,7 @@ def _adapter_options(
     except ValueError as e: raise CheckpointError(f"{path}: {e}; copy it again") from None
     return options
 
-# %% ../nbs/06_model.ipynb #579a3085
+# %% ../nbs/06_model.ipynb #78fd3339
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."

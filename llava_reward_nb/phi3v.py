@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLIP_L14_336', 'SUB_GN', 'GLB_GN', 'CLIP_MEAN', 'CLIP_STD', 'VISION_CHUNK', 'Phi3VConfig', 'blame', 'read_json',
-           'hd_shape', 'hd_transform', 'num_image_tokens', 'token_order', 'hd_crops', 'Phi3VImageProcessor',
-           'plain_tokenizer', 'plain_ids', 'Phi3VProcessor', 'load_tokenizer', 'check_vocabulary', 'LongRope',
-           'PatchConv2d', 'PatchConv3d', 'exact_patches', 'Phi3VModel', 'published_name', 'unused_names']
+           'read_config', 'hd_shape', 'hd_transform', 'num_image_tokens', 'token_order', 'hd_crops',
+           'Phi3VImageProcessor', 'plain_tokenizer', 'plain_ids', 'Phi3VProcessor', 'load_tokenizer',
+           'check_vocabulary', 'tokenizer_hash', 'config_facts', 'LongRope', 'PatchConv2d', 'PatchConv3d',
+           'exact_patches', 'Phi3VModel', 'published_name', 'unused_names']
 
 # %% ../nbs/02_phi3v.ipynb #b356956b
 import json, math, re
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Model, PreTrainedTokenizerFast
 
 from .core import CheckpointError, InputError, as_images, atomic_path, load_weights, reward_inputs, weight_files
+from .store import text_hash
 
 # %% ../nbs/02_phi3v.ipynb #0f5a7685
 @dataclass
@@ -171,7 +173,7 @@ def blame(
         said = (str(e).strip() or 'no message').splitlines()[0]
         raise CheckpointError(f"{path}: damaged, or of another kind ({type(e).__name__}: {said:.200}); fetch or copy it again") from None
 
-# %% ../nbs/02_phi3v.ipynb #7efe400d
+# %% ../nbs/02_phi3v.ipynb #70e88999
 def read_json(
     path, # A JSON file
 )->dict:
@@ -183,7 +185,20 @@ def read_json(
     if not isinstance(d, dict): raise CheckpointError(f"{path}: holds a {type(d).__name__}, not a JSON object; fetch or copy it again")
     return d
 
-# %% ../nbs/02_phi3v.ipynb #4f040c60
+# %% ../nbs/02_phi3v.ipynb #f180dd3d
+def read_config(
+    path, # config.json of a model
+)->dict:
+    "A JSON object with the sizes of a model; `CheckpointError` as `read_json`, and for more layers than anything ever had (building them would not end)."
+    def check(d):
+        for k,v in d.items():
+            if isinstance(v, dict): check(v)
+            elif isinstance(v, int) and v>1000 and re.search(r'(layers|depth|blocks)$', k): raise CheckpointError(f"{path}: {k} is {v}; the file is damaged, fetch it again")
+    d = read_json(path)
+    check(d)
+    return d
+
+# %% ../nbs/02_phi3v.ipynb #cdf0a1e3
 @patch(cls_method=True)
 def from_pretrained(cls:Phi3VConfig,
     folder, # Model folder with a config.json
@@ -420,7 +435,7 @@ def load_tokenizer(
         tok('a b').input_ids # a damaged one fails here and not at the first prompt
     return tok
 
-# %% ../nbs/02_phi3v.ipynb #f84e3319
+# %% ../nbs/02_phi3v.ipynb #c60dfc99
 def check_vocabulary(
     tokenizer,      # a fast tokenizer
     rows:int,       # of the embedding table
@@ -434,6 +449,26 @@ def check_vocabulary(
     added = tokenizer.get_added_vocab()
     if lost := [t for t in needed if t not in added]: raise CheckpointError(
         f"{where}: the tokenizer does not know {lost[0]!r} as a special token; take the tokenizer of the model itself")
+
+# %% ../nbs/02_phi3v.ipynb #2bcfe379
+def tokenizer_hash(
+    tokenizer, # any of transformers
+)->str: # 16 hex digits
+    "Hash of all that decides which ids a text gets."
+    backend = getattr(tokenizer, 'backend_tokenizer', None)
+    spec = json.loads(backend.to_str())|dict(truncation=None, padding=None) if backend is not None else sorted(tokenizer.get_vocab().items())
+    template = getattr(tokenizer, 'chat_template', None)
+    return text_hash(json.dumps([spec, tokenizer.eos_token_id, tokenizer.pad_token_id, template], sort_keys=True))
+
+# %% ../nbs/02_phi3v.ipynb #6e45c9da
+def config_facts(
+    config, # a configuration of transformers, or a dict
+)->dict: # JSON-able
+    "What a configuration says of the model, without where it came from and who wrote it."
+    d = config if isinstance(config, dict) else config.to_dict()
+    drop = ('transformers_version', 'torch_dtype', 'dtype', 'architectures', 'name_or_path')
+    kept = {k:config_facts(v) if isinstance(v, dict) else v for k,v in d.items() if not str(k).startswith('_') and k not in drop}
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
 
 # %% ../nbs/02_phi3v.ipynb #52132383
 _OURS = 'llava_reward_nb.phi3v.Phi3VImageProcessor' # marks a preprocessor_config.json written by this package
@@ -502,7 +537,7 @@ class LongRope(nn.Module):
         angle = torch.cat([angle, angle], -1)
         return (angle.cos()*self.scale).to(x.dtype), (angle.sin()*self.scale).to(x.dtype)
 
-# %% ../nbs/02_phi3v.ipynb #ae14fbec
+# %% ../nbs/02_phi3v.ipynb #2bfe7594
 def _matmul_patches(self, x:Tensor)->Tensor: # the `forward` of a convolution whose patches do not overlap
     k = self.kernel_size
     grid = [n//s for n,s in zip(x.shape[2:], k)]
@@ -521,7 +556,7 @@ class PatchConv3d(nn.Conv3d):
     "A `Conv3d` with stride equal to its kernel, computed as a matrix product."
     forward = _matmul_patches
 
-# %% ../nbs/02_phi3v.ipynb #5b70c57b
+# %% ../nbs/02_phi3v.ipynb #5329d545
 def exact_patches(
     model:nn.Module, # any model; changed in place
 )->nn.Module: # the same
@@ -629,9 +664,13 @@ def forward(self:Phi3VModel,
     embeds = self.language_model.embed_tokens(input_ids.clamp(min=0))
     embeds = embeds.masked_scatter(place[...,None], visual.to(embeds.dtype))
     position_ids = (attention_mask.long().cumsum(-1)-1).clamp(min=0)
-    out = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                              use_cache=False, output_hidden_states=output_hidden_states)
-    return (out.last_hidden_state, out.hidden_states) if output_hidden_states else out.last_hidden_state
+    states = [embeds]
+    keep = lambda layer, args, out: states.append(out[0] if isinstance(out, tuple) else out)
+    hooks = [layer.register_forward_hook(keep) for layer in self.language_model.layers if output_hidden_states]
+    try: last = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks: hook.remove()
+    return (last, (*states[:-1], last)) if output_hidden_states else last
 
 # %% ../nbs/02_phi3v.ipynb #94a923f3
 _IMG = 'model.vision_embed_tokens.'
