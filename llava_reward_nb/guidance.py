@@ -15,8 +15,8 @@ from torch import Tensor
 from . import stats
 from .core import MODELS, InputError, atomic_path, load_image, progress, read_table
 from .core import write_table
-from .evaluation import (PARTICLE_FIELDS, Health, check_names, finite_scores, metric_columns, panels,
-                                        particle_frame, per_prompt, score_batch, table9)
+from .evaluation import (PARTICLE_FIELDS, Health, check_names, finite_scores, metric_columns,
+                                        panels, particle_frame, per_prompt, score_batch, table9)
 from .particles import SteeringError
 from .rewards import load_reward, score_all
 from .shapes import CATEGORIES, sample_prompt
@@ -44,7 +44,7 @@ def matched_lam(
 )->float: # lam
     "The strength at which a reward of any range steers equally hard; SteeringError if it cannot steer."
     spread = torch.as_tensor(scores).double().std(1).mean().item()
-    if not np.isfinite(spread): raise SteeringError("some scores are no finite numbers; the reward cannot steer")
+    if not np.isfinite(spread): raise SteeringError("some scores are no finite numbers; it cannot steer")
     if not spread>0: raise SteeringError("the reward gives all particles of a prompt the same score; it cannot steer")
     return strength/spread
 
@@ -115,17 +115,17 @@ def open_comparison(
         if file.is_file():
             try: old = json.loads(file.read_text(encoding='utf-8'))
             except ValueError as e:
-                raise SteeringError(f"{file}: damaged ({e}); choose another folder, or delete this one") from None
+                raise SteeringError(f"{file}: damaged ({e}); choose another folder, or delete it") from None
             other = _differences(old, settings)
-            if other: raise SteeringError(f"{out} was made with other settings ({'; '.join(other[:4])}); choose "
-                                          "another folder, or delete this one")
+            if other: raise SteeringError(f"{out} was made with other settings ({'; '.join(other[:4])}); "
+                                          "choose another folder, or delete this one")
         else:
             with atomic_path(file) as f: f.write_text(json.dumps(settings, indent=1)+'\n', encoding='utf-8')
     named = {**settings.get('metrics',{}), **settings.get('rewards',{})}
     nobody = [n for n,i in named.items() if i is None]
     if nobody and frame is not None: raise SteeringError(
-        f"{out}: nobody knows whether {nobody[0]!r} is the reward that scored here, it has no `identity`; give it "
-        "one (an attribute, text that changes when the reward does), choose another folder, or delete this one")
+        f"{out}: nobody knows whether {nobody[0]!r} is the reward that scored here, it has no `identity`; give "
+        "it one (an attribute, text that changes with the reward), choose another folder, or delete this one")
     return frame
 
 # %% ../nbs/12d_guidance.ipynb #b6280e00
@@ -141,8 +141,8 @@ def _without_changed(out:Path, frame, wanted):
     files = frame[wanted].drop_duplicates('image')
     changed = [f for f,p in zip(files.image, files.pixels) if not _same_pixels(f, p)]
     if not changed: return frame
-    warnings.warn(f"{out}: {len(changed)} images are not what they were (first: {Path(changed[0]).name}); the "
-                  "particles of their prompts are made again", stacklevel=3)
+    warnings.warn(f"{out}: {len(changed)} images are not what they were (first: {Path(changed[0]).name}); "
+                  "the particles of their prompts are made again", stacklevel=3)
     gone = set(zip(*(frame[frame.image.isin(changed)][c] for c in _GROUP)))
     kept = frame[[key not in gone for key in zip(*(frame[c] for c in _GROUP))]].reset_index(drop=True)
     with folder_lock(out): write_table(kept, out/'scores.parquet')
@@ -269,7 +269,8 @@ def compare_guidance(
         if not lack: continue
         how = dict(kwargs, lam=lams[reward]) if reward else kwargs
         images = _sample(pipe, lack, way, rewards.get(reward), seed, how)
-        scores,lost = _judged(judges, health, images, [p for p in lack for _ in range(len(images)//len(lack))])
+        each = [p for p in lack for _ in range(len(images)//len(lack))]
+        scores,lost = _judged(judges, health, images, each)
         gaps += lost
         head = dict(prompt_set=prompt_set, model=model, seed=seed)
         _add(out, head, labels, lack, images, scores, pictures)
@@ -295,7 +296,7 @@ def paired(
     summary:str='best',  # of a prompt's particles: 'best' or 'mean'
     m:int=2000,          # exchanges tried, see `paired_p`
 ): # DataFrame: guidance, minus, metric, difference, low, high, p, prompts
-    "Mean difference over prompts, 95 % interval and two-sided p; `InputError` if two guidances share no prompt."
+    "Mean difference over prompts, 95 % interval, two-sided p; `InputError` if two guidances share no prompt."
     import pandas as pd
     frame = particle_frame(frame); metrics = metrics or metric_columns(frame); out = []
     each = per_prompt(frame, metrics).set_index(['prompt_set','model','prompt','seed'])
