@@ -126,7 +126,7 @@ def test_collate_in_workers(home):
 
 text = st.text(st.characters(codec='utf-8', exclude_categories=('Cc', 'Zl', 'Zp')), max_size=30)
 texts = st.lists(text, min_size=1, max_size=5)
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 @pytest.mark.parametrize('suffix', FORMATS)
 @quick
