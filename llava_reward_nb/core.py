@@ -402,9 +402,11 @@ def _read_lines(text:str, path)->list:
 
 def _read_parquet(path)->list:
     import pyarrow.parquet as pq
-    table = pq.read_table(path)
-    twice = [c for c in table.column_names if table.column_names.count(c)>1]
-    if twice: raise InputError(f"{path}: has {twice.count(twice[0])} columns {twice[0]!r}; give each its own name")
+    file = pq.ParquetFile(path)
+    names = file.schema_arrow.names
+    twice = [c for c in names if names.count(c)>1]
+    if twice: raise InputError(f"{path}: has {len(twice)} columns {twice[0]!r}; give each its own name")
+    table = file.read()
     made = (table.schema.pandas_metadata or {}).get('index_columns', [])
     index = [c for c in table.column_names if c in made and c.startswith('__index')]
     return table.drop_columns(index).to_pylist()
