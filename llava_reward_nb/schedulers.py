@@ -6,13 +6,13 @@
 __all__ = ['DIFFUSION', 'MULTISTEP', 'EDM', 'FLOW', 'CONSISTENCY', 'predicted_x0', 'call_step', 'set_timesteps',
            'check_scheduler', 'moved', 'permute_state', 'flow_sde_step', 'noise_schedule', 'stochastic']
 
-# %% ../nbs/09h_schedulers.ipynb #a013de72
+# %% ../nbs/09h_schedulers.ipynb #98dcb818
 import copy, functools, inspect, math
 import torch
 from torch import Tensor
 from .particles import SteeringError
 
-# %% ../nbs/09h_schedulers.ipynb #8c2817c5
+# %% ../nbs/09h_schedulers.ipynb #6f6eb505
 def _flow(scheduler, sigma, model_output):
     "(sigma, velocity) of a flow scheduler as on the line from x0 (sigma 0) to noise (sigma 1)"
     if scheduler.config.get('invert_sigmas'): return 1-float(sigma), -model_output.float()
@@ -32,7 +32,7 @@ def predicted_x0(
         sigma, v = _flow(scheduler, scheduler.sigmas[scheduler.step_index-1], model_output)
         return sample.float() - sigma*v
 
-# %% ../nbs/09h_schedulers.ipynb #7b3eced9
+# %% ../nbs/09h_schedulers.ipynb #727f22a7
 def _safe_eta(scheduler, eta, timestep):
     "eta of DDIM, lowered where the old noise's share would be lost in rounding"
     if not hasattr(scheduler, 'final_alpha_cumprod') or not scheduler.num_inference_steps: return eta
@@ -61,7 +61,7 @@ def call_step(
     if 'generator' in names and unset: given['generator'] = generator
     return step(*ba.args, **ba.kwargs), given['model_output'], given['sample'], wanted
 
-# %% ../nbs/09h_schedulers.ipynb #d15870fe
+# %% ../nbs/09h_schedulers.ipynb #0b4af941
 def set_timesteps(
     scheduler, # a diffusers scheduler
     n:int,     # number of steps
@@ -82,7 +82,7 @@ def _trial(scheduler, eta, seed):
         x0, x = predicted_x0(s, out, v, x), getattr(out, 'prev_sample', None)
         if x is None or getattr(s, 'state_in_first_order', True): return x, x0
 
-# %% ../nbs/09h_schedulers.ipynb #38dbfbc3
+# %% ../nbs/09h_schedulers.ipynb #4f0f77a4
 def _no_signal(scheduler)->bool:
     "Whether the schedule, read as this scheduler reads it, divides by a signal of zero"
     ab, kind = getattr(scheduler, 'alphas_cumprod', None), scheduler.config.get('prediction_type', 'epsilon')
@@ -112,7 +112,7 @@ def check_scheduler(
     if eta==0: raise no(f"is deterministic with eta=0: {copies}", "pass eta=1")
     raise no(f"is deterministic: {copies}")
 
-# %% ../nbs/09h_schedulers.ipynb #527b426d
+# %% ../nbs/09h_schedulers.ipynb #2e51e7ae
 def moved(v, like, idx):
     "v with its particles exchanged, if it is a tensor with the latents' shape or a list with such"
     if isinstance(v, Tensor): return v[idx.to(v.device)] if v.shape==like.shape else v
@@ -130,7 +130,7 @@ def permute_state(
         new = moved(v, like, idx)
         if new is not v: setattr(scheduler, name, new)
 
-# %% ../nbs/09h_schedulers.ipynb #a0dae532
+# %% ../nbs/09h_schedulers.ipynb #f8588db4
 def flow_sde_step(
     x:Tensor,             # noisy latents at sigma, float32
     v:Tensor,             # velocity that the model predicts, float32
@@ -149,7 +149,7 @@ def flow_sde_step(
     kept = (after*(1-sigma)/(sigma*(1-after)))**(noise_level**2)
     return (1-after)*middle + after*(math.sqrt(kept)*old + math.sqrt(1-kept)*noise), x0
 
-# %% ../nbs/09h_schedulers.ipynb #daafcade
+# %% ../nbs/09h_schedulers.ipynb #6ffa38a3
 @functools.cache
 def _flow_sde_class():
     "`FlowSDEScheduler`"
@@ -201,7 +201,7 @@ def __getattr__(name):
     if name=='SchedulerMixin': return __import__('diffusers').SchedulerMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-# %% ../nbs/09h_schedulers.ipynb #59d0448c
+# %% ../nbs/09h_schedulers.ipynb #7b66702d
 def noise_schedule(
     scheduler, # a diffusers scheduler
     n:int,     # number of steps
@@ -234,16 +234,16 @@ def _settings(scheduler)->dict:
     names = inspect.signature(type(scheduler).__init__).parameters
     return {n: v for n,v in scheduler.config.items() if n in names}
 
-# %% ../nbs/09h_schedulers.ipynb #b843731d
+# %% ../nbs/09h_schedulers.ipynb #dbaa6468
 def _names(text): return tuple(f'{n}Scheduler' for n in text.split())
-DIFFUSION = _names('DDIM DDIMParallel DDPM DDPMParallel PNDM EulerDiscrete EulerAncestralDiscrete LMSDiscrete '
-                   'HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverSDE')
+DIFFUSION = _names('DDIM DDIMParallel DDPM DDPMParallel PNDM EulerDiscrete EulerAncestralDiscrete '
+                   'LMSDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverSDE')
 MULTISTEP = _names('DPMSolverMultistep DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver')
 EDM = _names('EDMEuler EDMDPMSolverMultistep')
 FLOW = _names('FlowMatchEulerDiscrete FlowMatchHeunDiscrete LTXEulerAncestralRF FlowSDE')
 CONSISTENCY = _names('LCM TCD FlowMatchLCM')
 
-# %% ../nbs/09h_schedulers.ipynb #d121be4b
+# %% ../nbs/09h_schedulers.ipynb #c8a6347e
 def _candidates(scheduler):
     "Schedulers that add noise, with the settings of this one, nearest first"
     import diffusers
@@ -283,7 +283,7 @@ def _difference(old, new)->str:
         if any((x-y).abs().max()>1e-4 for x,y in shares): return f"its noise levels of {n} steps differ"
     return ''
 
-# %% ../nbs/09h_schedulers.ipynb #c6d55383
+# %% ../nbs/09h_schedulers.ipynb #ba885efb
 def stochastic(
     scheduler, # any diffusers scheduler
 ): # the same, or one with the same noise schedule that adds noise in each step
@@ -291,8 +291,8 @@ def stochastic(
     name = type(scheduler).__name__
     theirs = type(scheduler).__module__.split('.')[0]=='diffusers' or name=='FlowSDEScheduler'
     if name in CONSISTENCY: raise SteeringError(
-        f"{name} draws all noise anew at each step, which is right for a consistency model only. If yours is one, "
-        "leave it in place: it can be steered as it is; if not, load the scheduler that the model was trained with")
+        f"{name} draws all noise anew at each step, which is right for a consistency model only. "
+        "If yours is one, leave it in place: it can be steered as it is; if not, load the scheduler the model was trained with")
     known = theirs and name in DIFFUSION+MULTISTEP+EDM+FLOW
     try:
         check_scheduler(scheduler)
@@ -300,8 +300,8 @@ def stochastic(
     except SteeringError as e: reason = e
     else: reason = f"{name} is not among those whose law is known"
     if not known: raise SteeringError(
-        f"{name} cannot be steered or exchanged ({str(reason).partition(';')[0]}); use another scheduler of the model, "
-        "such as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler")
+        f"{name} cannot be steered or exchanged ({str(reason).partition(';')[0]}); "
+        "use another scheduler of the model, such as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler")
     tried = []
     for make in _candidates(scheduler):
         try:

@@ -1,10 +1,10 @@
 "Every scheduler that diffusers exports: exchanged for one that keeps the model's law, or refused; and the flow sampler in its pipelines."
-import inspect, math, pickle, warnings
+import copy, inspect, math, pickle, warnings
 
 import diffusers, pytest, torch
 
 from llava_reward_nb.particles import SteeringError
-from llava_reward_nb.schedulers import CONSISTENCY, FlowSDEScheduler, check_scheduler, noise_schedule, stochastic
+from llava_reward_nb.schedulers import CONSISTENCY, FlowSDEScheduler, check_scheduler, stochastic
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -89,3 +89,52 @@ def test_every_scheduler_keeps_the_law_or_is_refused(name, kind):
         assert abs(x.mean()-MEAN)<.02 and abs(x.std()-SD)<.04, (name, settings, type(new).__name__, x.mean().item(), x.std().item())
         kept.add(str(settings))
     if name in CONSISTENCY: assert not kept
+
+
+# ---- the flow sampler ----
+
+class Modes:
+    "Exact velocity of .3 N(-2, .3^2) + .7 N(2, .3^2)."
+    def __call__(self, x, sigma):
+        z, var = x.double().flatten()[:, None], (1-sigma)**2*.09+sigma**2
+        mu, w = torch.tensor([-2., 2.], dtype=torch.float64), torch.tensor([.3, .7], dtype=torch.float64)
+        post = torch.softmax(w.log()-(z-(1-sigma)*mu)**2/(2*var), -1)
+        x0 = (post*(mu+(1-sigma)*.09/var*(z-(1-sigma)*mu))).sum(-1)
+        return ((z[:, 0]-x0)/sigma).float().view_as(x)
+
+    def law(self, scheduler, seed, n=40_000):
+        g = torch.Generator().manual_seed(seed)
+        scheduler.set_timesteps(50)
+        x = torch.randn(n, 1, 1, 1, generator=g)
+        for t in scheduler.timesteps: x = scheduler.step(self(x, float(t)/1000), t, x, generator=g, return_dict=False)[0]
+        return (x>0).float().mean().item(), x[x>0].std().item(), x[x<0].std().item()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_flow_keeps_the_law(seed):
+    "Shares and spreads within .01 of the truth at 50 steps; three standard errors of 40,000 draws are .007 and .006, so chance alone does not fail it."
+    old = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    assert Modes().law(stochastic(old), seed) == pytest.approx((.7, .3, .3), abs=.01)
+    share, upper, lower = Modes().law(old, seed)
+    assert share>.75 and upper<.25 and lower<.25        # what is replaced loses a third of the spread
+
+
+def test_flow_scheduler_is_copied_and_pickled():
+    s = FlowSDEScheduler(shift=3., noise_level=.5)
+    for t in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s), FlowSDEScheduler.from_config(s.config)):
+        assert type(t) is FlowSDEScheduler and t.config.noise_level==.5 and t.config.shift==3.
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_flow_in_half_precision_computes_in_float32(dtype):
+    "Rounded latents and outputs in, the step itself in float32: nothing but one rounding differs."
+    runs = []
+    for d in (dtype, torch.float32):
+        s, g = FlowSDEScheduler(), torch.Generator().manual_seed(0)
+        s.set_timesteps(8)
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        out = s.step((.3*x).to(d), s.timesteps[0], x.to(d), generator=g)
+        runs.append(out)
+        assert out.prev_sample.dtype==d and out.pred_original_sample.dtype==torch.float32
+    assert torch.allclose(runs[0].pred_original_sample, runs[1].pred_original_sample, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(runs[0].prev_sample.float(), runs[1].prev_sample, rtol=1e-2, atol=1e-2)

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from llava_reward_nb.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
 from llava_reward_nb.schedulers import FlowSDEScheduler
-from llava_reward_nb.steering import check_scheduler, decode_latents, fk_steer, permute_state, predicted_x0, steer, stochastic
+from llava_reward_nb.steering import decode_latents, fk_steer, steer, stochastic
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -317,7 +317,7 @@ def embeds(sd, text): return torch.cat([sd.encode_prompt(t, 'cpu', 1, False)[0] 
 
 def per_prompt(sd):
     "For each case: the kind of pipeline, and arguments for all prompts."
-    pics, text2, latents = [picture(i) for i in range(3)], sd, torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    pics, latents = [picture(i) for i in range(3)], torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     from_image = dict(image=pics, strength=.8)
     tensors = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/127.5-1 for im in pics])
     return dict(
@@ -416,7 +416,7 @@ def test_interrupted(sd):
 
 
 def test_two_threads_cannot_steer_one_pipeline(sd):
-    inside, go, errors = threading.Event(), threading.Event(), []
+    inside, go = threading.Event(), threading.Event()
     def first():
         with steer(sd, brightness, 'a', n_particles=2):
             inside.set()
