@@ -545,7 +545,7 @@ def _saved_config(folder:Path, overrides:dict=None)->PerspectiveConfig:
     return _config_from(read_json(path) if ours else _published_config(path), path, overrides or {})
 
 # %% ../nbs/06_model.ipynb #078f735f
-_PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','lora_bias','rank_pattern','alpha_pattern',
+_PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','rank_pattern','alpha_pattern',
            'target_modules','exclude_modules','layers_to_transform','layers_pattern') # to LoraConfig
 _NOTES = ('peft_version','auto_mapping','base_model_name_or_path','revision','task_type','inference_mode',
           'megatron_core','runtime_config')            # no influence on a score
@@ -578,7 +578,6 @@ def _adapter_options(
             "the scores would not be those of its training")
     options = {k:_our_names(d[k]) for k in _PASSED if d.get(k) is not None}
     options = dict(r=None, lora_alpha=None, lora_dropout=0.)|options
-    if options.get('lora_bias'): options['init_lora_weights'] = True # PEFT has no other start with it
     try: _check_sizes(options)
     except ValueError as e: raise CheckpointError(f"{path}: {e}; copy it again") from None
     return options

@@ -33,7 +33,7 @@ def spread(rm, seed=0):
 
 # --- options of PEFT's file ----------------------------------------------------------------------------------------------------------
 
-OPTIONS = dict(plain={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True), bias=dict(lora_bias=True, init_lora_weights=True), one_layer=dict(target_modules=['qkv_proj', 'o_proj'], layers_to_transform=[0]),
+OPTIONS = dict(plain={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True), one_layer=dict(target_modules=['qkv_proj', 'o_proj'], layers_to_transform=[0]),
                ranks=dict(rank_pattern={'qkv_proj': 7, r'layers\.1\.mlp\.down_proj': 3}, alpha_pattern={'down_proj': 2}), some=dict(target_modules=['qkv_proj', 'down_proj']),
                no_projector=dict(modules_to_save=None), left_out=dict(exclude_modules=['o_proj']), orthogonal=dict(init_lora_weights='orthogonal'))
 
@@ -85,7 +85,7 @@ def test_options_mean_what_peft_means(kind, layout, tmp_path):
     (dict(lora_alpha='gone'), 'lacks lora_alpha'), (dict(r='gone'), 'lacks r'), (dict(r=0), 'rank is 0'), (dict(lora_alpha=None), 'lora_alpha is None'), (dict(lora_dropout=3), 'lora_dropout is 3'),
     (dict(bias='lora_only'), 'bias'), (dict(peft_type='IA3'), 'peft_type'), (dict(init_lora_weights='olora'), 'init_lora_weights'), (dict(modules_to_save=['norm']), 'modules_to_save'),
     (dict(layer_replication=[[0, 2]]), 'layer_replication'), (dict(fan_in_fan_out=True), 'fan_in_fan_out'), (dict(target_parameters=['a']), 'target_parameters'),
-    (dict(use_qalora=True), 'use_qalora'), (dict(loftq_config=dict(loftq_bits=4)), 'loftq_config'), (dict(option_of_tomorrow=1), 'option_of_tomorrow'),
+    (dict(use_qalora=True), 'use_qalora'), (dict(lora_bias=True), 'lora_bias'), (dict(loftq_config=dict(loftq_bits=4)), 'loftq_config'), (dict(option_of_tomorrow=1), 'option_of_tomorrow'),
     (dict(rank_pattern={'nowhere': 2}), 'nowhere'), (dict(rank_pattern={'(': 2}), 'adapter_config.json'), (dict(rank_pattern=[1]), 'adapter_config.json'), (dict(target_modules=[]), 'no linear layer'),
     (dict(target_modules=['q_proj']), 'all perspectives share'), (dict(target_modules='all-linear'), 'no linear layer'), (dict(target_modules=3), 'adapter_config.json')])
 def test_options_that_are_refused(layout, change, says, tmp_path):
@@ -186,7 +186,7 @@ def mutated(data, rng):
     return bytes(data)
 
 
-@pytest.mark.parametrize('kind, cases', [('ours', 90), ('published', 60), ('base', 60)])
+@pytest.mark.parametrize('kind, cases', [('ours', 50), ('published', 40), ('base', 40)])
 def test_damaged_files_of_every_kind(kinds, kind, cases, tmp_path):
     "Random damage, fixed seed: one clear error, or, where nothing can tell, a model that loads."
     source, use = kinds[kind]
