@@ -17,9 +17,8 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -29,7 +28,7 @@ from PIL import Image
 from .core import (IMAGE_COLUMNS, MODELS, PROMPT_COLUMNS, CheckpointError, InputError, TransparencyWarning,
                                   atomic_path, check_writable, find_column, image_key, image_size, open_image, progress,
                                   read_table, table_kind, write_table)
-from .store import ScoreStore, folder_lock, make_identity, identity, pixels_hash, text_hash
+from .store import ScoreStore, folder_lock, identity, pixels_hash
 
 # %% ../nbs/14_cli.ipynb #4b73dad1
 def image_name(
@@ -375,19 +374,16 @@ def heartbeat(
 @dataclass
 class Judge:
     "What turns images and prompts into numbers."
+    names:list      # what the numbers are called
     run:Callable    # (images, prompts) -> dict: name -> tensor (n,d)
-    made_by:dict    # name -> what decides its numbers (see `identity`), or None if nobody says
+    made_by:Callable # name -> what decides these numbers (see `identity`), None if nobody says
 
 def perspective_judge(
     rm,         # reward model
     names:list, # perspectives
 )->Judge:
     "Some perspectives of a model as one judge of head vectors."
-    settings = dict(num_crops=rm.backbone.num_crops, loaded=list(rm.configs), merged=rm.merged)
-    if rm.peft is not None: settings['adapters'] = {n:repr(sorted(c.to_dict().items())) for n,c in rm.peft.peft_config.items()}
-    everything = make_identity('RewardModel', settings, [rm])
-    made_by = {n:f"{everything}-{text_hash(f'{n} {rm.configs[n]}')}" for n in names}
-    return Judge(lambda images,prompts: rm.embed_all(images, prompts, names, len(images)), made_by)
+    return Judge(names, lambda images,prompts: rm.embed_all(images, prompts, names, len(images)), rm.identity_of)
 
 def reward_judge(
     name:str, # what to call it
@@ -396,9 +392,10 @@ def reward_judge(
     "A reward as a judge of vectors with one element; ValueError for anything but one number for each image."
     def run(images, prompts):
         out = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
-        if out.shape!=(len(images),): raise ValueError(f"gave the shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
+        if out.shape!=(len(images),): raise ValueError(
+            f"gave the shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
         return {name:out[:,None]}
-    return Judge(run, {name:identity(reward)})
+    return Judge([name], run, lambda name: identity(reward))
 
 # %% ../nbs/14_cli.ipynb #6f184481
 def _answers(judge:Judge, images:list, prompts:list)->list: # for each image a dict name -> tuple of numbers, or what is wrong
@@ -412,16 +409,18 @@ def _answers(judge:Judge, images:list, prompts:list)->list: # for each image a d
     return [f'the score is {o[0]}' if o else r for r,o in zip(rows, odd)]
 
 # %% ../nbs/14_cli.ipynb #7fa2b373
-def _remembered(store, judges:list)->dict: # (pixels, prompt) -> {name: tuple of numbers}
-    "What these judges, unchanged, have said before."
-    made_by,out = {n:m for j in judges for n,m in j.made_by.items()},{}
+def _remembered(store, made_by:dict)->dict: # (pixels, prompt) -> {name: tuple of numbers}
+    "What the judges of these names, unchanged, have said before."
+    out = {}
     for (_,n,made,pixels,prompt),(score,said) in (store.known() if store else {}).items():
         if made_by.get(n)==made: out.setdefault((pixels,prompt), {})[n] = tuple(json.loads(said)) if said else (score,)
     return out
 
-def _keep(store:ScoreStore, judge:Judge, name:str, pixels:str, prompt:str, numbers:dict):
-    store.add([dict(key=name, reward=n, identity=judge.made_by[n] or '', pixels=pixels, prompt=prompt,
-                    score=v[0], note=json.dumps(v) if len(v)>1 else '') for n,v in numbers.items()])
+def _keep(store:ScoreStore, made_by:dict, look, numbers:dict):
+    "Put what a judge said of an image into a store."
+    about = dict(key=look.name, pixels=look.pixels, prompt=look.prompt)
+    store.add([dict(about, reward=n, identity=made_by[n] or '', score=v[0], note=json.dumps(v) if len(v)>1 else '')
+               for n,v in numbers.items()])
 
 @dataclass
 class _Look:
@@ -444,21 +443,21 @@ def _looks(jobs:list)->list: # of `_Look`; jobs are (image, name, prompt), the s
 # %% ../nbs/14_cli.ipynb #c56a736b
 PIECE = 32 # images held in memory at a time, or as many as are run at a time
 
-def _ask(judge:Judge, looks:list, batch_size:int, known:dict, store)->dict: # (pixels, prompt) -> what is wrong
+def _ask(judge:Judge, looks:list, batch_size:int, known:dict, keep)->dict: # (pixels, prompt) -> what is wrong
     "Add to what is known, images of like shape together."
-    lacks = lambda l: any(n not in known.get((l.pixels,l.prompt), {}) for n in judge.made_by)
+    lacks = lambda l: any(n not in known.get((l.pixels,l.prompt), {}) for n in judge.names)
     todo = {(l.pixels,l.prompt):l for l in looks if not l.error and lacks(l)}
-    order,errors = sorted(todo, key=lambda k: todo[k].image.width/todo[k].image.height),{}
+    order,errors = sorted(todo.values(), key=lambda l: l.image.width/l.image.height),{}
     for i in range(0, len(order), batch_size):
         part = order[i:i+batch_size]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', TransparencyWarning) # was said when the image was opened
-            said = _answers(judge, [todo[k].image for k in part], [todo[k].prompt for k in part])
-        for k,numbers in zip(part, said):
-            if isinstance(numbers, str): errors[k] = numbers
+            said = _answers(judge, [l.image for l in part], [l.prompt for l in part])
+        for l,numbers in zip(part, said):
+            if isinstance(numbers, str): errors[l.pixels,l.prompt] = numbers
             else:
-                known.setdefault(k, {}).update(numbers)
-                if store: _keep(store, judge, todo[k].name, *k, numbers)
+                known.setdefault((l.pixels,l.prompt), {}).update(numbers)
+                keep(l, numbers)
     return errors
 
 # %% ../nbs/14_cli.ipynb #fd1a676f
@@ -466,7 +465,7 @@ def _wrong(look:_Look, judges:list, errors:list)->str|None:
     "What is wrong with an image and a prompt, by what `_ask` gave for each judge."
     if look.error: return look.error
     key,several = (look.pixels,look.prompt),len(judges)>1
-    said = [f"{', '.join(j.made_by)}: {e[key]}" if several else e[key] for j,e in zip(judges, errors) if key in e]
+    said = [f"{', '.join(j.names)}: {e[key]}" if several else e[key] for j,e in zip(judges, errors) if key in e]
     return f"{look.name}: {'; '.join(said)}" if said else None
 
 # %% ../nbs/14_cli.ipynb #50bad69a
@@ -478,7 +477,10 @@ def judge_items(
     skip_bad:bool=True,  # go on after an error
 )->list: # for each item a list with, for each image, a dict name -> tuple of numbers
     "Ask all judges about all items, a few images in memory at a time; `InputError` for the first that fails, unless `skip_bad`."
-    uses,known,size,done = {},_remembered(store, judges),max(PIECE, batch_size),[0]
+    made_by = {n:j.made_by(n) for j in judges for n in j.names} if store else {}
+    keep = partial(_keep, store, made_by) if store else lambda look,numbers: None
+    uses,known,size,done = {},_remembered(store, made_by),max(PIECE, batch_size),[0]
+    if known: note(f'going on where an earlier run stopped: {len(known):,} images are done')
     for k,i in enumerate(items):
         for side,(x,name) in enumerate(zip(i.images, i.names)):
             if not i.error: uses.setdefault(image_key(x), []).append((x,name,i.prompt,k,side))
@@ -487,11 +489,12 @@ def judge_items(
         for start in range(0, len(flat), size):
             part = flat[start:start+size]
             looks = _looks([u[:3] for u in part])
-            errors = [_ask(j, looks, batch_size, known, store) for j in judges]
+            errors = [_ask(j, looks, batch_size, known, keep) for j in judges]
             for look,(*_,k,side) in zip(looks, part):
                 items[k].error = items[k].error or _wrong(look, judges, errors)
                 out[k][side] = known.get((look.pixels,look.prompt), {})
-                if items[k].error and not skip_bad: raise InputError(f'{_placed(items[k])}; --skip-bad leaves it out and goes on')
+                if items[k].error and not skip_bad: raise InputError(
+                    f'{_placed(items[k])}; --skip-bad leaves it out and goes on')
             done[0] += len(part)
             bar.update(len(part))
     return out
@@ -595,12 +598,9 @@ def load(
         return rm.merge() if len(names)==1 else rm
 
 # %% ../nbs/14_cli.ipynb #0c67ae4d
-def _misfit(processor, x, name:str, prompt:str)->str|None:
+def _misfit(backbone, x, name:str, prompt:str)->str|None:
     "Why this image and prompt do not fit the model, if they do not."
-    try:
-        header = SimpleNamespace(size=image_size(x, name))
-        size = processor.image_processor.sizes([header])[0]
-        processor._check_lengths([processor.prompt_ids(prompt, processor.image_processor.num_tokens(size))])
+    try: backbone.check([image_size(x, name)], [prompt])
     except InputError as e: return f"{name}: {str(e).split(': ', 1)[-1]}" # it counts from 0 in a batch of one
 
 def mark_misfits(
@@ -610,7 +610,7 @@ def mark_misfits(
     "Find images too thin and prompts too long for the model."
     for i in items:
         if i.error: continue
-        found = [_misfit(rm.backbone.processor, x, n, i.prompt) for x,n in zip(i.images, i.names)]
+        found = [_misfit(rm.backbone, x, n, i.prompt) for x,n in zip(i.images, i.names)]
         i.error = next((e for e in found if e), None)
 
 # %% ../nbs/14_cli.ipynb #567d0c46
@@ -1355,7 +1355,8 @@ def llava_reward_demo(
     from llava_reward_nb.guidance import demo_steering
     from llava_reward_nb.tiny import evaluate_tiny
     if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")
-    folder,t0 = Path(out),time.perf_counter()
+    folder,t0 = Path(out).expanduser(),time.perf_counter()
+    check_writable(folder, folder=True)
     rm = load('tiny', list(perspective_kinds('tiny')))
     rows = demo_scores(folder, rm)
     print(f"1. {len(rows)} scenes rendered to {folder/'images'} and scored from there in all perspectives ({_seconds(t0)})\n")

@@ -1,7 +1,7 @@
 """Faults that people met, each through the command at which it showed, with what is right instead. `faults/inputs.py` makes the inputs.
 
 A test stands for a kind: its cases are the one that was met and others of the same sort."""
-import csv, importlib, io, json, os, shutil, signal, subprocess, sys, time
+import importlib, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -87,73 +87,76 @@ def test_evaluation_notices_other_weights(do, here):
     else: assert 'm/mine' in err and 'Traceback' not in err
 
 
-STOP = '''
-import sys, time
+KILLED = '''
+import time
 from llava_reward_nb import cli
-from llava_reward_nb.cli import llava_reward_{command}
+from llava_reward_nb.cli import llava_reward_score
 from llava_reward_nb.model import RewardModel
 cli.PIECE = 1
 done,quick = [],RewardModel.embed_all
 def slow(self, images, *args):
-    if len(done)==2:
-        print('waiting', flush=True)
-        time.sleep(1000)
+    if len(done)==2: time.sleep(1000)
     done.append(images)
     return quick(self, images, *args)
 RewardModel.embed_all = slow
-llava_reward_{command}()
+llava_reward_score()
 '''
 
 
-def stop(command, args, sign, parts):
-    "Interrupt a command after two images, when they are on the disk (or by Ctrl-C, which puts them there)."
-    p = start(STOP.format(command=command), *args)
-    while 'waiting' not in p.stdout.readline(): assert p.poll() is None, p.stderr.read()
-    while sign == signal.SIGKILL and not list(parts.glob('*.parquet')): time.sleep(.05)
-    p.send_signal(sign)
-    out, err = p.communicate(timeout=120)
-    return p.returncode, out, err
+def test_killed_scoring_goes_on(do, here, three, asked):
+    "What was done some seconds before a power cut is not done again."
+    p = start(KILLED, *three)
+    parts = here/'.s.csv.parts'
+    while p.poll() is None and len(ScoreStore(parts).known() if parts.exists() else ()) < 2: time.sleep(.1)
+    p.kill()
+    assert p.wait() == -signal.SIGKILL and not (here/'s.csv').exists()
+    assert do('score', *three)[0] == 0 and sum(asked) == 1 and not parts.exists()
+    assert do('score', *three[:-1], 'whole.csv')[0] == 0
+    np.testing.assert_allclose(cells('s.csv', 'alignment'), cells('whole.csv', 'alignment'), atol=1e-4)
 
 
 @pytest.fixture
-def three(here):
-    "A table of three images that differ."
-    for k, color in enumerate(('red', 'green', 'blue')): Image.new('RGB', (64, 64), color).save(here/f'{k}.png')
-    write_table([dict(image=f'{k}.png', prompt='a red circle') for k in range(3)], here/'three.csv')
-    return ('--table', 'three.csv', *FAST, '--out', 's.csv')
+def stop(do, monkeypatch):
+    "A command in which Ctrl-C is pressed when two images are judged."
+    def stop(*args):
+        with monkeypatch.context() as m:
+            m.setattr(cli, 'PIECE', 1)
+            quick, done = RewardModel.embed_all, []
+            def tired(self, images, *a):
+                if len(done) == 2: raise KeyboardInterrupt
+                done.append(images)
+                return quick(self, images, *a)
+            m.setattr(RewardModel, 'embed_all', tired)
+            code, out, err = do(*args)
+        assert code == 130 and 'the same command goes on' in err
+    return stop
 
 
-@pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGKILL])
-def test_score_goes_on_where_it_was_stopped(do, here, three, asked, sign):
-    code, out, err = stop('score', three, sign, here/'.s.csv.parts')
-    assert not (here/'s.csv').exists()
-    if sign == signal.SIGINT: assert code == 130 and 'the same command goes on' in err
-    assert do('score', *three)[0] == 0
-    assert sum(asked) == 1 and not (here/'.s.csv.parts').exists()
-    assert do('score', *three[:-1], 'whole.csv')[0] == 0
-    np.testing.assert_allclose(cells('s.csv', 'alignment'), cells('whole.csv', 'alignment'), atol=1e-4)
-
-
-def test_kept_scores_belong_to_pixels_and_weights(do, here, three, asked):
+def test_kept_scores_belong_to_pixels_and_weights(do, here, three, stop, asked):
     "Overwritten images and other weights are judged again; what is as it was is not."
-    stop('score', three, signal.SIGINT, here/'.s.csv.parts')
+    stop('score', *three)
+    assert not (here/'s.csv').exists()
     Image.new('RGB', (64, 64), 'yellow').save(here/'0.png')
-    assert do('score', *three)[0] == 0 and sum(asked) == 2
+    asked.clear()
+    code, out, err = do('score', *three)
+    assert code == 0 and sum(asked) == 2 and 'going on' in err
     assert do('score', *three[:-1], 'whole.csv')[0] == 0
     np.testing.assert_allclose(cells('s.csv', 'alignment'), cells('whole.csv', 'alignment'), atol=1e-4)
     put_perspective('alignment', here/'m')
-    mine = ('--table', 'three.csv', '--model', 'm', '--out', 'm.csv')
-    stop('score', mine, signal.SIGINT, here/'.m.csv.parts')
+    mine = ('--table', 'three.csv', '--model', 'm', '--batch-size', 1, '--out', 'm.csv')
+    stop('score', *mine)
     put_perspective('fidelity', here/'m')
     asked.clear()
     assert do('score', *mine)[0] == 0 and sum(asked) == 3
 
 
-def test_compare_goes_on_where_it_was_stopped(do, here, three, asked):
-    pairs = write_table([dict(image_a=f'{a}.png', image_b=f'{b}.png', prompt='a red circle') for a, b in ((0, 1), (1, 2), (2, 0))], here/'pairs.csv')
-    args = ('--table', pairs, '--perspective', 'overall', '--out', 'p.csv')
-    stop('compare', args, signal.SIGINT, here/'.p.csv.parts')
-    assert do('compare', *args)[0] == 0 and sum(asked) == 1
+def test_compare_goes_on_where_it_was_stopped(do, here, three, stop, asked):
+    pairs = [dict(image_a=f'{a}.png', image_b=f'{b}.png', prompt='a red circle') for a, b in ((0, 1), (1, 2), (2, 0))]
+    for args in (('--table', write_table(pairs, here/'pairs.csv')), ('0.png', '1.png', '2.png', '--prompt', 'a red circle')):
+        args = (*args, '--perspective', 'overall', '--batch-size', 1, '--out', 'p.csv')
+        stop('compare', *args)
+        asked.clear()
+        assert do('compare', *args)[0] == 0 and sum(asked) == 1
 
 
 # B, J, L, O. Tables
@@ -373,16 +376,15 @@ def test_closed_pipe(here):
     assert len(read_table('o.csv')) == 40
 
 
-def test_missing_package(here):
+def test_missing_package(do, here, monkeypatch):
     "One line that installs it, and works before a release."
-    blocked = here/'blocked'
-    blocked.mkdir()
-    (blocked/'openai.py').write_text("raise ModuleNotFoundError(\"No module named 'openai'\", name='openai')\n")
-    root = str(Path(cli.__file__).parent.parent)
-    for command, args in (('score', ('a.png', '--prompt', 'a red circle', '--reward', 'grader')), ('eval', ('tifa160', '--reward', 'grader', '--limit', '2', '--out', 'x'))):
-        code, out, err = run(command, *args, env=dict(PYTHONPATH=f'{blocked}{os.pathsep}{root}', OPENAI_API_KEY='x'))
+    monkeypatch.setitem(sys.modules, 'openai', None)
+    monkeypatch.setenv('OPENAI_API_KEY', 'x')
+    for args in (('score', 'a.png', '--prompt', 'a red circle', '--reward', 'grader'), ('eval', 'tifa160', '--reward', 'grader', '--limit', '2', '--out', 'x'),
+                 ('steer', 'two stars', '--reward', 'grader')):
+        code, out, err = do(*args)
         last = err.strip().splitlines()[-1]
-        assert code == 1 and 'Traceback' not in err and 'pip install openai' in last and 'llava_reward_nb[' not in last
+        assert code == 1 and 'pip install openai' in last and 'llava_reward_nb[' not in last
 
 
 def test_tiny_says_what_it_does_not_know(do, here):
@@ -419,7 +421,6 @@ def test_poor_terminals(here, env):
 
 
 def test_a_heartbeat_where_no_bar_is_seen(capfd):
-    import threading
     twice, calls = threading.Event(), []
     def say():
         calls.append(1)
