@@ -366,9 +366,12 @@ def heartbeat(
     over = threading.Event()
     def beat():
         while not over.wait(every): _say(say())
-    threading.Thread(target=beat, daemon=True).start()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
     try: yield
-    finally: over.set()
+    finally:
+        over.set()
+        thread.join()
 
 # %% ../nbs/14_cli.ipynb #b6311e39
 @dataclass

