@@ -1,12 +1,13 @@
 """Faults that people met, each through the command at which it showed, with what is right instead. `faults/inputs.py` makes the inputs.
 
 A test stands for a kind: its cases are the one that was met and others of the same sort."""
-import importlib, os, shutil, signal, subprocess, sys, threading, time
+import importlib, json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from conftest import script
 from PIL import Image
+from safetensors.torch import load_file
 
 from llava_reward_nb import cli
 from llava_reward_nb.core import MODELS, read_table, write_table
@@ -451,3 +452,114 @@ def test_steering_by_default_collides_with_nothing(do, here):
     assert set(pd.read_parquet('steered/scores.parquet').prompt) == {'two stars', 'a red circle'}
     code, out, err = steer('two stars', 'two stars', 'two stars')
     assert code == 0 and '2 of 3 prompts occur before' in err
+
+
+# Rows of other chapters, at their commands
+
+def test_broken_checkpoints_are_one_error(do, here):
+    "R. What a decoder raises becomes one line that names the file."
+    put_perspective('alignment', here/'m')
+    for file, damage in (('base/config.json', b'\x80'), ('base/config.json', b'{"model_type"'), ('mine/adapter_config.json', b'{"r": 8}'),
+                         ('mine/reward_config.json', b'[]'), ('base/tokenizer.json', b'{}'), ('mine/head.safetensors', b'\xff'*40)):
+        whole = (here/'m'/file).read_bytes()
+        (here/'m'/file).write_bytes(damage)
+        code, out, err = do('score', 'a.png', '--prompt', 'a red circle', '--model', 'm')
+        assert code == 1 and Path(file).name in err and 'Traceback' not in err, (file, damage, err)
+        (here/'m'/file).write_bytes(whole)
+
+
+def test_a_flipped_bit_is_noticed(do, here):
+    "R. Weights that are not those that were saved."
+    assert do('train', write_pairs(here), '--name', 'own', '--out', 'run', '--lora-rank', 4)[0] == 0
+    (file,) = (here/'run'/'own').glob('head.safetensors')
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    code, out, err = do('score', 'a.png', '--prompt', 'a red circle', '--model', 'run')
+    assert code == 1 and 'head.safetensors' in err
+
+
+def write_pairs(here, n=12):
+    "Pairs in which red is better than blue."
+    for color in ('red', 'blue'): Image.new('RGB', (64, 64), color).save(here/f'{color}.png')
+    return write_table([dict(prompt='a red circle', chosen_path='red.png', reject_path='blue.png')]*n, here/'pairs.jsonl')
+
+
+def test_a_small_training_learns(do, here):
+    "T. The first update of the default recipe has a rate."
+    assert do('train', write_pairs(here), '--base', 'tiny', '--name', 'colour', '--loss', 'bt', '--out', 'r12', '--lora-rank', 4)[0] == 0
+    weights = load_file(here/'r12'/'colour'/'adapter_model.safetensors')
+    assert any(v.abs().max() > 0 for k, v in weights.items() if 'lora_B' in k)
+
+
+def test_names_that_peft_would_confuse(do, here):
+    "X. Names that occur in the paths of modules."
+    for name in ('mlp', 'base', 'model'):
+        code, out, err = do('train', write_pairs(here), '--name', name, '--out', 'run')
+        assert code == 1 and name in err and not (here/'run').exists()
+
+
+def test_one_reward_in_two_runs(do, here):
+    "U. Duplicates are kept apart, or are an error; never one row of two."
+    for k in 'ab': assert do('eval', 'mjbench', '--reward', 'checker', '--limit', 2+(k == 'b'), '--out', f'run_{k}')[0] == 0
+    code, out, err = do('table', 'mjbench', 'run_a', 'run_b', '--out', 't.csv')
+    if code == 0: assert 'run_a' in out and 'run_b' in out
+    else: assert 'checker' in err
+
+
+def test_significance_of_one_pair(do, here):
+    "W. No mark and no interval from what cannot decide anything."
+    assert do('eval', 'mjbench', '--reward', 'checker', 'tiny/alignment', '--limit', 1, '--out', 'one')[0] == 0
+    code, out, err = do('table', 'mjbench', 'one', '--intervals')
+    assert code == 0 and '†' not in ''.join(line for line in out.splitlines() if 'checker' in line) and '[100.0, 100.0]' not in out
+
+
+def test_options_of_adapters(do, here):
+    "Y. Rank-stabilised LoRA has another scale: honoured or refused."
+    put_perspective('alignment', here/'m')
+    assert do('score', 'a.png', '--prompt', PROMPT, '--model', 'm', '--out', 'o.csv')[0] == 0
+    file = here/'m'/'mine'/'adapter_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(use_rslora=True)))
+    code, out, err = do('score', 'a.png', '--prompt', PROMPT, '--model', 'm', '--out', 'p.csv')
+    if code == 0: assert abs(cells('p.csv', 'mine')[0]-cells('o.csv', 'mine')[0]) > 1e-3
+    else: assert 'rslora' in err or 'adapter_config.json' in err
+
+
+def test_foreign_files_among_scores(do, here):
+    "Z. What a Mac leaves in a folder is not read; a damaged part is named."
+    eval_checker = ('eval', 'tifa160', '--reward', 'checker', '--limit', 2, '--out', 're')
+    assert do(*eval_checker)[0] == 0
+    (part, *_) = (here/'re'/'scores').glob('*.parquet')
+    (part.parent/f'._{part.name}').write_bytes(b'\x00\x05\x16\x07')
+    assert do(*eval_checker)[0] == 0 and do('table', 'tifa160', 're')[0] == 0
+    part.write_bytes(b'PAR1')
+    code, out, err = do('table', 'tifa160', 're')
+    assert code == 1 and part.name in err
+
+
+def test_folders_with_dots_as_perspectives(do, here):
+    "AA. A folder's name need not be usable as a perspective's."
+    put_perspective('alignment', here/'m')
+    (here/'m'/'mine').rename(here/'m'/'v1.2')
+    assert do('score', 'a.png', '--prompt', PROMPT, '--model', 'm/v1.2', '--out', 'o.csv')[0] == 0
+    assert do('score', 'a.png', '--prompt', PROMPT, '--reward', 'm/v1.2', '--out', 'p.csv')[0] == 0
+
+
+def test_tables_escape_their_syntax(do, here):
+    "AB. A pipe in a label, and a label that begins with a bracket."
+    for name in ('a|b', '[x]'):
+        put_perspective('alignment', here/name)
+        assert do('eval', 'tifa160', '--reward', f'{name}/mine', '--limit', 4, '--out', 're')[0] == 0
+    for form in ('md', 'tex'): assert do('table', 'tifa160', 're', '--out', f't.{form}')[0] == 0
+    lines = [line for line in (here/'t.md').read_text().splitlines() if line.startswith('|')]
+    assert len({line.replace(r'\|', '').count('|') for line in lines}) == 1
+    assert r'\\ [' not in (here/'t.tex').read_text() and '\\\\\n[' not in (here/'t.tex').read_text()
+
+
+def test_prompts_of_steering(do, here):
+    "AB. What is no text costs nothing."
+    (here/'p.json').write_text('[{"prompt": "a\\ud800"}]')
+    code, out, err = do('steer', 'p.json')
+    assert code == 1 and 'surrogate' in err and not (here/'steered').exists()
+    code, out, err = do('steer', 'two stars', '--device', 'cuda:7')
+    assert code == 1 and '--device cuda:7' in err and not (here/'steered').exists()
