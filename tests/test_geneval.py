@@ -173,7 +173,7 @@ def test_color_classifier_follows_the_recipe(tmp_path):
 def test_a_confidence_at_the_threshold_does_not_count(least, tag):
     "In whatever precision, and a rounding above it."
     up = np.float32(1)
-    for s in (least, float(np.float32(least)), float(np.nextafter(np.float32(least), up)), np.nextafter(least, 1.), np.float16(least) if np.float16(least) <= least else least):
+    for s in (least, float(np.float32(least)), float(np.nextafter(np.float32(least), up)), np.nextafter(least, 1.)):
         assert keep_detections([Detection('dog', (0, 0, 5, 5), float(s))], tag) == {}
     assert keep_detections([Detection('dog', (0, 0, 5, 5), least+1e-5)], tag)
 
