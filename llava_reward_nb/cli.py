@@ -934,6 +934,29 @@ def reward_items(
     for i,(x,) in zip(items, numbers): i.row |= {n:_num(v[0]) for n,v in x.items()}
     return _rows(items)
 
+# %% ../nbs/14_cli.ipynb #c48b586a
+def _score_by_rewards(items, reward, how, batch_size, out, skip_bad):
+    check_names(reward)
+    needs = {n:'' for n in reward if n.partition(':')[0]!='aesthetic'}
+    _check(items, needs, reward, out, skip_bad, reward)
+    with kept_scores(out) as store:
+        rows = reward_items(reward, items, batch_size, **how, store=store, skip_bad=skip_bad)
+        stop_if_bad(items, skip_bad)
+        report(rows, out)
+
+def _score_by_model(items, model, perspective, how, batch_size, out, skip_bad):
+    kinds = perspective_kinds(model, perspective)
+    used = {n:kinds[n] for n in scorable(kinds, bool(perspective))}
+    columns = [c for n,k in used.items() for c in ((n, f'{n}_prob') if k=='cls' else (n,))]
+    _check(items, used, columns, out, skip_bad, [model])
+    notes = [f"not shown: {n}, a general preference, which has no score for one image; use llava_reward_compare"
+             for n in kinds if n not in used]
+    with kept_scores(out) as store:
+        rm = _ready(items, used, model, how, skip_bad)
+        rows = score_items(rm, used, items, batch_size, store, skip_bad)
+        stop_if_bad(items, skip_bad)
+        report(rows, out, notes)
+
 # %% ../nbs/14_cli.ipynb #cf8f69a9
 @command('''  llava_reward_score a.png b.jpg --prompt "a red circle"
   llava_reward_score renders/ --prompt "a red circle" --perspective alignment fidelity --out scores.csv
@@ -977,28 +1000,6 @@ def llava_reward_score(
     if reward: _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
     else: _score_by_model(items, model, perspective, dict(how, base=base, num_crops=num_crops), batch_size, out, skip_bad)
     say_left_out(items)
-
-def _score_by_rewards(items, reward, how, batch_size, out, skip_bad):
-    check_names(reward)
-    needs = {n:'' for n in reward if n.partition(':')[0]!='aesthetic'}
-    _check(items, needs, reward, out, skip_bad, reward)
-    with kept_scores(out) as store:
-        rows = reward_items(reward, items, batch_size, **how, store=store, skip_bad=skip_bad)
-        stop_if_bad(items, skip_bad)
-        report(rows, out)
-
-def _score_by_model(items, model, perspective, how, batch_size, out, skip_bad):
-    kinds = perspective_kinds(model, perspective)
-    used = {n:kinds[n] for n in scorable(kinds, bool(perspective))}
-    columns = [c for n,k in used.items() for c in ((n, f'{n}_prob') if k=='cls' else (n,))]
-    _check(items, used, columns, out, skip_bad, [model])
-    notes = [f"not shown: {n}, a general preference, which has no score for one image; use llava_reward_compare"
-             for n in kinds if n not in used]
-    with kept_scores(out) as store:
-        rm = _ready(items, used, model, how, skip_bad)
-        rows = score_items(rm, used, items, batch_size, store, skip_bad)
-        stop_if_bad(items, skip_bad)
-        report(rows, out, notes)
 
 # %% ../nbs/14_cli.ipynb #be136fbf
 def _pair_report(row:dict, names:list, out):
