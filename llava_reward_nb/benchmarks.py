@@ -202,7 +202,8 @@ def find(self:Collector,
     x, # path as written in a record
 )->Path|None:
     "Where the image lies here, if anywhere."
-    p = Path(str(x)).expanduser()
+    try: p = Path(str(x)).expanduser()
+    except RuntimeError: p = Path(str(x)) # ~ of a user that is not here
     tries = [p] if p.is_absolute() else [f/p for f in self.folders]+[p]
     tries += [g/p.name for f in self.folders for g in (f, f/'images')]
     try: return next((t for t in tries if t.is_file()), None)
