@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from fastcore.basics import patch
 from .backbones import PassLock, evaluating
-from .core import (CheckpointError, InputError, MAX_PIXELS, as_prompts, atomic_path, default_device,
+from .core import (CheckpointError, InputError, MAX_PIXELS, as_path, as_prompts, atomic_path, default_device,
     hub_folder, image_list, image_size, load_weights, open_image, read_tensors, resolve_model)
 from .phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from .store import make_identity
@@ -456,7 +456,7 @@ def from_pretrained(cls:HPSv2,
     "Load the published open_clip layout strictly; `CheckpointError` names what is missing or wrong."
     if version not in _HPS_FILES: raise ValueError(f"version {version!r}; there are {', '.join(_HPS_FILES)}")
     name = id_or_path or cls.default
-    path = Path(name).expanduser() if Path(name).expanduser().is_file() else find_file(name, _HPS_FILES[version])
+    path = as_path(name) if as_path(name).is_file() else find_file(name, _HPS_FILES[version])
     with blame(path):
         state = openclip_state(dict(read_tensors(path)), path)
         config = openclip_config(state, path)
@@ -520,7 +520,7 @@ def from_pretrained(cls:AestheticScore,
 )->AestheticScore:
     "Load either layout strictly; `CheckpointError` names what is missing or wrong."
     name = id_or_path or cls.default
-    alone = Path(name).expanduser().is_file()
+    alone = as_path(name).is_file()
     base = (clip or CLIPScore.default) if alone else name
     file = find_file(base, 'config.json')
     d = read_config(file)
@@ -531,7 +531,7 @@ def from_pretrained(cls:AestheticScore,
     files, unused = [path], r'.*\.position_ids'
     if alone:
         if 'projection_dim' in d: config.projection_dim = d['projection_dim']
-        files, unused = [path,Path(name).expanduser()], r'.*\.position_ids|text_.*|logit_scale'
+        files, unused = [path,as_path(name)], r'.*\.position_ids|text_.*|logit_scale'
     with blame(file), torch.device('meta'): model = _VisionHead(config)
     load_weights(model, files, unused=unused, dtype=dtype or torch.float32)
     return cls(model, config, 'even' if alone else 'down', device)

@@ -17,8 +17,8 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 
-from .core import (IMAGE_COLUMNS, MAX_PIXELS, PROMPT_COLUMNS, InputError, TransparencyWarning, image_key,
-                                  image_size, load_image, number, progress, read_table)
+from .core import (IMAGE_COLUMNS, MAX_PIXELS, PROMPT_COLUMNS, InputError, TransparencyWarning, as_path,
+                                  image_key, image_size, load_image, number, progress, read_table)
 from .store import file_hash, pixels_hash
 
 # %% ../nbs/07_data.ipynb #3c947aeb
@@ -26,7 +26,7 @@ def _rows(source):
     "Rows as a list, the folder that relative paths start at (or None), and a name for messages."
     import pandas as pd
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
+        path = as_path(source)
         return read_table(path, text=True), path.parent, str(path)
     if isinstance(source, pd.DataFrame):
         twice = source.columns[source.columns.duplicated()]
@@ -166,7 +166,7 @@ def _picture(x, folder):
         return x
     if not isinstance(x, (str, os.PathLike)) or not str(x):
         raise InputError(f"is {x!r:.60}; it must be a path or an image")
-    path = Path(x).expanduser()
+    path = as_path(x)
     tries = [path] if path.is_absolute() or folder is None else [Path(folder)/path, path]
     found = [p for p in tries if _exists(p)]
     if not found: raise InputError(

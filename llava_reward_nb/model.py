@@ -19,7 +19,7 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (MODELS, CheckpointError, InputError, as_prompts, atomic_path, default_device,
+from .core import (MODELS, CheckpointError, InputError, as_path, as_prompts, atomic_path, default_device,
     default_dtype, hub_folder, image_list, image_size, load_image, progress, read_tensors, tensor_shapes)
 from .losses import make_loss
 from .phi3v import blame, read_json
@@ -95,7 +95,7 @@ class RewardModel(nn.Module):
     def device(self): return next(self.backbone.parameters()).device
 
     def _known(self, name):
-        if name in self.configs: return name
+        if isinstance(name, str) and name in self.configs: return name
         have = ', '.join(self.configs) or 'none yet; see add_perspective'
         raise ValueError(f"no perspective {name!r}; this model has {have}")
 
@@ -106,7 +106,10 @@ class RewardModel(nn.Module):
 # %% ../nbs/06_model.ipynb #3a2e8851
 _MODULES = """base_layer base_model model modules_to_save original_module weight bias vision_tower
     vision_model img_projection language_model layers self_attn mlp qkv_proj o_proj gate_up_proj
-    down_proj embed_tokens norm""".split() # parts of paths
+    down_proj embed_tokens norm sub_GN glb_GN embeddings patch_embedding position_embedding class_embedding
+    pre_layrnorm post_layernorm layer_norm1 layer_norm2 encoder q_proj k_proj v_proj out_proj fc1 fc2
+    input_layernorm post_attention_layernorm rotary_emb activation_fn resid_attn_dropout
+    resid_mlp_dropout""".split() # parts of paths
 _CLASH = 'modules of the base or of PEFT are called so, and an adapter is told from them by its name'
 _DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)', re.I) # no file can have these names on Windows
 _COLUMNS = ('image', 'prompt', 'error')                         # of tables of scores
@@ -132,8 +135,9 @@ def usable_name(
     text:str, # such as the name of a folder
 )->str:
     "A name for a perspective that is as near to a text as can be."
-    name = re.sub(r'\W*[^\w-]+', '_', text).strip('_-')[:60] or 'reward'
-    return f'{name}_reward' if name_fault(name) else name
+    name = re.sub(r'\W*[^\w-]+', '_', text).strip('_-').replace('lora_', 'lora-')
+    name = name.encode('utf-8', 'ignore')[:60].decode('utf-8', 'ignore') or 'reward'
+    return f'{name}_reward'.replace('lora_', 'lora-') if name_fault(name) else name
 
 # %% ../nbs/06_model.ipynb #bf6bb193
 @patch
@@ -148,8 +152,9 @@ def _check_name(self:RewardModel, name):
     if not why and name.lower() in {n.lower() for n in self.configs}:
         why = 'one that differs only in case is there; some file systems take the two for one'
     if not why and name in {part for n in paths for part in n.split('.')}: why = _CLASH
-    if why: raise ValueError(
-        f"perspective name {name!r} is not usable: {why}; take another, such as {usable_name(str(name))!r}")
+    other = usable_name(str(name))
+    if other==name: other = f'{name}-2' # clashes with this model only
+    if why: raise ValueError(f"perspective name {name!r} is not usable: {why}; take another, such as {other!r}")
 
 @patch
 def _check_targets(self:RewardModel, lora):
@@ -279,7 +284,7 @@ def _batches(
     batch_size:int, # at most this many at a time
 )->list: # lists of indices; every index once
     "Group images of like aspect ratio."
-    if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    if not _is_whole(batch_size, 1): raise ValueError(f"batch_size is {batch_size!r}; needed: a whole number from 1")
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i][0]/sizes[i][1], i))
     return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
 
@@ -292,9 +297,10 @@ def embed_all(self:RewardModel,
     batch_size:int=8,       # images that are open at a time; memory only, scores do not depend on it
 )->dict: # name -> head vectors (n,d), float32 on the CPU
     "Head vectors of several perspectives with one pass of the tower; `InputError` names an unusable input."
+    if isinstance(perspectives, str): perspectives = [perspectives]
     names = [self._known(n) for n in perspectives or list(self.configs) or [None]]
     items,prompts,batches = self._plan(images, prompts, batch_size)
-    out = {n:torch.zeros(len(items), self.configs[n].dim) for n in names}
+    out = {n:torch.zeros(len(items), self.configs[n].dim, dtype=torch.float32, device='cpu') for n in names}
     for idx in progress(batches, desc='scoring'):
         batch = self._encode(items, prompts, idx)
         with self.lock, evaluating(self):
@@ -376,6 +382,8 @@ def rank(self:RewardModel,
 )->Ranking: # order: n indices, best first; values (n,): scores, or mean preference over the others for 'gpm'
     "Order any number of images for a prompt; equal values keep the order given."
     name = self._known(perspective or self.active)
+    if not isinstance(prompt, str): raise InputError(
+        f"prompt is a {type(prompt).__name__}; images are ranked for one prompt, a string: call rank for each")
     loss,v = self.configs[name].make_loss(),self.embed(images, prompt, name, batch_size)
     if self.configs[name].loss=='gpm':
         values = (loss.prob(v[:,None], v[None]).sum(1)-.5)/max(1, len(v)-1) # an image against itself counts .5
@@ -402,6 +410,7 @@ def _count(self:RewardModel, name:str)->int: # of tensors
 
 # %% ../nbs/06_model.ipynb #98ea0bb7
 _SUMS = 'checksums.json' # file name -> SHA-256
+_FILES = ('adapter_config.json','adapter_model.safetensors','head.safetensors','reward_config.json')
 
 def _sum(path:Path)->str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -411,7 +420,11 @@ def check_sums(
 ):
     "`CheckpointError` for a file that is not as it was saved; old folders without checksums pass."
     folder = Path(folder)
-    for name,digest in (read_json(folder/_SUMS) if (folder/_SUMS).exists() else {}).items():
+    if not (folder/_SUMS).exists(): return
+    sums = read_json(folder/_SUMS)
+    lacks = [f for f in _FILES if f not in sums]
+    if lacks: raise CheckpointError(f"{folder/_SUMS}: says nothing of {lacks[0]}; copy the folder again")
+    for name,digest in sums.items():
         path = folder/Path(name).name
         if not path.is_file(): raise CheckpointError(
             f"{path}: no such file; the checkpoint is incomplete, copy it again")
@@ -486,12 +499,14 @@ def identity(self:RewardModel)->str:
     return self.identity_of()
 
 # %% ../nbs/06_model.ipynb #f4985b36
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 def _read_weights(path:Path)->dict:
     "Tensors of a .safetensors or .bin file; `CheckpointError` if it is missing, damaged, or holds NaN."
     with blame(path): sd = dict(read_tensors(path))
     for k,v in sd.items():
-        if not v.is_floating_point(): raise CheckpointError(
-            f"{path}: {k} is {v.dtype}, not floating point; the file is damaged or of another kind")
+        if v.dtype not in _DTYPES: raise CheckpointError(
+            f"{path}: {k} is {v.dtype}; needed: 16, 32 or 64 bit floats; the file is damaged or of another kind")
         if not v.isfinite().all(): raise CheckpointError(f"{path}: {k} holds NaN or infinity; the training diverged or the file is damaged")
     return sd
 
@@ -516,11 +531,12 @@ def _fill(self:RewardModel,
     adapter:dict,  # PEFT names -> tensors
     head:dict,     # head names -> tensors
     where:Path,    # for messages
+    bare=False,    # a missing projector keeps the base's
 ):
-    "Load weights into LoRA, projector and head, strictly (a missing projector keeps the base's)."
+    "Load weights into LoRA, projector and head, strictly."
     need = self._tensors(name)
     proj = [k for k in need if 'lora_' not in k]
-    _check_keys(adapter, need, where, optional=proj if not any(k in adapter for k in proj) else ())
+    _check_keys(adapter, need, where, optional=proj if bare and not any(k in adapter for k in proj) else ())
     _check_keys(head, self.heads[name].state_dict(), where)
     with torch.no_grad():
         for k,v in adapter.items(): need[k].copy_(v)
@@ -577,6 +593,9 @@ def _adapter_options(
             f"{path}: {k} is {v!r:.100}, which cannot be honoured here; "
             "the scores would not be those of its training")
     options = {k:_our_names(d[k]) for k in _PASSED if d.get(k) is not None}
+    for k in 'use_rslora','use_dora':
+        if not isinstance(options.get(k, False), bool): raise CheckpointError(
+            f"{path}: {k} is {options[k]!r:.100}; needed: true or false; copy it again")
     options = dict(r=None, lora_alpha=None, lora_dropout=0.)|options
     try: _check_sizes(options)
     except ValueError as e: raise CheckpointError(f"{path}: {e}; copy it again") from None
@@ -617,7 +636,8 @@ def _load_ours(self:RewardModel, folder:Path, name:str, c:PerspectiveConfig):
     adapter,head = _read_weights(folder/'adapter_model.safetensors'),_read_weights(folder/'head.safetensors')
     self._add_saved(name, c, folder/'adapter_config.json')
     try:
-        self._fill(name, adapter, head, folder)
+        bare = not read_json(folder/'adapter_config.json').get('modules_to_save')
+        self._fill(name, adapter, head, folder, bare)
         check_sums(folder)
     except BaseException:
         self._drop(name)
@@ -685,7 +705,7 @@ def _load_published(self:RewardModel, folder:Path, name:str, c:PerspectiveConfig
     if c.layer==_LAST_LAYER: c = replace(c, layer=None)
     adapter,head = _published_weights(folder, self.backbone.projector)
     self._add_saved(name, c, folder/'lora'/'adapter_config.json')
-    try: self._fill(name, adapter, head, folder)
+    try: self._fill(name, adapter, head, folder, bare=True)
     except BaseException:
         self._drop(name)
         raise
@@ -733,7 +753,7 @@ def _perspective_folders(
 def _remembered_base(said:str, near:Path):
     "A base that a perspective in the folder `near` remembers; a folder is looked for from there too."
     if said in MODELS: return said
-    path = Path(said).expanduser()
+    path = as_path(said)
     for p in path, near/path, near.parent/path, near.parent/path.name, near.parent.parent/path.name:
         if p.is_dir(): return p
     if path.is_absolute() or said.startswith('.') or said.count('/')!=1: raise CheckpointError(

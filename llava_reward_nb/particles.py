@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RESAMPLERS', 'POTENTIALS', 'SteeringError', 'normalized', 'ess', 'multinomial', 'stratified', 'systematic',
-           'residual', 'log_potential', 'Particles', 'resample_steps', 'trace_roots', 'family_se', 'prune',
+           'residual', 'log_potential', 'whole', 'Particles', 'resample_steps', 'trace_roots', 'family_se', 'prune',
            'PublishedParticles', 'particle_summary']
 
 # %% ../nbs/09f_particles.ipynb #ee2218d3
-import math, warnings
+import math, operator, warnings
 from dataclasses import dataclass
+from numbers import Real
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -95,6 +96,19 @@ def log_potential(
     if kind=='reward': return lam*rewards, memory
     raise SteeringError(f"potential {kind!r}; choose one of {', '.join(POTENTIALS)}")
 
+# %% ../nbs/09f_particles.ipynb #eb02b807
+def whole(
+    name:str,   # how to call it in errors
+    n,          # a whole number, also of numpy
+    least=None, # the smallest that makes sense
+)->int:
+    "A whole number as an int; SteeringError for anything else."
+    try: value = None if isinstance(n, bool) else operator.index(n)
+    except TypeError: value = None
+    if value is None: raise SteeringError(f"{name} is {n!r:.50}; a whole number is needed")
+    if least is not None and value<least: raise SteeringError(f"{name} is {value}; at least {least} is needed")
+    return value
+
 # %% ../nbs/09f_particles.ipynb #af77cf1a
 @dataclass
 class Particles:
@@ -104,8 +118,9 @@ class Particles:
     lam:float=10.          # strength, >= 0
     potential:str='max'    # one of `POTENTIALS`
     def __post_init__(self):
+        self.k = whole('the number of particles', self.k)
         if self.k<2: raise SteeringError(f"{self.k} particles; steering chooses among at least 2")
-        if not (self.lam>=0 and math.isfinite(self.lam)): raise SteeringError(f"lam is {self.lam}; pass a number >= 0")
+        if not (isinstance(self.lam, Real) and self.lam>=0 and math.isfinite(self.lam)): raise SteeringError(f"lam is {self.lam!r}; pass a number >= 0")
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)
         self.log_w, self.log_total, self.log_z = zeros(self.groups, self.k), zeros(self.groups, self.k), zeros(self.groups)
         log_potential(self.potential, self.log_w, self.log_w, self.lam) # an unknown potential is refused here
@@ -167,8 +182,12 @@ def resample_steps(
 )->list: # Sorted indices, the last step n-1 included
     "Loop indices at which particles are scored; SteeringError if they are not steps."
     if steps is not None and (start,end,every)!=(None,)*3: raise SteeringError("pass either steps or start, end, every; not both")
+    n = whole('the number of steps', n, 1)
     if steps is None and (start,end,every)==(None,)*3: steps = [j*n//5 for j in range(1, 5)]
-    start, end, every = (n//5 if start is None else start), (4*n//5 if end is None else end), (max(1, n//5) if every is None else every)
+    if steps is not None: steps = [whole('a step', s) for s in steps]
+    start = whole('start', n//5 if start is None else start)
+    end = whole('end', 4*n//5 if end is None else end)
+    every = whole('every', max(1, n//5) if every is None else every)
     if every<1: raise SteeringError(f"every is {every}; needed: at least 1")
     if steps is None and start>end: raise SteeringError(f"the schedule starts at {start} after its end {end}; swap them, or pass steps=[] for none")
     idx = sorted(set(range(start, end+1, every) if steps is None else steps))

@@ -191,7 +191,7 @@ def read_json(
     path = Path(path)
     if not path.is_file(): raise CheckpointError(
         f"{path}: no such file; the folder is incomplete, fetch or copy it again")
-    try: d = json.loads(path.read_text(encoding='utf-8'))
+    try: d = json.loads(path.read_text(encoding='utf-8-sig')) # Windows programs begin files with a mark
     except (OSError, ValueError, RecursionError) as e: raise CheckpointError(
         f"{path}: not JSON ({e}); fetch or copy it again") from None
     if not isinstance(d, dict): raise CheckpointError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .backbones import Phi3VBackbone, evaluating
 from .clip import check_pixels
-from .core import (MODELS, CheckpointError, InputError, as_prompts, hub_folder, image_key, image_list,
+from .core import (MODELS, CheckpointError, InputError, as_path, as_prompts, hub_folder, image_key, image_list,
                                   open_image, progress as progress_bar)
 from .model import RewardModel, _perspective_folders
 from .phi3v import hd_shape
@@ -63,7 +63,7 @@ def _perspective_of(
     spec:str, # 'tiny', 'tiny/alignment', a folder, a hub id, or a hub id and a perspective
 )->tuple: # (model, perspective or None)
     "Split the perspective off the name of a model."
-    if Path(spec).expanduser().is_dir(): return spec,None
+    if as_path(spec).is_dir(): return spec,None
     head,_,tail = str(spec).rpartition('/')
     if head in MODELS: return head,tail
     parts = str(spec).split('/')
@@ -213,7 +213,7 @@ def load_reward(
         reward = REWARDS[name].load(where or REWARDS[name].default, device=device, dtype=dtype, **kw)
         reward.name = name # one class may have several names
         return reward
-    if said and (_perspective_of(said)[0] in MODELS or Path(said).expanduser().is_dir()): return LLaVAReward.from_pretrained(said, device, dtype, **kw)
+    if said and (_perspective_of(said)[0] in MODELS or as_path(said).is_dir()): return LLaVAReward.from_pretrained(said, device, dtype, **kw)
     names = [*SHORT, *REWARDS]
     near = get_close_matches(name.lower(), names, 1)
     raise ValueError(f"no reward is called {said!r}{f'; did you mean {near[0]!r}?' if near else ''}; there are {', '.join(names)}, and folders with a "

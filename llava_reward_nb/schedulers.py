@@ -43,6 +43,11 @@ def _safe_eta(scheduler, eta, timestep):
     if variance<=0 or 1-after-eta**2*variance >= 1e-6: return eta
     return math.sqrt(max(0., 1-after-1e-6)/variance)
 
+def _owner(step):
+    "The scheduler whose step this is, also if somebody has wrapped it; None if it does not say"
+    while not hasattr(step, '__self__') and hasattr(step, '__wrapped__'): step = step.__wrapped__
+    return getattr(step, '__self__', None)
+
 def call_step(
     step,      # a scheduler's `step`
     args,      # what the pipeline passed
@@ -55,8 +60,7 @@ def call_step(
     names, given = inspect.signature(step).parameters, ba.arguments
     wanted = given.get('return_dict', True)
     if 'return_dict' in names: given['return_dict'] = True
-    if 'eta' in names and not given.get('eta'):
-        given['eta'] = _safe_eta(getattr(inspect.unwrap(step), '__self__', None), eta, given['timestep'])
+    if 'eta' in names: given['eta'] = _safe_eta(_owner(step), given.get('eta') or eta, given['timestep'])
     unset = given.get('generator') is None and given.get('variance_noise') is None
     if 'generator' in names and unset: given['generator'] = generator
     return step(*ba.args, **ba.kwargs), given['model_output'], given['sample'], wanted

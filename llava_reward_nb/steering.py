@@ -11,13 +11,15 @@ __all__ = ['METHODS', 'TEXTS', 'PAPER', 'RECIPES', 'decode_latents', 'read_seeds
 import functools, inspect, math, re, threading, time, warnings, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import NamedTuple
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from PIL import Image
 from .core import MODELS, CheckpointError, default_device, progress, resolve_model
-from .particles import (RESAMPLERS, Particles, PublishedParticles, SteeringError, ess, prune, resample_steps)
+from .particles import (RESAMPLERS, Particles, PublishedParticles, SteeringError, ess, prune,
+                                       resample_steps, whole)
 from .schedulers import call_step, check_scheduler, moved, permute_state, predicted_x0, stochastic
 from .store import identity, make_identity
 from .traces import Trace, merge_traces
@@ -106,13 +108,15 @@ class SteerConfig:
     seed:object=0               # a number for all prompts, or a list with one for each
 
     def __post_init__(self):
-        Particles(1, self.n_particles, self.lam, self.potential)
+        self.n_particles = Particles(1, self.n_particles, self.lam, self.potential).k
         if self.resampler not in RESAMPLERS: raise SteeringError(f"resampler {self.resampler!r}; choose one of {', '.join(RESAMPLERS)}")
         if self.method not in METHODS: raise SteeringError(f"method {self.method!r}; choose one of {', '.join(METHODS)}")
-        if not 0<self.ess_min<=1: raise SteeringError(f"ess_min is {self.ess_min}; needed: a share of the particles, over 0 to 1")
-        if not 0<=self.eta<=1: raise SteeringError(f"eta is {self.eta}; needed: over 0 to 1")
+        if not (isinstance(self.ess_min, Real) and 0<self.ess_min<=1):
+            raise SteeringError(f"ess_min is {self.ess_min!r}; needed: a share of the particles, over 0 to 1")
+        if not (isinstance(self.eta, Real) and 0<=self.eta<=1): raise SteeringError(f"eta is {self.eta!r}; needed: over 0 to 1")
         self.seed = read_seeds(self.seed)
         self.keep = max(1, self.n_particles//2) if self.keep is None else self.keep
+        self.keep = whole('keep', self.keep)
         if self.method=='beam': prune(torch.zeros(1, self.n_particles), self.keep)
         if self.published and self.method!='fk': raise SteeringError("published=True reproduces the public FK code; it goes with method='fk' only")
         if self.method=='best-of-n': self.start = self.end = self.every = None; self.steps = []
@@ -143,6 +147,29 @@ def prompt_generators(
     "One generator for each prompt, independent of the others in the batch."
     return [torch.Generator().manual_seed(s) for s in prompt_seeds(prompts, seed, published)]
 
+# %% ../nbs/10_steering.ipynb #2d049d1a
+_COLUMNS = ('prompt_id', 'prompt', 'step', 'particle', 'reward', 'log_weight', 'ess', 'resampled', 'ancestor') # of traces
+
+def _prompt_list(prompts)->list: # of strings
+    "Prompts as a list; SteeringError for anything but strings"
+    if isinstance(prompts, str): return [prompts]
+    fine = hasattr(prompts, '__iter__') and not isinstance(prompts, (dict, set))
+    prompts = list(prompts) if fine else []
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise SteeringError("prompts must be a string or a non-empty list of strings")
+    return [str(p) for p in prompts]
+
+def _held_out(rewards)->dict: # name -> reward
+    "Held-out rewards; SteeringError for names that a trace's table has already, and for what cannot be called"
+    if not isinstance(rewards or {}, dict): raise SteeringError(
+        f"held_out is a {type(rewards).__name__}; pass a dict: name -> reward")
+    for name,r in (rewards or {}).items():
+        if not isinstance(name, str) or name in _COLUMNS: raise SteeringError(
+            f"a held-out reward cannot be called {name!r}: traces have a column called so; choose another name")
+        if not callable(r): raise SteeringError(
+            f"held-out reward {name!r} is a {type(r).__name__}; pass a callable (images, prompts) -> scores")
+    return rewards or {}
+
 # %% ../nbs/10_steering.ipynb #8a41cb5d
 class Steering:
     "A pipeline whose particles are steered by a reward; use it through `steer` or `fk_steer`."
@@ -159,11 +186,10 @@ class Steering:
         thumbnail:int=96,           # longest side of the previews that the trace keeps, pixels; 0: none
     ):
         if not callable(reward): raise SteeringError(f"reward is a {type(reward).__name__}; pass a callable (images, prompts) -> scores")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(p, str) for p in prompts): raise SteeringError("prompts must be a string or a non-empty list of strings")
+        prompts = _prompt_list(prompts)
         self.pipe, self.reward, self.prompts, self.config = pipe, reward, prompts, config
-        self.held_out, self.decode, self.vae, self.size = held_out or {}, decode, vae, size
-        self.batch_size, self.thumbnail = batch_size, thumbnail
+        self.held_out, self.decode, self.vae, self.size = _held_out(held_out), decode, vae, size
+        self.batch_size, self.thumbnail = whole('batch_size', batch_size, 1), whole('thumbnail', thumbnail, 0)
         self.generators = prompt_generators(prompts, config.seed, config.published)
         self.trace, self.calls, self.done, self.changed = None, 0, 0, 0
 
@@ -225,6 +251,8 @@ def prompt_arguments(
             else: needed = f"; needed: one for each prompt, {n}" + ('' if kind=='embeds' else ", or one for all")
             raise SteeringError(f"{name}: {got} for {p} prompts {needed}".replace(' ;', ';'))
         own[name] = list(v) if isinstance(v, tuple) else v
+        if kind=='text' and not all(isinstance(t, str) for t in v): raise SteeringError(
+            f"{name}: holds something that is no string; pass '' where there is none")
     return own
 
 def _for_nets(pipe, name, v)->bool:
@@ -272,7 +300,10 @@ def _pil(images):
 
 def _scores(name, reward, images, prompts):
     "Scores of a reward as float64 (n,), or SteeringError"
-    r = torch.as_tensor(reward(images, prompts)).detach().double().cpu()
+    said = reward(images, prompts)
+    try: r = torch.as_tensor(said).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError): raise SteeringError(
+        f"{name} returned {said!r:.60}, a {type(said).__name__}; needed: a number for each image, ({len(prompts)},)") from None
     if r.shape!=(len(prompts),): raise SteeringError(f"{name} returned scores of shape {tuple(r.shape)} for {len(prompts)} images; needed: one for each, ({len(prompts)},)")
     return r
 
@@ -579,7 +610,7 @@ def _split_kwargs(pipe, kwargs):
     ours, theirs = {n: v for n,v in kwargs.items() if n in mine}, {n: v for n,v in kwargs.items() if n not in mine}
     if theirs.get('height') and theirs.get('width'): ours.setdefault('size', (theirs['height'], theirs['width']))
     n = theirs.get('num_inference_steps', getattr(params.get('num_inference_steps'), 'default', None))
-    return ours, theirs, n if isinstance(n, int) else None
+    return ours, theirs, n if n is not inspect.Parameter.empty else None
 
 # %% ../nbs/10_steering.ipynb #39a2f273
 def fk_steer(
@@ -591,12 +622,12 @@ def fk_steer(
 )->Steered: # (images, rewards, trace)
     "Sample with steering; SteeringError for settings, schedules or rewards that do not work, before the run where possible."
     ours, theirs, n = _split_kwargs(pipe, kwargs)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = _prompt_list(prompts)
     config = steer(pipe, reward, prompts, **ours).config
-    if n: resample_steps(n, config.start, config.end, config.every, config.steps)
+    if n is not None: resample_steps(n, config.start, config.end, config.every, config.steps)
     k, own = config.n_particles, prompt_arguments(pipe, theirs, len(prompts), config.n_particles)
     theirs = {a: v for a,v in theirs.items() if a not in own}
-    size = 1 if any(a.startswith('ip_adapter') for a in own) else batch_prompts or len(prompts)
+    size = 1 if any(a.startswith('ip_adapter') for a in own) else len(prompts) if batch_prompts is None else whole('batch_prompts', batch_prompts, 1)
     ours['seed'], images, traces = prompt_seeds(prompts, config.seed, config.published), [], []
     for i in progress(range(0, len(prompts), size), desc='steering'):
         part = slice(i, i+size)

@@ -7,7 +7,7 @@ __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule'
            'check_plan', 'RewardTrainer', 'checkpoints', 'train_perspective']
 
 # %% ../nbs/08_trainer.ipynb #f3708b86
-import json, math, re, shutil, sys, warnings
+import filecmp, json, math, re, shutil, sys, warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
@@ -181,7 +181,8 @@ def planned_updates(
 def _alike(r:dict)->bool:
     "Whether both sides of a pair are the same image for the same prompt."
     a,b = r['chosen_path'],r['reject_path']
-    same = a is b or isinstance(a, (bytes,Path)) and isinstance(b, (bytes,Path)) and a==b
+    files = isinstance(a, Path) and isinstance(b, Path)
+    same = a is b or isinstance(a, bytes) and a==b or files and (a==b or filecmp.cmp(a, b, shallow=False))
     return same and (isinstance(r['prompt'], str) or len(set(r['prompt']))==1)
 
 def _silent(records:RewardRecords)->str|None:
@@ -444,6 +445,9 @@ def _check_checkpoint(
 )->str: # name of the perspective in it
     "`CheckpointError` naming the file that is missing or damaged."
     files = _read_json(folder/'files.json')
+    listed = lambda x: isinstance(x, list) and len(x)==2
+    if not all(map(listed, files.values())): raise CheckpointError(
+        f"{folder/'files.json'}: does not list sizes and hashes; the checkpoint is not whole")
     need = {'training_args.json', 'trainer_state.json', 'optimizer.pt', 'scheduler.pt'}
     names = [f.removesuffix('/reward_config.json') for f in files if f.endswith('/reward_config.json')]
     lacks = sorted(need-set(files))

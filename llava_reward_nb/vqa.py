@@ -26,7 +26,7 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
                           T5Config, T5Model)
 
 from .backbones import PassLock, evaluating
-from .core import (CheckpointError, InputError, as_prompts, default_device, default_dtype, hub_folder,
+from .core import (CheckpointError, InputError, as_path, as_prompts, default_device, default_dtype, hub_folder,
     image_list, image_size, load_image, load_pretrained, load_weights, progress, tensor_shapes, weight_files)
 from .phi3v import (CLIP_L14_336, CLIP_MEAN, CLIP_STD, blame, check_vocabulary, config_facts, exact_patches,
     load_tokenizer, plain_ids, read_config, read_json, tokenizer_hash)
@@ -653,7 +653,7 @@ def from_pretrained(cls:HPSv3,
     base='Qwen/Qwen2-VL-7B-Instruct', # folder or hub id with config.json and tokenizer, if the first has none
 )->HPSv3:
     "Load HPSv3 strictly; `CheckpointError` names the file or tensor at fault, or how to get the instruction."
-    file, device = Path(name).expanduser(), device or default_device()
+    file, device = as_path(name), device or default_device()
     if not file.is_file(): file = hub_folder(name, ['HPSv3.safetensors', 'instruction.txt'])/'HPSv3.safetensors'
     if not file.is_file(): raise CheckpointError(f"{file}: no such file; take HPSv3.safetensors from MizzenAI/HPSv3")
     instruction = load_instruction(file.parent)

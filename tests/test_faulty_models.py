@@ -348,3 +348,98 @@ def test_old_weights_names(tmp_path):
     "The patch embedding keeps its name and shape."
     m = Phi3VModel.from_pretrained(MODELS['tiny']/'base')
     assert any(n.endswith('embeddings.patch_embedding.weight') for n, _ in m.named_parameters())
+
+
+# --- more members of these kinds ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(tmp_path):
+    "A perspective in our layout, and what it says."
+    rm = spread(fresh().add_perspective('mine', lora_rank=2))
+    return rm.save_perspective('mine', tmp_path/'mine'), rm(IMAGES, PROMPTS)
+
+
+def load(folder): return RewardModel.from_pretrained(folder, base='tiny', device='cpu')
+
+
+def rewrite(path, **changes):
+    d = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (d | changes).items() if v != 'remove'}))
+
+
+@pytest.mark.parametrize('name', ['head.safetensors', 'adapter_config.json'])
+def test_checksums_cover_every_file(saved, name):
+    folder, _ = saved
+    rewrite(folder/'checksums.json', **{name: 'remove'})
+    with pytest.raises(CheckpointError, match=f'says nothing of {name}'): load(folder)
+    (folder/'checksums.json').write_text('{}')
+    with pytest.raises(CheckpointError, match='says nothing of adapter_config.json'): load(folder)
+
+
+@pytest.mark.parametrize('option', ['use_rslora', 'use_dora'])
+def test_options_that_are_texts_instead_of_truth_values(saved, option):
+    folder, _ = saved
+    (folder/'checksums.json').unlink()
+    rewrite(folder/'adapter_config.json', **{option: 'false'})
+    with pytest.raises(CheckpointError, match=f"{option} is 'false'; needed: true or false"): load(folder)
+
+
+def test_our_layout_always_has_a_projector(saved):
+    folder, _ = saved
+    (folder/'checksums.json').unlink()
+    path = folder/'adapter_model.safetensors'
+    save_file({k: v for k, v in load_file(path).items() if 'img_projection' not in k}, path)
+    with pytest.raises(CheckpointError, match='lacks .*img_projection'): load(folder)
+
+
+def test_weights_of_eight_bits_are_refused(saved):
+    folder, _ = saved
+    (folder/'checksums.json').unlink()
+    path = folder/'head.safetensors'
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match='float8_e4m3fn; needed: 16, 32 or 64 bit'): load(folder)
+
+
+def test_settings_with_a_byte_order_mark_are_read(saved):
+    folder, want = saved
+    (folder/'checksums.json').unlink()
+    for name in 'adapter_config.json', 'reward_config.json':
+        (folder/name).write_bytes(b'\xef\xbb\xbf' + (folder/name).read_bytes())
+    assert_close(load(folder)(IMAGES, PROMPTS), want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['lora', 'my_lora_2', 'encoder', 'k_proj', 'sub_GN', 'embeddings', '赤'*50])
+def test_every_folder_name_leads_to_a_usable_name(saved, name, tmp_path):
+    folder, want = saved
+    folder.rename(tmp_path/name)
+    rm = load(tmp_path/name)
+    assert_close(rm(IMAGES, PROMPTS), want, atol=0, rtol=0)
+    rm.save_pretrained(tmp_path/'again')
+    assert_close(load(tmp_path/'again')(IMAGES, PROMPTS), want, atol=0, rtol=0)
+
+
+def test_every_part_of_a_path_of_the_base_is_known():
+    model = fresh().backbone.model
+    parts = {part for n, _ in [*model.named_modules(), *model.named_parameters()] for part in n.split('.') if part}
+    assert not [n for n in parts if not name_fault(n)]
+
+
+def test_the_default_dtype_of_torch_does_not_matter(saved):
+    folder, want = saved
+    rm = load(folder)
+    torch.set_default_dtype(torch.float64)
+    try: got = rm(IMAGES, PROMPTS)
+    finally: torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_perspectives_may_be_one_name_and_must_be_names(saved):
+    rm = load(saved[0])
+    assert list(rm.embed_all(IMAGES, PROMPTS, 'mine')) == ['mine']
+    with pytest.raises(ValueError, match='no perspective'): rm.score(IMAGES, PROMPTS, ['mine'])
+
+
+@pytest.mark.parametrize('name', ['', 'llava-reward:', 'clipscore:', 'hpsv2:', 'aesthetic:', 'imagereward:', 'vqascore:', 'pyes:', 'hpsv3:'])
+def test_a_home_that_does_not_exist(name):
+    with pytest.raises(ValueError, match='~nobody-has-this-name'): load_reward(f'{name}~nobody-has-this-name/x', device='cpu')
