@@ -279,12 +279,17 @@ def forward(self:RewardModel,
         return (head(h, visual, mask, prompt)*real).sum(1)/real.sum(1)
 
 # %% ../nbs/06_model.ipynb #344666e7
+def _check_batch_size(n):
+    "ValueError for anything but a whole number from 1, of numpy too."
+    whole = hasattr(n, '__index__') and not isinstance(n, bool)
+    if not whole or n<1: raise ValueError(f"batch_size is {n!r}; needed: a whole number from 1")
+
 def _batches(
     sizes:list,     # (width, height) of n images
     batch_size:int, # at most this many at a time
 )->list: # lists of indices; every index once
     "Group images of like aspect ratio."
-    if not _is_whole(batch_size, 1): raise ValueError(f"batch_size is {batch_size!r}; needed: a whole number from 1")
+    _check_batch_size(batch_size)
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i][0]/sizes[i][1], i))
     return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
 

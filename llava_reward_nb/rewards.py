@@ -8,6 +8,7 @@ __all__ = ['TINY', 'Entry', 'REWARDS', 'SHORT', 'LLaVAReward', 'hd_pixels', 'pix
 # %% ../nbs/09e_rewards.ipynb #31a96db2
 import warnings
 from collections import namedtuple
+from collections.abc import Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -22,7 +23,7 @@ from .backbones import Phi3VBackbone, evaluating
 from .clip import check_pixels
 from .core import (MODELS, CheckpointError, InputError, as_path, as_prompts, hub_folder, image_key, image_list,
                                   open_image, progress as progress_bar)
-from .model import RewardModel, _perspective_folders
+from .model import RewardModel, _check_batch_size, _perspective_folders
 from .phi3v import hd_shape
 from .shapes import Checker
 from .store import text_hash
@@ -222,7 +223,7 @@ def load_reward(
 # %% ../nbs/09e_rewards.ipynb #2f549b62
 def _batches(items:list, batch_size:int):
     "Batches of indices in which equal paths come together, so that each is opened once."
-    if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    _check_batch_size(batch_size)
     first = {}
     for i,x in enumerate(items): first.setdefault(image_key(x), i)
     order = sorted(range(len(items)), key=lambda i: (first[image_key(items[i])], i))
@@ -273,6 +274,11 @@ def score_all(
     "Score images with several rewards, each opened once; warns of missing scores."
     import pandas as pd
     if not rewards: raise ValueError("no rewards; pass a dict such as {'tiny': load_reward('tiny')}")
+    if not isinstance(rewards, Mapping): raise ValueError(
+        f"rewards is a {type(rewards).__name__}; pass a dict such as {{'tiny': load_reward('tiny')}}")
+    for name,r in rewards.items():
+        if not callable(r): raise ValueError(
+            f"reward {name!r} is a {type(r).__name__}; pass a callable, such as load_reward(...)")
     items = image_list(images)
     called = [str(x) if isinstance(image_key(x), str) else f'image {i}' for i,x in enumerate(items)]
     prompts,opened = as_prompts(prompts, len(items)),{}

@@ -181,8 +181,9 @@ def planned_updates(
 def _alike(r:dict)->bool:
     "Whether both sides of a pair are the same image for the same prompt."
     a,b = r['chosen_path'],r['reject_path']
-    files = isinstance(a, Path) and isinstance(b, Path)
-    same = a is b or isinstance(a, bytes) and a==b or files and (a==b or filecmp.cmp(a, b, shallow=False))
+    same = a is b or isinstance(a, (bytes,Path)) and isinstance(b, (bytes,Path)) and a==b
+    files = isinstance(a, Path) and isinstance(b, Path) and a.is_file() and b.is_file()
+    same = same or files and filecmp.cmp(a, b, shallow=False)
     return same and (isinstance(r['prompt'], str) or len(set(r['prompt']))==1)
 
 def _silent(records:RewardRecords)->str|None:
