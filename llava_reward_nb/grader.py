@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, as_prompts, image_list, load_image, progress
+from .core import InputError, as_path, as_prompts, image_list, load_image, progress
 from .store import make_identity
 
 # %% ../nbs/09d_grader.ipynb #a8f7d197
@@ -146,7 +146,7 @@ class ReplyCache:
     def __init__(self,
         path=None, # the file, made when the first answer comes; None: keep answers in memory only
     ):
-        self.path,self.records,self.read_to,self.lock = path and Path(path).expanduser(),{},0,threading.Lock()
+        self.path,self.records,self.read_to,self.lock = path and as_path(path),{},0,threading.Lock()
 
     def __len__(self): return len(self.records)
     def get(self, key): return self.records.get(key)
@@ -396,7 +396,7 @@ def _openai():
 
 def default_cache()->Path:
     "Where grades are kept if nobody says: under $XDG_CACHE_HOME, or ~/.cache."
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'llava_reward_nb'/'grades.jsonl'
+    return Path(os.environ.get('XDG_CACHE_HOME') or as_path('~/.cache'))/'llava_reward_nb'/'grades.jsonl'
 
 # %% ../nbs/09d_grader.ipynb #f12e0ba8
 class Grader:
@@ -455,7 +455,7 @@ def _check_text(x, name:str):
 def _read_rubric(path)->str:
     "The system message; `InputError` for a file that is missing, empty or no text."
     if path is None: return RUBRIC
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.is_file(): raise InputError(f"{path}: no such file; rubric= takes the path of a text file")
     try: text = path.read_text(encoding='utf-8-sig').strip()
     except (OSError, UnicodeDecodeError) as e: raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); save it as UTF-8") from None
