@@ -1,7 +1,7 @@
 # Everything a contributor runs. A target first makes `.venv` when there is none, or when what it is made from has changed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test export readme bundle
+.PHONY: help demo test machines export readme bundle
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +26,9 @@ test: $(READY) ## Check that notebooks and package agree, run every notebook, th
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing $(took)
 	@$(step) '3/3 tests, the wheel in a fresh environment among them'
 	@$(BIN)/python -m pytest --durations=5 --ignore=tests/test_project.py tests
+
+machines: $(READY) ## Run notebooks and numeric tests as other CPUs compute them, on 1 and 2 threads (hours)
+	@$(BIN)/python tools/machines.py
 
 export: $(READY) ## Write the package from the notebooks, then clean the notebooks
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && echo 'llava_reward_nb/ now is what nbs/ says'

@@ -78,14 +78,16 @@ def case_images(case:Case)->list:
 
 # %% ../nbs/15_bench.ipynb #24623afa
 class Straightforward:
-    "The reward as one writes it down: every crop, every layer, every position, one image after the other."
+    "The reward as one writes it down: every crop, every position, one image after the other."
     def __init__(self,
         rm:RewardModel, # its weights are used, not merged
     ):
         self.rm,self.base,self.processor = rm,rm.backbone.model,rm.backbone.processor
-        full = CLIPVisionModel(self.base.config.vision) # with the last layer, whose output is not used
-        full.load_state_dict(self.base.vision_tower.state_dict(), strict=False)
-        self.tower = full.to(rm.device, next(self.base.vision_tower.parameters()).dtype).eval()
+        config = self.base.config.vision
+        config.num_hidden_layers -= 1 # the last one's output is not used
+        tower = CLIPVisionModel(config)
+        tower.load_state_dict(self.base.vision_tower.state_dict(), strict=False)
+        self.tower = tower.to(rm.device, next(self.base.vision_tower.parameters()).dtype).eval()
         for part in self.tower,self.base.language_model: part.set_attn_implementation('eager')
 
 # %% ../nbs/15_bench.ipynb #5ebb6d50
@@ -108,7 +110,7 @@ def preprocess(self:Straightforward,
 def vision(self:Straightforward, crops:Tensor, h:int, w:int)->Tensor: # (v, 4*width)
     "The visual sequence of one image."
     m,b = self.base.config.merged,self.base
-    x = self.tower(pixel_values=crops.to(self.rm.device, b.sub_GN.dtype), output_hidden_states=True).hidden_states[-2][:,1:]
+    x = self.tower(pixel_values=crops.to(self.rm.device, b.sub_GN.dtype), output_hidden_states=True).hidden_states[-1][:,1:]
     x = x.reshape(len(x),m,2,m,2,-1).permute(0,1,3,2,4,5).reshape(len(x),m,m,-1)
     tiles = x[1:1+h*w].reshape(h,w,m,m,-1).permute(0,2,1,3,4).reshape(h*m,w*m,-1)
     rows = lambda t: torch.cat([t, b.sub_GN[0].expand(len(t),1,-1)], 1).flatten(0,1)
@@ -233,13 +235,21 @@ _CHILD = 'import json, sys; from llava_reward_nb.bench import Case, measure; a =
 
 def measure_apart(
     case:Case, # what is scored
+    waiting=lambda seconds: None, # called every second with the seconds so far
     **kwargs,  # of `measure`
 )->dict: # what `measure` gives
     "`measure` in a process of its own; RuntimeError with its output if that fails."
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), HF_HUB_OFFLINE='1')
-    done = subprocess.run([sys.executable, '-c', _CHILD, json.dumps(dict(case=asdict(case), **kwargs))], env=env, text=True, capture_output=True)
-    if done.returncode: raise RuntimeError(f"{case.name}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    asked,start = json.dumps(dict(case=asdict(case), **kwargs)),time.perf_counter()
+    with subprocess.Popen([sys.executable, '-c', _CHILD, asked], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        out = None
+        try:
+            while out is None:
+                try: out,err = child.communicate(timeout=1)
+                except subprocess.TimeoutExpired: waiting(time.perf_counter()-start)
+        finally: child.kill() # if it still runs, we were interrupted
+    if child.returncode: raise RuntimeError(f"{case.name}: {err[-2000:]}")
+    return json.loads(out.splitlines()[-1])
 
 # %% ../nbs/15_bench.ipynb #18bb0f9c
 def _row(case:Case, path:str, m:dict)->dict:
@@ -248,10 +258,11 @@ def _row(case:Case, path:str, m:dict)->dict:
 
 def compare_paths(
     case:Case, # what is scored
+    waiting=lambda seconds: None, # called every second with the seconds so far
     **kwargs,  # of `measure`: device, dtype, threads
 )->list: # two rows
     "Both paths of a case side by side, with the speed-up and the largest difference of their head vectors; ValueError if they do not agree."
-    a,b = (measure_apart(case, path=p, **kwargs) for p in ('ours','straightforward'))
+    a,b = (measure_apart(case, waiting, path=p, **kwargs) for p in ('ours','straightforward'))
     diff = max((torch.tensor(a['vectors'][n])-torch.tensor(b['vectors'][n])).abs().max().item() for n in a['vectors'])
     if kwargs.get('dtype', 'float32')=='float32' and not diff<1e-4: raise ValueError(f"{case.name}: the two paths differ by {diff}; they must compute the same")
     return [{**_row(case,'ours',a), 'speed-up':b['seconds']['total']/a['seconds']['total'], 'max diff':diff}, _row(case,'straightforward',b)]
@@ -272,10 +283,11 @@ def show(
   llava_reward_bench --device cuda --dtype bfloat16 --out bench.csv
 
 Each case runs in its own process. Peak memory is what scoring took above the loaded model. The straightforward path
-runs all crops, padding included, through the whole tower, with eager attention, LoRA unmerged, SkipCA and head on all
-positions, one image and one perspective at a time. Takes some minutes on two CPU cores.''')
+runs all crops, padding included, through the tower, with eager attention, LoRA unmerged, SkipCA and head on all
+positions, one image and one perspective at a time. Takes some minutes on two CPU cores, with --quick about two. What
+is measured is printed, and written to --out, case by case.''')
 def llava_reward_bench(
-    quick:bool=False,    # small crops for the mid-size model: seconds instead of minutes, and other ratios
+    quick:bool=False,    # small crops for the mid-size model: much faster, and other ratios
     device:str=None,     # torch device; the best there is if left out
     dtype:str='float32', # of the base: float32, bfloat16 or float16
     threads:int=None,    # torch threads; as torch likes if left out
@@ -287,6 +299,10 @@ def llava_reward_bench(
     device,rows = device or default_device(),[]
     name = torch.cuda.get_device_name() if torch.device(device).type=='cuda' else f'CPU, {threads or torch.get_num_threads()} threads'
     print(f'{name}, {dtype}, torch {torch.__version__}; times in ms for each image, medians')
-    for c in progress(QUICK if quick else CASES, desc='measuring'): rows += compare_paths(c, device=device, dtype=dtype, threads=threads)
-    print(show(rows))
-    if out: print(f'written to {write_table(rows, out)}')
+    for c in (bar:=progress(QUICK if quick else CASES, desc='measuring')):
+        rows += compare_paths(c, lambda s: bar.set_postfix_str(f'{c.name}, {s:.0f} s'), device=device, dtype=dtype, threads=threads)
+        a,b = rows[-2:]
+        print(f"  {c.name}: {1000*a['s/image']:,.1f}; straightforward {1000*b['s/image']:,.1f}", flush=True)
+        if out: write_table(rows, out)
+    print(f'\n{show(rows)}')
+    if out: print(f'written to {out}')

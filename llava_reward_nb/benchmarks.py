@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .clip import open_image
-from .core import InputError, hub_folder, read_table
+from .core import InputError, hub_folder, read_table, table_kind
 from .data import Fault
 from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, read_tasks, tiny_tasks
 from .shapes import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker, add_artifact,
@@ -140,18 +140,27 @@ def _read_parquet(path:Path)->list:
             i += 1
     return rows
 
+def _keyed_records(path:Path)->list|None: # of a JSON file {key: record}; None if it is no such file
+    try: pairs = json.loads(path.read_bytes().decode('utf-8-sig'), object_pairs_hook=list)
+    except (ValueError, RecursionError): return None
+    if not pairs or not all(isinstance(p,tuple) for p in pairs): return None
+    keys = [k for k,_ in pairs]
+    twice = [k for k in dict.fromkeys(keys) if keys.count(k)>1] if len(set(keys))<len(keys) else []
+    if twice: raise InputError(f"{path}: {len(twice)} keys occur twice (first: {twice[0]!r:.60}); keep one record of each")
+    whole = json.loads(path.read_bytes().decode('utf-8-sig'))
+    odd = [k for k,v in whole.items() if not isinstance(v,dict)]
+    if odd: raise InputError(f"{path}: {odd[0]!r:.60} is a {type(whole[odd[0]]).__name__}; it must be a list of records, or an object "
+                             "with a record for each key")
+    return [{'key':k, **v} for k,v in whole.items()]
+
 def read_rows(
-    path, # .parquet, .json, .jsonl or .csv
+    path, # .parquet, .json, .jsonl, .csv or .tsv
 )->list: # of dicts; images in Parquet files are `StoredImage`
-    "Read records without reading their images; `InputError` for what is not a list of records."
-    path = Path(path)
-    if path.suffix.lower()=='.parquet' and path.is_file(): return _read_parquet(path)
-    rows = read_table(path)
-    if isinstance(rows, dict):
-        rows = [dict({'key':k}, **v) if isinstance(v,dict) else v for k,v in rows.items()] # {key: record}
-    if not isinstance(rows, list) or not all(isinstance(r,dict) for r in rows):
-        raise InputError(f"{path}: is not a list of records")
-    return rows
+    "Read records without reading their images; `InputError` for what is not a table."
+    path = Path(path).expanduser()
+    kind = table_kind(path)
+    if kind=='.parquet' and path.is_file(): return _read_parquet(path)
+    return path.is_file() and kind=='.json' and _keyed_records(path) or read_table(path)
 
 # %% ../nbs/10c_benchmarks.ipynb #62aa26a1
 class Collector:

@@ -262,12 +262,7 @@ def _rating_measures(x:dict, threshold:float)->dict:
     return {'Pearson':(stats.pearson,x['a'],x['label']), 'Spearman':(stats.spearman,x['a'],x['label']),
             'Kendall tau-b':(stats.kendall_tau_b,x['a'],x['label'])}
 
-def _mean(v, w=None):
-    w2 = np.ones((1,len(v))) if w is None else w
-    m = (w2@v)/w2.sum(1)
-    return float(m[0]) if w is None else m
-
-def _sample_measures(x:dict, threshold:float)->dict: return {'mean':(_mean,x['a'])}
+def _sample_measures(x:dict, threshold:float)->dict: return {'mean':(stats.mean,x['a'])}
 
 _MEASURES = dict(pair=_pair_measures, label=_label_measures, rating=_rating_measures, sample=_sample_measures)
 
@@ -276,14 +271,14 @@ def measure(
     rows,                # DataFrame of one kind: kind, a, b, label, group
     score,               # Series: item -> score of one reward
     threshold:float=0.,  # pairs whose scores are no further apart are ties
-    m:int=1000,          # bootstrap resamples; 0 for no intervals
+    intervals:bool=True, # also compute them
 )->list: # of dicts: metric, value, low, high, n, left_out, undecided, ties
-    "The measures of one reward on rows of one kind; resampling draws whole groups."
+    "The measures of one reward on rows of one kind; intervals allow for groups."
     kind = rows.kind.iloc[0]
     a = score.reindex(rows.a).to_numpy(float)
     b = score.reindex(rows.b).to_numpy(float) if kind=='pair' else np.zeros(len(a))
     label = rows.label.to_numpy(float)
-    scored = ~np.isnan(a)&~np.isnan(b); decided = (label!=.5) if kind=='pair' else np.ones(len(a),bool)
+    scored = np.isfinite(a)&np.isfinite(b); decided = (label!=.5) if kind=='pair' else np.ones(len(a),bool)
     keep = scored&decided; x = dict(a=a[keep], b=b[keep], label=label[keep]); groups = rows.group.to_numpy()[keep]
     about = dict(n=int(keep.sum()), left_out=int((~scored).sum()), undecided=int((scored&~decided).sum()),
                  ties=int((np.abs(x['a']-x['b'])<=threshold).sum()) if kind=='pair' else 0)
@@ -293,7 +288,7 @@ def measure(
     out = []
     for name,(stat,*args) in _MEASURES[kind](x, threshold).items():
         value = stat(*args) if keep.any() else np.nan
-        low,high = stats.interval(stat, *args, groups=groups, m=m) if m and keep.any() else (np.nan,np.nan)
+        low,high = stats.interval(stat, *args, groups=groups) if intervals else (np.nan,np.nan)
         out.append(dict(metric=name, value=value, low=low, high=high, **about))
     return out
 
@@ -302,7 +297,7 @@ def results(
     run,                 # a `Run` or its folder
     by:str='',           # also split by this column of the rows, such as 'category', 'model' or 'guidance'
     threshold:float=0.,  # pairs whose scores are no further apart are ties
-    m:int=1000,          # bootstrap resamples; 0 for no intervals
+    intervals:bool=True, # also compute them
 ): # DataFrame: reward, part, kind, `by`, metric, value, low, high, n, left_out, undecided, ties
     "All measures of a run; nothing is scored. `InputError` if the rows lack the column `by`."
     import pandas as pd
@@ -314,7 +309,7 @@ def results(
     for key,part in rows.groupby(['part','kind']+([by] if by else []), sort=False):
         head = dict(zip(['part','kind']+([by] if by else []), key))
         for reward in scores:
-            out += [dict(reward=reward, **head, **r) for r in measure(part, scores[reward], threshold, m)]
+            out += [dict(reward=reward, **head, **r) for r in measure(part, scores[reward], threshold, intervals)]
     return pd.DataFrame(out)
 
 # %% ../nbs/11_evaluation.ipynb #9f02aae1
@@ -324,20 +319,20 @@ def compare(
     b,                   # of the other
     metric:str=None,     # default: the first of the kind
     threshold:float=0.,  # pairs whose scores are no further apart are ties
-    m:int=2000,          # resamples
+    m:int=2000,          # exchanges tried, see `paired_p`
 )->float: # two-sided p-value
-    "Paired bootstrap comparison of two rewards on the rows that both scored; `InputError` for an unknown metric."
+    "Paired permutation test of two rewards on the rows that both scored, whole groups exchanged; `InputError` for an unknown metric."
     kind,got,label = rows.kind.iloc[0],[],rows.label.to_numpy(float)
     pick = lambda s: (s.reindex(rows.a).to_numpy(float), s.reindex(rows.b).to_numpy(float) if kind=='pair'
                       else np.zeros(len(rows)))
     sides = [pick(a),pick(b)]
-    keep = ~np.isnan(sum(x+y for x,y in sides))&((label!=.5) if kind=='pair' else True)
+    keep = np.isfinite([v for side in sides for v in side]).all(0)&((label!=.5) if kind=='pair' else True)
     if not keep.any(): return np.nan
     got = [_MEASURES[kind](dict(a=x[keep],b=y[keep],label=label[keep]), threshold) for x,y in sides]
     name = metric or next(iter(got[0]))
     if name not in got[0]: raise InputError(f"no metric {name!r}; rows of kind {kind} have {', '.join(got[0])}")
     (stat,x,*truth),(_,y,*_) = got[0][name],got[1][name]
-    f = (lambda v,t,w: stat(v,t,w=w)) if truth else (lambda v,t,w: stat(v,w=w))
+    f = stat if truth else (lambda v,t,w: stat(v,w=w))
     return stats.paired_p(f, x, y, truth[0] if truth else None, rows.group.to_numpy()[keep], m)
 
 # %% ../nbs/11_evaluation.ipynb #e6b57db7
@@ -346,7 +341,7 @@ def significance(
     part:str=None,      # of the benchmark; default: its first
     metric:str=None,    # default: the first of the kind
     threshold:float=0., # pairs whose scores are no further apart are ties
-    m:int=2000,         # resamples
+    m:int=2000,         # exchanges tried, see `paired_p`
 ): # DataFrame of two-sided p-values, reward against reward, NaN on the diagonal
     "Paired comparison of all rewards of a run; `InputError` for an unknown part or metric."
     import pandas as pd
@@ -455,8 +450,8 @@ def _remarks(runs:list, frame, intervals:bool, by:str='')->list: # lines
     out += [f"{int(v)} pairs{f' of {p}' if p else ''} on which people had no preference are left out."
             for p,v in getattr(und,'items',lambda: [])() if v]
     if intervals:
-        out.append('In brackets: 95 % bootstrap intervals' + (', drawing whole prompts.' if (frame.kind=='sample').any()
-                else '.'))
+        over = ' over prompts' if (frame.kind=='sample').any() else ''
+        out.append(f'In brackets: 95 % intervals{over}; none from fewer than {stats.FEWEST} independent cases or at a limit.')
     return out
 
 def _grouped(frame, keys:list)->list: # (key, rows) each; first by the first key, in order of appearance
@@ -477,7 +472,7 @@ def _signs(run:Run, frame, threshold:float)->dict: # (reward, column) -> '†' w
 def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, threshold:float, scale:dict,
                digits:int)->Table:
     import pandas as pd
-    frame = pd.concat([results(r, by, threshold, 1000 if intervals else 0) for r in runs], ignore_index=True)
+    frame = pd.concat([results(r, by, threshold, intervals) for r in runs], ignore_index=True)
     cols = ['part']+([by] if by else [])+['metric']
     df,low,high = _wide(frame, ['reward'], cols, scale)
     signs = _signs(runs[0], frame, threshold) if intervals and len(runs)==1 and not by else {}
@@ -487,7 +482,7 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     t = Table(df, SPECS[name].about, {}, digits, low if intervals else None, high if intervals else None, signs=signs)
     t = _with_published(t, name) if published else t
     t.notes += [f"n = {counts}."]+_remarks(runs, frame, intervals, by)
-    t.notes += ['† better than the second best: p < 0.05, paired bootstrap.'] if signs else []
+    t.notes += ['† better than the second best: p < 0.05, exact paired permutation test, each column by itself.'] if signs else []
     if df[[c for c in df if c.startswith('bias, ')]].isna().any(axis=None): t.notes.append('Bias, NDS and GES need positive scores; blank where there are others.')
     if (frame.groupby(cols[:-1]).n.nunique()>1).any():
         t.notes.append('n differs between rewards: '+'; '.join(f"{r.reward} {r.part+' ' if r.part else ''}{r.n}"
@@ -495,7 +490,7 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
     return t
 
 # %% ../nbs/11_evaluation.ipynb #6cb5d261
-def _overall(correct, tags, w=None): # mean of the shares of the tasks that were drawn, weighted
+def _overall(correct, tags, w=None): # mean of the shares of the tasks that are there, weighted
     w2 = np.ones((1,len(correct))) if w is None else w
     drawn = np.array([w2[:,tags==t].sum(1) for t in dict.fromkeys(tags)])
     right = np.array([w2[:,tags==t]@correct[tags==t] for t in dict.fromkeys(tags)])
@@ -512,8 +507,8 @@ def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
         s = geneval_scores([dict(tag=t,prompt=p,correct=v) for t,p,v in zip(tags,g.prompt,c)])
         for t in [*[t for t in GENEVAL_TAGS if t in s['tasks']],'overall']:
             at = np.ones(len(c),bool) if t=='overall' else tags==t
-            f,args = (_overall,(c[at],tags[at])) if t=='overall' else (_mean,(c[at],))
-            low,high = stats.interval(f,*args,groups=g.prompt.to_numpy()[at]) if intervals else (np.nan,np.nan)
+            f,args = (_overall,(c[at],tags[at])) if t=='overall' else (stats.mean,(c[at],))
+            low,high = stats.interval(f,*args,groups=g.prompt.to_numpy()[at],bounds=(0,1)) if intervals else (np.nan,np.nan)
             rows.append(dict(model=key[0], guidance=key[1], metric=t, value=f(*args), low=low, high=high, n=int(at.sum()),
                              part='geneval', kind='sample', undecided=0))
     frame = pd.DataFrame(rows)
@@ -541,8 +536,8 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
     rows = []
     for key,g in _grouped(samples, ['model','guidance']):
         for metric in metrics:
-            v = g[g[metric].notna()] if metric in g else g[:0]
-            low,high = stats.interval(_mean, v[metric].to_numpy(float),
+            v = g[np.isfinite(g[metric])] if metric in g else g[:0]
+            low,high = stats.interval(stats.mean, v[metric].to_numpy(float),
                                       groups=v.prompt.to_numpy()) if intervals and len(v) else (np.nan,np.nan)
             rows.append(dict(model=key[0],guidance=key[1],metric=metric,value=v[metric].mean() if len(v)
                              else np.nan,low=low,high=high,n=len(v),part=name,kind='sample',undecided=0))
@@ -557,7 +552,7 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
 def make_table(
     name:str,               # a benchmark, or 'table9', or 'latency'
     runs,                   # run folders or `Run`s of that benchmark; for 'table9' and 'latency' see there
-    intervals:bool=False,   # bootstrap interval in each cell
+    intervals:bool=False,   # 95 % interval in each cell
     published:bool=True,    # numbers from the literature below ours
     by:str='',              # split columns by this column of the rows, such as 'category'
     threshold:float=0.,     # pairs whose scores are no further apart are ties
@@ -616,10 +611,11 @@ def per_prompt(
     if twice.any():
         raise InputError(f"particles: {int(twice.sum())} rows repeat a particle (first: "
                          f"{frame[twice].iloc[0][[*keys,'particle']].to_dict()}); pass each once")
+    frame = frame.assign(**frame[metrics].astype(float).replace([np.inf,-np.inf],np.nan)) # an infinite score is none
     out = []
     for key,g in frame.sort_values('particle', kind='stable').groupby(keys, sort=False):
         lead = pd.to_numeric(g.guidance_score).to_numpy(float)
-        at = 0 if np.isnan(lead).all() else stats.best_particle(np.where(np.isnan(lead),-np.inf,lead))
+        at = stats.best_particle(lead) if np.isfinite(lead).any() else 0
         row = dict(zip(keys,key), k=len(g))
         for m in metrics: row[f'{m}|best'],row[f'{m}|mean'] = g[m].iloc[at],g[m].mean()
         out.append(row)
@@ -632,13 +628,13 @@ def _differs(each, g, key:tuple, column:str)->bool: # from the rows without guid
     both = g.merge(base, on=['prompt','seed'], suffixes=('','|0')).dropna(subset=[column,column+'|0'])
     if not len(both): return False
     a,b = both[column].to_numpy(float),both[column+'|0'].to_numpy(float)
-    return stats.paired_p(lambda v,t,w: _mean(v,w), a, b, None, both.prompt.to_numpy())<.05
+    return stats.paired_p(lambda v,t,w: stats.mean(v,w), a, b, None, both.prompt.to_numpy())<.05
 
 def table9(
     frame,                # see `particle_frame`
     metrics:list=None,    # columns; default: all metrics
     summary:tuple=('best','mean'), # of the particles of a prompt
-    intervals:bool=False, # bootstrap interval in each cell, drawing prompts
+    intervals:bool=False, # 95 % interval over prompts in each cell
 )->Table:
     "Mean of each metric for each prompt set, model and guidance (paper's Table 9), ranked among the guidances of a model."
     import pandas as pd
@@ -652,20 +648,20 @@ def table9(
             for m in metrics:
                 v = g[f'{m}|{s}']; blank += int(v.isna().sum()); keep = v.notna()
                 c = cells.setdefault((words[s],m),{}); c[key] = v.mean()
-                iv = stats.interval(_mean, v[keep].to_numpy(float),
+                iv = stats.interval(stats.mean, v[keep].to_numpy(float),
                                     groups=g.prompt[keep].to_numpy()) if intervals and keep.any() else (np.nan,np.nan)
                 low.setdefault((words[s],m),{})[key],high.setdefault((words[s],m),{})[key] = iv
                 if intervals and _differs(each, g, key, f'{m}|{s}'): signs[key,(words[s],m)] = '†'
     index = pd.MultiIndex.from_tuples(list(dict.fromkeys(k for c in cells.values() for k in c)),
-                                      names=['prompts','model','guidance'])
+                                      names=['prompt set','model','guidance'])
     made = [pd.DataFrame({c:pd.Series(v).reindex(index) for c,v in d.items()}, index) for d in (cells,low,high)]
     made[0]['','prompts'] = np.array(ns, float)
     k = sorted(set(each.k))
     notes = [f"{' or '.join(map(str,k))} particles a prompt; the best particle is the one with the highest guidance "
              "score, without guidance the first."]
     notes += [f'{blank} missing scores are left out of the means.'] if blank else []
-    notes += ['In brackets: 95 % bootstrap intervals, drawing prompts.'] if intervals else []
-    notes += ['† differs from no guidance: p < 0.05, paired bootstrap over prompts.'] if signs else []
+    notes += [f'In brackets: 95 % intervals over prompts; none from fewer than {stats.FEWEST}.'] if intervals else []
+    notes += ['† differs from no guidance: p < 0.05, exact paired permutation test over prompts, each column by itself.'] if signs else []
     return Table(made[0], 'Metrics under guidance (Table 9)', {('','prompts'):''},
                  {c:3 for c in cells}|{('','prompts'):0},
                  made[1] if intervals else None, made[2] if intervals else None, block=2, signs=signs, notes=notes)
@@ -678,7 +674,7 @@ def _panel_rows(frame, prompts, guidances)->dict: # prompt -> {guidance: row of 
             part = frame[(frame.prompt==p)&(frame.guidance==g)].sort_values('particle', kind='stable')
             if not len(part): continue
             lead = part.guidance_score.to_numpy(float)
-            at = 0 if np.isnan(lead).all() else stats.best_particle(np.where(np.isnan(lead),-np.inf,lead))
+            at = stats.best_particle(lead) if np.isfinite(lead).any() else 0
             out.setdefault(p,{})[g] = part.iloc[at]
     return out
 

@@ -172,9 +172,9 @@ def paired(
     pairs:list,          # of (guidance, guidance)
     metrics:list=None,   # columns; default: all metrics
     summary:str='best',  # of a prompt's particles: 'best' or 'mean'
-    m:int=2000,          # bootstrap resamples
+    m:int=2000,          # exchanges tried, see `paired_p`
 ): # DataFrame: guidance, minus, metric, difference, low, high, p, prompts
-    "Mean difference over prompts with its 95 % bootstrap interval and two-sided p; `InputError` if two guidances share no prompt."
+    "Mean difference over prompts with its 95 % interval and two-sided p; `InputError` if two guidances share no prompt."
     import pandas as pd
     frame = particle_frame(frame); metrics = metrics or metric_columns(frame); out = []
     each = per_prompt(frame, metrics).set_index(['prompt_set','model','prompt','seed'])
@@ -184,7 +184,7 @@ def paired(
             d = pd.concat([each[each.guidance==g][f'{m_}|{summary}'] for g in (a,b)], axis=1, keys=['a','b']).dropna().groupby(['prompt_set','model','prompt']).mean()
             if not len(d): raise InputError(f"no prompt with {m_} for both {a!r} and {b!r}; there are {', '.join(dict.fromkeys(frame.guidance))}")
             x,y = d.a.to_numpy(float),d.b.to_numpy(float)
-            low,high = stats.interval(mean, x-y, None, m=m)
+            low,high = stats.interval(stats.mean, x-y)
             out.append(dict(guidance=a, minus=b, metric=m_, difference=(x-y).mean(), low=low, high=high, p=stats.paired_p(mean, x, y, None, m=m), prompts=len(d)))
     return pd.DataFrame(out)
 

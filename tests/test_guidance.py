@@ -57,7 +57,7 @@ def test_the_table_is_what_tables_and_panels_read(pipe, tmp_path, capsys):
     commands.llava_reward_table('table9', [str(tmp_path/'scores.parquet')], intervals=True)
     assert 'FK by red' in capsys.readouterr().out
     d = paired(df, [('FK by bright', 'none'), ('best-of-n by bright', 'none')], ['bright'])
-    assert (d.difference > 0).all() and (d.low <= d.difference).all() and (d.prompts == 5).all()
+    assert (d.difference > 0).all() and (d.prompts == 5).all() and d.low.isna().all() and (d.p > .05).all() # five prompts decide nothing
     assert rises(df).loc['FK by bright', 'bright'] > 0
 
 

@@ -42,18 +42,20 @@ def test_pair_probabilities_of_a_model(name, kind, dim):
 def test_unpaired():
     g = GOLDEN['unpaired']
     right = (cls_prob(torch.tensor(g['rewards']))>=.5).long() == torch.tensor(g['labels'])
-    assert right.float().mean().item()==g['accuracy']
+    assert right.float().mean().item()==pytest.approx(g['accuracy'])
     m = GOLDEN['unpaired_model']
     assert_close(cls_prob(torch.tensor(m['rewards']).flatten()), torch.tensor(m['prob']).flatten(), **near)
 
+steady = settings(max_examples=60)
 numbers = st.floats(-50, 50, width=32)
+targets = st.integers(0, 64).map(lambda i: i/64) # 1-t is exact
 @st.composite
 def two_batches(draw):
     n, k = draw(st.integers(1,4)), draw(st.integers(1,3))
     rows = st.lists(st.lists(numbers, min_size=2*k, max_size=2*k), min_size=n, max_size=n)
     return torch.tensor(draw(rows)), torch.tensor(draw(rows))
 
-@settings(max_examples=60, deadline=None)
+@steady
 @given(two_batches(), st.floats(.05, 5))
 def test_swapping_two_images_gives_the_complement(ab, tau):
     a, b = ab
@@ -62,15 +64,15 @@ def test_swapping_two_images_gives_the_complement(ab, tau):
     assert_close(bt_prob(a, b, tau)+bt_prob(b, a, tau), torch.ones_like(a))
     assert_close(cls_pair_prob(a, b)+cls_pair_prob(b, a), torch.ones_like(a))
 
-@settings(max_examples=60, deadline=None)
-@given(two_batches(), st.floats(.05, 5), st.floats(0, 1), st.floats(0, 2))
+@steady
+@given(two_batches(), st.floats(.05, 5), targets, st.floats(0, 2))
 def test_naming_the_other_image_chosen_does_not_change_the_loss(ab, tau, t, margin):
     a, b = ab
     t = torch.full((len(a),), t)
     assert_close(gp_loss(a, b, tau, t), gp_loss(b, a, tau, 1-t))
     assert_close(bt_loss(a[:,0], b[:,0], tau, margin, t), bt_loss(b[:,0], a[:,0], tau, margin, 1-t))
 
-@settings(max_examples=60, deadline=None)
+@steady
 @given(two_batches(), st.sampled_from(list(LOSSES)))
 def test_losses_are_finite_and_never_negative(ab, kind):
     a, b = ab
