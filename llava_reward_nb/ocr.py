@@ -6,7 +6,7 @@
 __all__ = ['QUOTES', 'MOST_TEXTS', 'INSTALL', 'quoted_texts', 'wanted_texts', 'flow_grpo_text', 'flow_grpo_score', 'plain',
            'Line', 'Found', 'Verdict', 'match_texts', 'OCR', 'draw_verdict']
 
-# %% ../nbs/09i_ocr.ipynb #15f373c7
+# %% ../nbs/09i_ocr.ipynb #ddb25fdb
 import math, re, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch import Tensor
 from .core import InputError, as_prompts, image_list, load_image, progress
 from .store import file_hash, make_identity
 
-# %% ../nbs/09i_ocr.ipynb #c90208b7
+# %% ../nbs/09i_ocr.ipynb #a2509177
 QUOTES = {'"':'"', '“':'”“"', '„':'“”"', '”':'”', '«':'»', '»':'«', '‹':'›', '›':'‹', '「':'」', '『':'』', '〝':'〟', '＂':'＂',
           "'":"'", '‘':'’', '‚':'‘’', '`':'`'} # what opens a quotation -> what may close it
 
@@ -35,13 +35,13 @@ def _end_of_quote(text:str, start:int)->int|None:
     c = text[start]
     if start and _is_letter(text[start-1]): return None # an apostrophe, or an inch mark
     if c in _DOUBTFUL and not text[start+1:start+2].strip(): return None
-    for i in range(start+2, len(text)):
+    for i in range(start+1+(c in _DOUBTFUL), len(text)):
         if text[i] not in QUOTES[c]: continue
         if c not in _DOUBTFUL: return i
         if not text[i-1].isspace() and not _is_letter(text[i+1:i+2] or ' '): return i
     return None
 
-# %% ../nbs/09i_ocr.ipynb #048a7497
+# %% ../nbs/09i_ocr.ipynb #6f2fd95a
 def quoted_texts(
     prompt:str,
 )->list: # of strings, in order
@@ -66,7 +66,7 @@ def quoted_texts(
         f"prompt {prompt!r:.80}: it is not clear which ' closes a text; write the text in double quotes")
     return out
 
-# %% ../nbs/09i_ocr.ipynb #3669abcc
+# %% ../nbs/09i_ocr.ipynb #8615324e
 _CARRIER = ('signs? signboards? boards? billboards? blackboards? chalkboards? whiteboards? posters? banners? flags? labels? stickers? badges? cards? '
     'postcards? notes? letters? texts? words? messages? captions? titles? headlines? slogans? logos? inscriptions? plaques? neon graffiti tattoos? '
     'screens? displays? pages? covers? books? newspapers? magazines? menus? tickets? stamps? plates? t-?shirts? shirts? hoodies? caps? hats? mugs? cups? '
@@ -95,7 +95,7 @@ def wanted_texts(
                                  "put the text in quotes, as in: a sign that says \"OPEN\"")
     return out
 
-# %% ../nbs/09i_ocr.ipynb #9c79bbc3
+# %% ../nbs/09i_ocr.ipynb #b1f7f436
 def flow_grpo_text(
     prompt:str,
 )->str:
@@ -115,7 +115,7 @@ def flow_grpo_score(
     distance = 0 if want in read else min(Levenshtein.distance(read, want), len(want))
     return 1-distance/len(want)
 
-# %% ../nbs/09i_ocr.ipynb #d068db4b
+# %% ../nbs/09i_ocr.ipynb #12b0c8c6
 _VARIANTS = str.maketrans({**{c:"'" for c in '’‘‚`´ʼ'}, **{c:'-' for c in '‐‑‒–—―−'}, **{c:None for c in '"“”„‟«»「」『』〝〟'}, '…':'...'})
 
 def plain(
@@ -129,7 +129,7 @@ def plain(
     words = (text if case else text.casefold()).split()
     return (' ' if space else '').join(words)
 
-# %% ../nbs/09i_ocr.ipynb #3f07dbb1
+# %% ../nbs/09i_ocr.ipynb #afe76a76
 @dataclass(frozen=True)
 class Line:
     "A line of text in an image."
@@ -148,7 +148,7 @@ def _words(lines:list)->list: # of (text with a blank in front where one was rea
             out.append((' '*apart+m[0], k))
     return out
 
-# %% ../nbs/09i_ocr.ipynb #68ac513a
+# %% ../nbs/09i_ocr.ipynb #4adc7404
 MOST_TEXTS = 10 # that a prompt may ask for
 
 def _runs(words:list, want:str, case:bool, space:bool)->list: # of (first, past the last, score above 0)
@@ -183,7 +183,7 @@ def _assign(words:list, wants:list, case:bool, space:bool)->tuple: # total, and 
         out[t],j,S = (i,j,s),i,S^(1<<t)
     return total,out
 
-# %% ../nbs/09i_ocr.ipynb #8825cb26
+# %% ../nbs/09i_ocr.ipynb #62a81bdb
 def _extent(l:Line)->tuple: # left, top, right, bottom
     xs,ys = zip(*l.box)
     return min(xs), min(ys), max(xs), max(ys)
@@ -203,7 +203,7 @@ def _by_blocks(lines:list)->list: # indices of lines, block by block
         else: blocks.append([k])
     return [k for b in blocks for k in b]
 
-# %% ../nbs/09i_ocr.ipynb #34df4b8c
+# %% ../nbs/09i_ocr.ipynb #354a21ca
 @dataclass(frozen=True)
 class Found:
     "A wanted text, and the best that was found for it."
@@ -247,7 +247,7 @@ def match_texts(
              for w,g in zip(wanted, got)]
     return Verdict(math.fsum(f.score for f in found)/len(found), tuple(found), tuple(lines))
 
-# %% ../nbs/09i_ocr.ipynb #3dc9ece0
+# %% ../nbs/09i_ocr.ipynb #c036266e
 INSTALL = 'pip install rapidocr onnxruntime rapidfuzz opencv-python-headless'
 
 def _make_engine():
@@ -266,11 +266,11 @@ def _read(engine, im:Image.Image)->list: # of `Line`
     if got.txts is None: return []
     return [Line(t, tuple((float(x),float(y)) for x,y in box), float(c)) for t,box,c in zip(got.txts, got.boxes, got.scores)]
 
-# %% ../nbs/09i_ocr.ipynb #58a8ae66
+# %% ../nbs/09i_ocr.ipynb #4d9caf8e
 def _unreadable(text:str, known:set, case:bool)->str: # characters of a text that no image can be found to have
     return ''.join(dict.fromkeys(c for c in plain(text, True) if not ({c} if case else {c, *plain(c), *c.upper()})&known))
 
-# %% ../nbs/09i_ocr.ipynb #b46ed13d
+# %% ../nbs/09i_ocr.ipynb #a816d8ed
 class OCR:
     "Does the image show the text that the prompt asks for? Itself a reward."
     name,range = 'ocr','0 to 1; 1 only if every text of the prompt stands there letter by letter'
@@ -311,7 +311,7 @@ class OCR:
         im = load_image(image, name)
         with self._engine() as engine: return _read(engine, im)
 
-# %% ../nbs/09i_ocr.ipynb #900b7c18
+# %% ../nbs/09i_ocr.ipynb #bc3bf3cc
 @patch
 def wanted(self:OCR,
     prompt:str,
@@ -354,7 +354,7 @@ def __call__(self:OCR,
     "Score images for prompts; errors as `judge`."
     return torch.tensor([v.score for v in self.judge(images, prompts)], dtype=torch.float32)
 
-# %% ../nbs/09i_ocr.ipynb #88874c27
+# %% ../nbs/09i_ocr.ipynb #e25d46f4
 _COLORS = dict(right=(24,150,84), near=(226,130,20), other=(128,132,140))
 
 def draw_verdict(
@@ -371,7 +371,7 @@ def draw_verdict(
         if l.box: draw.line([*l.box, l.box[0], l.box[1]], _COLORS[how.get(k,'other')], width, joint='curve')
     return im
 
-# %% ../nbs/09i_ocr.ipynb #90d66282
+# %% ../nbs/09i_ocr.ipynb #6814b9da
 @patch(cls_method=True)
 def from_pretrained(cls:OCR,
     id_or_path=None, # the rule; default: 'words'
