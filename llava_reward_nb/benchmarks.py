@@ -10,8 +10,9 @@ __all__ = ['PERSPECTIVES', 'DSG_MODELS', 'SAMPLE_FIELDS', 'DRAWBENCH', 'PAINTERS
            'load_benchmark']
 
 # %% ../nbs/10c_benchmarks.ipynb #e4783c03
-import hashlib, io, json, os, re, warnings
+import hashlib, json, os, re, warnings
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,10 +20,9 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .clip import open_image
-from .core import InputError, hub_folder, read_table, table_kind
+from .core import InputError, hub_folder, number, open_image, read_table, table_kind
 from .data import Fault
-from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, read_tasks, tiny_tasks
+from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered, read_tasks, tiny_tasks
 from .shapes import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker, add_artifact,
                                     alignment_pairs,
     hard_negative, make_prompt, overall_group, parse_prompt, render, safety_labels, sample_prompt, scene_for)
@@ -32,13 +32,13 @@ from .shapes import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker,
 class Item:
     "One image with one prompt, to be scored."
     id:str        # hash of the image's name and the prompt
-    image:object  # path, PIL image or `StoredImage`
+    image:object  # what `open_image` takes, or a `StoredImage`
     prompt:str    # '' if there is none
     name:str      # how to call the image in messages
 
     def load(self)->Image.Image:
-        "The image in the mode it is stored in (some metrics resize first, then convert); `InputError` if it does not open."
-        try: return open_image(self.image.load() if isinstance(self.image,StoredImage) else self.image, self.name)
+        "The image, upright, in the mode it is stored in (some metrics resize first, then convert); `InputError` if it does not open."
+        try: return self.image.load() if isinstance(self.image,StoredImage) else open_image(self.image, self.name)
         except InputError as e: raise InputError(str(e) if self.name in str(e) else f'{self.name}: {e}') from None
 
 def item_id(
@@ -46,7 +46,7 @@ def item_id(
     prompt:str,
 )->str: # 16 hex digits
     "Stable id of an image with a prompt."
-    return hashlib.sha1(f'{name}\n{prompt}'.encode()).hexdigest()[:16]
+    return hashlib.sha1(f'{name}\n{prompt}'.encode('utf-8','surrogatepass')).hexdigest()[:16]
 
 # %% ../nbs/10c_benchmarks.ipynb #aac5bba6
 @dataclass
@@ -57,6 +57,7 @@ class Benchmark:
     rows:list                                  # dicts: kind, a, b, label, part, category, group, …
     source:str                                 # where it was read from
     faults:list = field(default_factory=list)  # `Fault` of the records that are left out
+    repeats:int = 0                            # rows that say again what another says; they count as often as they occur
 
     def __len__(self): return len(self.rows)
 
@@ -72,8 +73,8 @@ class Benchmark:
         said = ', '.join(f"{n} {k}{'s' if n!=1 and k!='bias' else ''}{' of '+p if p else ''}"
                          for (p,k),n in parts.items())
         left = len({f.index for f in self.faults})
-        return f"{self.name} from {self.source}: {said}; {len(self.items)} items" + (f"; {left} records left out"
-                if left else '')
+        more = [f"{left} records left out"]*bool(left)+[f"{self.repeats} repeated"]*bool(self.repeats)
+        return '; '.join([f"{self.name} from {self.source}: {said}", f"{len(self.items)} items", *more])
 
 # %% ../nbs/10c_benchmarks.ipynb #ed24ad0e
 @patch
@@ -82,7 +83,7 @@ def head(self:Benchmark,
 )->Benchmark:
     "The first rows of each part; `InputError` if `n` is not positive."
     if n is None: return self
-    if n<1: raise InputError(f"limit {n}; it must be at least 1")
+    if type(n) is not int or n<1: raise InputError(f"limit {n!r}; it must be a whole number from 1")
     seen,rows = {},[]
     for r in self.rows:
         key = r['part'],r['kind'],*((r['model'],r['guidance']) if r['kind']=='sample' else ())
@@ -95,7 +96,9 @@ def head(self:Benchmark,
 @lru_cache(4)
 def _group_column(path:str, stamp:float, group:int, column:str): # one row group of one column
     import pyarrow.parquet as pq
-    return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+    try: return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+    except MemoryError: raise
+    except Exception as e: raise InputError(f"{path}, {column}: cannot be read ({str(e)[:100]}); download it again") from None
 
 @dataclass(frozen=True)
 class StoredImage:
@@ -107,15 +110,14 @@ class StoredImage:
     at:int      # row within it
 
     def load(self):
-        "A PIL image or a path; `InputError` if there is nothing."
-        x = _group_column(self.path, os.path.getmtime(self.path), self.group, self.column)[self.at].as_py()
+        "A PIL image; `InputError` if there is none, or one that cannot be read."
+        where = f"{self.path}, row {self.row}, {self.column}"
+        try: stamp = os.path.getmtime(self.path)
+        except OSError as e: raise InputError(f"{where}: cannot be read ({e.strerror})") from None
+        x = _group_column(self.path, stamp, self.group, self.column)[self.at].as_py()
         if isinstance(x, dict): x = x.get('bytes') or x.get('path')
-        if isinstance(x, str): return Path(self.path).parent/x
-        if not x: raise InputError(f"{self.path}, row {self.row}, {self.column}: holds no image")
-        try: return Image.open(io.BytesIO(x))
-        except Exception:
-            raise InputError(f"{self.path}, row {self.row}, {self.column}: {len(x)} bytes that are not an image that "
-                             "Pillow can read") from None
+        if not x: raise InputError(f"{where}: holds no image")
+        return open_image(Path(self.path).parent/x if isinstance(x, str) else x, where)
 
     def __str__(self): return f'{Path(self.path).name}:{self.row}:{self.column}'
 
@@ -129,10 +131,14 @@ def _read_parquet(path:Path)->list:
     import pyarrow.parquet as pq
     try: f = pq.ParquetFile(path)
     except Exception as e: raise InputError(f"{path}: cannot be read as parquet ({e}); download it again") from None
+    names = [c.name for c in f.schema_arrow]
+    twice = [n for n in dict.fromkeys(names) if names.count(n)>1]
+    if twice: raise InputError(f"{path}: has {names.count(twice[0])} columns {twice[0]!r}; give each its own name")
     images = [c.name for c in f.schema_arrow if _is_image(c.type)]
-    rest = [c.name for c in f.schema_arrow if c.name not in images]
-    n = f.metadata.num_rows
-    rows = f.read(columns=rest).to_pylist() if rest else [{} for _ in range(n)]
+    rest = [n for n in names if n not in images]
+    try: rows = f.read(columns=rest).to_pylist() if rest else [{} for _ in range(f.metadata.num_rows)]
+    except MemoryError: raise
+    except Exception as e: raise InputError(f"{path}: cannot be read ({str(e)[:100]}); download it again") from None
     i = 0
     for g in range(f.num_row_groups):
         for at in range(f.metadata.row_group(g).num_rows):
@@ -172,6 +178,7 @@ class Collector:
     ):
         self.name,self.source,self.folders = name,source,[Path(f) for f in folders]
         self.items,self.rows,self.faults,self.count = {},[],[],0
+        self.written = {} # file found by its bare name -> the path as written
 
     def need(self,
         rows:list,     # records
@@ -198,31 +205,68 @@ def find(self:Collector,
     p = Path(str(x)).expanduser()
     tries = [p] if p.is_absolute() else [f/p for f in self.folders]+[p]
     tries += [g/p.name for f in self.folders for g in (f, f/'images')]
-    return next((t for t in tries if t.is_file()), None)
+    try: return next((t for t in tries if t.is_file()), None)
+    except (OSError, ValueError): return None # too long a name, or a null byte in it
+
+def _content_name(x)->str: # of bytes or pixels
+    if isinstance(x, (bytes, bytearray)): return f'bytes {hashlib.sha1(x).hexdigest()}'
+    im = open_image(x)
+    return f'pixels {im.size[0]}x{im.size[1]} {hashlib.sha1(im.mode.encode()+im.tobytes()).hexdigest()}'
+
+def _parts(written:str)->tuple: return tuple(p for p in Path(written).parts if p not in ('.','..'))
+
+def _one_place(a:str, b:str)->bool: # whether one written path may be the end of the other
+    a,b = sorted(map(_parts, (a,b)), key=len)
+    return b[len(b)-len(a):]==a
 
 @patch
+def place(self:Collector,
+    image,     # as `Collector.item` takes it
+    field:str, # of the record, for faults
+)->tuple: # (image to open later, its stable name), None and None if there is a fault
+    "What a cell holds, and how to call it."
+    if isinstance(image, dict): image = image.get('bytes') or image.get('path')
+    if isinstance(image, StoredImage): return image, str(image)
+    if isinstance(image, (str, os.PathLike)) and str(image):
+        found,written = self.find(image),str(image)
+        if found is None:
+            below = f" below {', '.join(map(str,self.folders))}" if self.folders else ''
+            return self.fault(field, f"no such file: {written:.300}{below}"),None
+        other = self.written.setdefault(str(found), written)
+        if not _one_place(written, other):
+            return self.fault(field, f"{written:.200} and {other:.200} both lead to {found}; keep the folders apart"),None
+        self.written[str(found)] = max(written, other, key=lambda w: len(_parts(w)))
+        return found, written
+    if isinstance(image, list): image = np.array(image, np.uint8) if _is_pixels(image) else None
+    if not isinstance(image, (Image.Image, bytes, bytearray, np.ndarray)):
+        return self.fault(field, f"is {image!r:.60}; it must be an image or a path"),None
+    try: return image, _content_name(image)
+    except InputError as e: return self.fault(field, str(e)),None
+
+def _is_pixels(x:list)->bool: # rows of pixels, as Parquet gives an array
+    try: a = np.asarray(x)
+    except ValueError: return False
+    return a.ndim in (2,3) and a.dtype.kind in 'ui' and a.size>0 and 0<=a.min() and a.max()<=255
+
+# %% ../nbs/10c_benchmarks.ipynb #8aa641d1
+@patch
 def item(self:Collector,
-    image,          # path, PIL image, `StoredImage`, or a dict with bytes or path
+    image,          # path, bytes, PIL image, array, `StoredImage`, or a dict with bytes or path
     prompt,         # string, '' if there is none
     field:str,      # of the record, for faults
-    name:str=None,  # stable name of the image; default: the path as written
+    name:str=None,  # stable name of the image, if it has a better one
 )->str|None: # id, None if there is a fault
     "Register an image with a prompt."
     if not isinstance(prompt, str):
         return self.fault('prompt', f"is {prompt!r:.60}, a {type(prompt).__name__}; it must be a string")
-    if isinstance(image, dict):
-        image = Image.open(io.BytesIO(image['bytes'])) if image.get('bytes') else image.get('path')
-    if isinstance(image, (str, os.PathLike)) and str(image):
-        name = name or str(image); found = self.find(image)
-        if found is None:
-            return self.fault(field, "no such file: "
-                              f"{image}{' below '+', '.join(map(str,self.folders)) if self.folders else ''}")
-        image = found
-    elif not isinstance(image, (Image.Image, StoredImage)):
-        return self.fault(field, f"is {image!r:.60}; it must be an image or a path")
-    name = name or str(image)
-    key = item_id(name, prompt)
-    self.items.setdefault(key, Item(key, image, prompt, name))
+    image,found_name = self.place(image, field)
+    if image is None: return None
+    key = item_id(name or found_name, prompt)
+    same = self.items.setdefault(key, Item(key, image, prompt, name or found_name))
+    if isinstance(image, StoredImage) and not name and same.image!=image: # two files of one name
+        found_name = f'{image.path}:{image.row}:{image.column}'
+        key = item_id(found_name, prompt)
+        self.items.setdefault(key, Item(key, image, prompt, found_name))
     return key
 
 # %% ../nbs/10c_benchmarks.ipynb #ee5cedd5
@@ -238,6 +282,7 @@ def add(self:Collector,
     **extra,          # more columns
 ):
     "Add a row, unless the record has a fault."
+    if kind=='pair' and a is not None and a==b: return self.fault('pair', "both sides are the same image with the same prompt; a pair needs two")
     if a is not None and b is not None and (label is not None or kind in ('bias','sample')):
         self.rows.append(dict(kind=kind, a=a, b=b, label=label, part=part, category=category, group=group or a, **extra))
 
@@ -255,17 +300,29 @@ def done(self:Collector,
         if not self.rows: raise InputError(report+'\nnone is left')
         warnings.warn(report+'\nthey are left out', stacklevel=2)
     if not self.rows: raise InputError(f"{self.name}, {self.source}: no records")
+    repeats = len(self.rows)-len({json.dumps(r, sort_keys=True, default=str) for r in self.rows})
+    if repeats: warnings.warn(f"{self.name}, {self.source}: {repeats} of {len(self.rows)} rows repeat another; they count as often as "
+                              "they occur", stacklevel=2)
     used = {r[k] for r in self.rows for k in ('a','b')}
-    return Benchmark(self.name, {i:v for i,v in self.items.items() if i in used}, self.rows, str(self.source),
-                     self.faults)
+    return Benchmark(self.name, {i:v for i,v in self.items.items() if i in used}, self.rows, str(self.source), self.faults, repeats)
 
 # %% ../nbs/10c_benchmarks.ipynb #ea9bd61b
 _HUB_ID = re.compile(r'\w[\w.-]*/[\w.-]+(@[\w.-]+)?') # owner/name, perhaps @revision
 
 # %% ../nbs/10c_benchmarks.ipynb #274b6885
-def _files(folder:Path, *patterns)->list: # the files of the first pattern that matches any
+def _all_files(folder:Path)->list: # below a folder, links followed, hidden ones left out
+    out,seen = [],set()
+    for at,folders,names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = [] if real in seen else sorted(f for f in folders if f[0]!='.')
+        if real not in seen: out += [Path(at)/n for n in names if n[0]!='.']
+        seen.add(real)
+    return sorted(out)
+
+def _files(folder:Path, *patterns)->list: # the files of the first pattern that matches the name of any
+    there = _all_files(folder)
     for p in patterns:
-        found = sorted(f for f in folder.glob(p) if f.is_file())
+        found = [f for f in there if fnmatchcase(f.name, p.removeprefix('**/')) and f.is_file()]
         if found: return found
     return []
 
@@ -278,7 +335,11 @@ PERSPECTIVES = ('alignment','safety','quality','bias')
 
 def _binary(c:Collector, x, field:str='label'): # 0 or 1, None with a fault
     v = {'0':0,'1':1,'0.0':0,'1.0':1,'false':0,'true':1}.get(str(x).strip().lower())
-    return v if v is not None else c.fault(field, f"is {x!r:.60}; it must be 0 or 1")
+    return v if v is not None else c.fault(field, f"is {x!r:.60}; it must be 0 or 1 (or false, true)")
+
+def _known(x)->float|None: # a finite number; None for anything else
+    try: return None if isinstance(x,(bool,np.bool_)) else number(x)
+    except InputError: return None
 
 def _pair_record(c:Collector, r:dict, part:str, category:str=''): # a record of LLaVA-Reward's pair JSON
     p = r.get('prompt'); p = list(p) if isinstance(p,(list,tuple)) and len(p)==2 else [p,p]
@@ -290,7 +351,7 @@ def _pair_record(c:Collector, r:dict, part:str, category:str=''): # a record of 
 
 def _read_mj_file(c:Collector, path:Path, part:str):
     rows = read_rows(path)
-    if rows and 'chosen_path' in rows[0]:
+    if any('chosen_path' in r for r in rows):
         c.need(rows, ('prompt','chosen_path','reject_path'), path)
         for r in rows: _pair_record(c, r, part); c.count += 1
         return
@@ -336,7 +397,7 @@ def _add_ranking(c:Collector, prompt, images:list, ranks:list, part:str=''):
     if len(images)!=len(ranks) or len(images)<2:
         return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each of at least "
                        "two")
-    if not all(isinstance(r,(int,float)) and not isinstance(r,bool) and r==r for r in ranks):
+    if not all(isinstance(r,(int,float)) and _known(r) is not None for r in ranks):
         return c.fault('ranking', f"is {ranks!r:.60}; ranks must be numbers")
     ids = [c.item(im, prompt, f'image {k}') for k,im in enumerate(images)]
     for i in range(len(ids)):
@@ -360,8 +421,11 @@ def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str
 def _by_prompt(rows:list, images:str, ranks:str)->list: # one record for each image -> one for each prompt
     out = {}
     for r in rows:
-        g = out.setdefault(str(r.get('prompt_id', r['prompt'])), dict(prompt=r['prompt'], **{images:[], ranks:[]}))
-        g[images].append(r[images]); g[ranks].append(r[ranks])
+        known = r.get('prompt_id') not in (None,'')
+        g = out.setdefault((known, str(r['prompt_id'] if known else r['prompt'])), dict(prompt=r['prompt'], **{images:[], ranks:[]}))
+        if r['prompt']!=g['prompt']: g['prompt'] = None # two prompts under one id: a fault
+        g[images].append(r[images])
+        g[ranks].append(r[ranks])
     return list(out.values())
 
 # %% ../nbs/10c_benchmarks.ipynb #347e6090
@@ -398,8 +462,9 @@ def read_pickapic(
         c.need(rows, ('caption','jpg_0','jpg_1','label_0'), f)
         for r in rows:
             ids = [c.item(r[f'jpg_{k}'], r['caption'], f'jpg_{k}', name=r.get(f'image_{k}_uid') or None) for k in (0,1)]
-            label = {1.:0, 0.:1, .5:.5}.get(r['label_0'])
-            ok = label is not None and r.get('label_1', 1-r['label_0'])==1-r['label_0'] and r.get('has_label', True)
+            first,second = _known(r['label_0']),_known(r.get('label_1'))
+            label = {1.:0, 0.:1, .5:.5}.get(first)
+            ok = label is not None and (second is None or second==1-first) and r.get('has_label', True) not in (False,0)
             if not ok:
                 c.fault('label_0', f"is {r['label_0']!r:.40} (label_1 {r.get('label_1')!r:.40}, has_label "
                         f"{r.get('has_label', True)}); it must be 0, 0.5 or 1, label_1 the rest")
@@ -482,6 +547,7 @@ def read_tifa160(
     files = [path] if path.is_file() else _files(path, '**/human_annotations.json',
                                                  '**/human_annotations_with_scores.json')
     if not files: raise _no_files(path, kw['local'])
+    if len(files)>1: raise InputError(f"{path}: holds {len(files)} annotation files ({files[0]}, {files[1]} …); name one of them")
     f = files[0]; rows = read_rows(f); dsg = _dsg_ratings(annotations) if annotations else None
     c = Collector('tifa160', str(annotations or f), [*([images] if images else []), f.parent,
                                                      *([path] if path.is_dir() else []), f.parent.parent])
@@ -489,7 +555,7 @@ def read_tifa160(
     for r in rows:
         model = str(r.get('key','')).removeprefix(f"{r.get('text_id')}_") or Path(str(r.get('image_path'))).stem
         v = r.get('human_avg') if dsg is None else dsg.get(f"{r.get('text_id')}_{model}")
-        if not isinstance(v,(int,float)) or not 1<=v<=5:
+        if _known(v) is None or not isinstance(v,(int,float)) or not 1<=v<=5:
             v = c.fault('human_avg', f"is {v!r:.40}; it must be a number from 1 to 5")
         c.add('rating', c.item(r.get('image_path'), r.get('text'), 'image_path'), label=v,
               category=re.split(r'[_\d]', str(r.get('text_id')))[0], group=_text(r,'text_id'), model=model)
@@ -510,26 +576,31 @@ def add_sample(
     **fields,         # of `SAMPLE_FIELDS`
 ):
     "Add one generated image."
-    got = {k:fields.get(k,v) if fields.get(k) is not None else v for k,v in SAMPLE_FIELDS.items()}
+    got = {}
+    for k,default in SAMPLE_FIELDS.items():
+        v = default if fields.get(k) in (None,'') else fields[k]
+        if isinstance(default, str): got[k] = str(v)
+        elif v!=v: got[k] = default
+        elif _known(v) is None or isinstance(default, int) and float(v)%1: c.fault(k, f"is {v!r:.60}; it must be a {'whole ' if isinstance(default,int) else ''}number"); return
+        else: got[k] = int(v) if isinstance(default, int) else float(v)
     c.add('sample', c.item(image, prompt, 'image', name), part=got['prompt_set'], category=task['tag'] if task
           else category, group=prompt,
           task=json.dumps(task, sort_keys=True) if task else '', prompt=prompt, **got)
     c.count += 1
 
 def _sample_folders(path:Path)->list: # (folder that holds 00000 and so on, names on the way to it)
-    homes = sorted({p.parent.parent for p in path.glob('**/metadata.jsonl') if p.parent.name.isdigit()})
+    homes = sorted({p.parent.parent for p in _all_files(path) if p.name=='metadata.jsonl' and re.fullmatch('[0-9]+', p.parent.name)})
     return [(h, h.relative_to(path).parts) for h in homes]
 
 # %% ../nbs/10c_benchmarks.ipynb #b34dd2d6
 def _read_sample_folder(c:Collector, home:Path, names:tuple, prompt_set:str, classes):
     model,guidance = (names[0] if len(names)>1 else ''), (names[-1] if names else 'none')
-    for place in sorted(p for p in home.iterdir() if p.is_dir() and p.name.isdigit()):
+    for place in numbered(home):
         tasks = read_table(place/'metadata.jsonl')
         if len(tasks)!=1 or not isinstance(tasks[0],dict) or 'prompt' not in tasks[0]:
             raise InputError(f"{place/'metadata.jsonl'}: must hold one object with a prompt")
         task = check_task(tasks[0], str(place/'metadata.jsonl'), classes) if prompt_set=='geneval' else None
-        images = sorted(q for q in (place/'samples').glob('*') if q.suffix.lower() in ('.png','.jpg','.jpeg','.webp')
-                        and q.stem.isdigit())
+        images = numbered(place/'samples', images=True)
         if not images: c.fault('samples', f"{place/'samples'}: no images such as 0000.png"); c.count += 1
         for k,im in enumerate(images):
             add_sample(c, im, tasks[0]['prompt'], task, name=str(im.relative_to(c.folders[0])),
@@ -547,6 +618,12 @@ def _read_sample_table(c:Collector, path:Path, prompt_set:str, tasks:dict):
             add_sample(c, r['image'], r['prompt'], task, **{**{k:r.get(k) for k in SAMPLE_FIELDS},
                     'prompt_set':r.get('prompt_set') or prompt_set})
 
+def _tasks_by_prompt(source, classes)->dict:
+    out = {}
+    for t in read_tasks(source, classes):
+        if out.setdefault(t['prompt'], t)!=t: raise InputError(f"{source}: two different tasks for the prompt {t['prompt']!r:.60}; keep one of them")
+    return out
+
 def read_generated(
     name:str,                # 'geneval' or 'drawbench'
     path:Path,               # folder in GenEval's layout, perhaps one for each model and guidance, or a table
@@ -562,7 +639,7 @@ def read_generated(
         if not homes: raise _no_files(path, kw['local'])
         for home,names in homes: _read_sample_folder(c, home, names, name, classes)
     else:
-        _read_sample_table(c, path, name, {t['prompt']:t for t in read_tasks(tasks, classes)} if name=='geneval' else {})
+        _read_sample_table(c, path, name, _tasks_by_prompt(tasks, classes) if name=='geneval' else {})
     return c.done(skip_bad)
 
 # %% ../nbs/10c_benchmarks.ipynb #19ba7f86
@@ -584,13 +661,17 @@ def load_prompts(
         path = hub_folder(str(source), ['**/*.parquet','**/*.csv','*.csv','*.parquet'],
                           'a file with a column prompts, or a .txt with one prompt a line', data=True)
     if path.is_dir(): path = next(iter(_files(path,'**/*.parquet','**/*.csv')), path)
-    if path.suffix=='.txt':
-        return [dict(prompt=l.strip(), category='') for l in path.read_text(encoding='utf-8').split('\n') if l.strip()]
+    if path.suffix.lower()=='.txt':
+        try: lines = path.read_text(encoding='utf-8-sig').split('\n')
+        except (OSError, UnicodeDecodeError) as e: raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); check the path") from None
+        return [dict(prompt=l.strip(), category='') for l in lines if l.strip()]
     rows = read_rows(path)
-    key = next((k for k in ('prompts','Prompts','prompt','Prompt') if rows and k in rows[0]), None)
+    key = next((k for k in ('prompts','Prompts','prompt','Prompt') if any(k in r for r in rows)), None)
     if key is None:
         raise InputError(f"{path}: lacks a column prompts; it has {', '.join(rows[0]) if rows else 'no records'}")
-    return [dict(prompt=str(r[key]), category=_text(r,'category','Category')) for r in rows]
+    bad = [i for i,r in enumerate(rows) if not isinstance(r.get(key), str) or not r[key].strip()]
+    if bad: raise InputError(f"{path}: {len(bad)} of {len(rows)} records have no prompt (first: record {bad[0]}); remove them")
+    return [dict(prompt=r[key], category=_text(r,'category','Category')) for r in rows]
 
 # %% ../nbs/10c_benchmarks.ipynb #ded5df2f
 def _flip(c:Collector, rng, good, bad, prompt:str, part:str, category:str, n:int):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RULES', 'RELATION_NAMES', 'GENEVAL_TAGS', 'GENEVAL_CLASSES', 'GENEVAL_PROMPTS', 'TOP_PAIRS', 'DETECTOR',
            'COLOR_NAMES', 'TEMPLATES', 'BLANK', 'COLOR_CLIP', 'Detection', 'Rules', 'box_iou', 'keep_detections',
-           'box_relations', 'Verdict', 'judge', 'reason_text', 'check_task', 'read_tasks', 'write_samples',
+           'box_relations', 'Verdict', 'judge', 'reason_text', 'check_task', 'read_tasks', 'numbered', 'write_samples',
            'read_samples', 'resize_masks', 'mask_box', 'to_detections', 'MaskDetector', 'cut_out', 'ColorClassifier',
            'GenEval', 'ShapesDetector', 'ToldColors', 'shapes_geneval', 'task_of', 'tiny_tasks', 'geneval_scores']
 
 # %% ../nbs/10b_geneval.ipynb #5ff0edbf
-import json
-from dataclasses import dataclass
+import json, math, re
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .clip import crop_image, normalise, to_floats
-from llava_reward_nb.core import (CheckpointError, InputError, as_images, atomic_path, default_device, load_pretrained, progress,
-                                  read_table,
-    resolve_model)
+from .core import (CheckpointError, InputError, as_images, atomic_path, default_device, image_list, load_image,
+                                  load_pretrained, progress, read_table, resolve_model)
 from .shapes import CATEGORIES, COLORS, MIN_IOU, SHAPES, SIZE, Checker, Prompt, sample_prompt
+from .store import identity, make_identity
 
 # %% ../nbs/10b_geneval.ipynb #f676d873
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def box_iou(
 
 # %% ../nbs/10b_geneval.ipynb #baf4e016
 def _most_confident(found:list, least:float, rules:Rules)->list: # of one class
-    scores = np.array([d.score for d in found], np.float32)
-    order = [i for i in np.argsort(scores, kind='stable')[::-1] if scores[i]>np.float32(least)][:rules.max_objects]
+    scores = np.round(np.array([d.score for d in found], np.float64), 6)
+    order = [i for i in np.argsort(scores, kind='stable')[::-1] if scores[i]>round(least,6)][:rules.max_objects]
     kept = []
     while order:
         best,*order = order
@@ -91,13 +91,14 @@ def box_relations(
     b,                                        # box that A is seen from
     threshold:float=RULES.position_threshold, # share of both sizes that is taken off the offset
 )->list: # of `RELATION_NAMES`, in that order; may be empty
-    "Where box A lies as seen from box B, in float32 as the original."
-    a,b = (np.asarray(x,np.float32).reshape(2,2) for x in (a,b))
+    "Where box A lies as seen from box B."
+    a,b = (np.asarray(x,np.float64).reshape(2,2) for x in (a,b))
     offset,size = a.mean(0)-b.mean(0), np.abs(a[1]-a[0])+np.abs(b[1]-b[0])
-    short = np.maximum(np.abs(offset)-np.float32(threshold)*size, 0)*np.sign(offset)
+    short = np.maximum(np.abs(offset)-threshold*size, 0)*np.sign(offset)
     if (np.abs(short)<1e-3).all(): return []
-    dx,dy = short/np.linalg.norm(offset)
-    return [r for r,holds in zip(RELATION_NAMES, (dy<-.5, dy>.5, dx<-.5, dx>.5)) if holds]
+    dx,dy = short/math.hypot(*offset)
+    half = .5+1e-6
+    return [r for r,holds in zip(RELATION_NAMES, (dy<-half, dy>half, dx<-half, dx>half)) if holds]
 
 # %% ../nbs/10b_geneval.ipynb #6aabec65
 def _count_colors(want:dict, group:list, classify)->list: # reasons
@@ -183,11 +184,11 @@ def _entry_fault(want, i:int, classes)->str|None:
     if not isinstance(want, dict): return f"is {want!r:.40}, not an object"
     if want.get('class') not in classes:
         return f"has class {want.get('class')!r}; the detector knows {len(classes)} classes, such as {', '.join(list(classes)[:4])}"
-    if not isinstance(want.get('count'), int) or want['count']<1:
+    if type(want.get('count')) is not int or want['count']<1:
         return f"has count {want.get('count')!r}; it must be a whole number from 1"
     if 'position' not in want: return None
     p = want['position']
-    if not (isinstance(p, (list,tuple)) and len(p)==2 and p[0] in RELATION_NAMES and isinstance(p[1], int) and 0<=p[1]<i):
+    if not (isinstance(p, (list,tuple)) and len(p)==2 and p[0] in RELATION_NAMES and type(p[1]) is int and 0<=p[1]<i):
         return (
         f"has position {p!r}; it must be one of {', '.join(RELATION_NAMES)} and the index of an earlier entry")
 
@@ -201,6 +202,10 @@ def check_task(
     if not isinstance(task, dict) or not {'tag','prompt','include'}<=set(task): raise InputError(
         f"{name}: needs the fields tag, prompt and include; got "
         f"{', '.join(task) if isinstance(task,dict) else type(task).__name__}")
+    if not isinstance(task['prompt'], str): raise InputError(f"{name}: prompt is {task['prompt']!r:.40}; it must be a string")
+    lists = [task['include'], task.get('exclude') or []]
+    if not all(isinstance(v, (list,tuple)) for v in lists) or not task['include']: raise InputError(
+        f"{name}: include is {task['include']!r:.40} and exclude {task.get('exclude')!r:.40}; they must be lists, the first not empty")
     if task['tag'] not in tags: raise InputError(f"{name}: tag {task['tag']!r}; it must be one of {', '.join(tags)}")
     for key in ('include','exclude'):
         for i,want in enumerate(task.get(key) or []):
@@ -215,7 +220,7 @@ def _fetch(url:str, what:str)->str:
     from urllib.request import urlopen
     try:
         with urlopen(url, timeout=60) as r: return r.read().decode('utf-8')
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{what} cannot be read from {url} ({e}); download the file where there is a network and pass "
                          "its path") from None
 
@@ -225,10 +230,26 @@ def read_tasks(
 )->list: # of task dicts
     "Read and check GenEval tasks; `InputError` names the line that cannot be used."
     if str(source).startswith(('http://','https://')):
-        lines = _fetch(str(source), "GenEval's prompts").split('\n')
-        tasks = [json.loads(l) for l in lines if l.strip()]
+        lines = [l for l in _fetch(str(source), "GenEval's prompts").split('\n') if l.strip()]
+        try: tasks = [json.loads(l) for l in lines]
+        except ValueError as e: raise InputError(f"{source}: is not one JSON task a line ({e}); check the address") from None
     else: tasks = read_table(source)
     return [check_task(t, f'{source}, task {i}', classes) for i,t in enumerate(tasks)]
+
+# %% ../nbs/10b_geneval.ipynb #0ac1fefe
+def numbered(
+    folder,             # holds 00000, 00001 … or 0000.png, 0001.jpg …
+    images:bool=False,  # files with a picture's suffix; False: folders
+)->list: # paths in the order of their numbers
+    "Folders or images whose names are numbers; `InputError` if two have the same number."
+    Image.init()
+    kind = lambda p: p.is_file() and p.suffix.lower() in Image.registered_extensions() if images else p.is_dir()
+    folder = Path(folder).expanduser()
+    found = [p for p in folder.iterdir() if re.fullmatch('[0-9]+', p.stem if images else p.name) and kind(p)] if folder.is_dir() else []
+    found = sorted(found, key=lambda p: (int(p.stem), p.name))
+    twice = [(a,b) for a,b in zip(found, found[1:]) if int(a.stem)==int(b.stem)]
+    if twice: raise InputError(f"{folder}: {twice[0][0].name} and {twice[0][1].name} have the same number; keep one of them")
+    return found
 
 # %% ../nbs/10b_geneval.ipynb #0bb61eca
 def write_samples(
@@ -250,7 +271,7 @@ def read_samples(
     classes=GENEVAL_CLASSES, # what the detector can find
 )->list: # of dicts: 'index', 'task', 'images' (paths in order)
     "Find the images of each prompt; `InputError` if there are none, or if a prompt has no task or no images."
-    places = sorted(p for p in Path(folder).expanduser().glob('*') if p.is_dir() and p.name.isdigit())
+    places = numbered(folder)
     if not places:
         raise InputError(f"{folder}: no folders such as 00000; GenEval's layout is <folder>/00000/metadata.jsonl and "
                          "<folder>/00000/samples/0000.png")
@@ -258,8 +279,7 @@ def read_samples(
     for p in places:
         tasks = read_table(p/'metadata.jsonl')
         if len(tasks)!=1: raise InputError(f"{p/'metadata.jsonl'}: holds {len(tasks)} tasks; it must hold one")
-        images = sorted(q for q in (p/'samples').glob('*') if q.suffix.lower() in ('.png','.jpg','.jpeg','.webp')
-                        and q.stem.isdigit())
+        images = numbered(p/'samples', images=True)
         if not images: raise InputError(f"{p/'samples'}: no images such as 0000.png")
         out.append(dict(index=int(p.name), task=check_task(tasks[0], str(p/'metadata.jsonl'), classes), images=images))
     return out
@@ -292,11 +312,12 @@ def to_detections(
 )->list: # of `Detection`, at most 100
     "Turn the queries of one image into detections (mmdetection's instance head)."
     probs = class_logits.float().softmax(-1)[:,:-1]
-    top = probs.flatten().topk(min(TOP_PAIRS, probs.numel()))
-    query,label = top.indices//probs.shape[1], top.indices%probs.shape[1]
+    flat = probs.flatten()
+    order = flat.double().round(decimals=6).sort(descending=True, stable=True).indices[:TOP_PAIRS] # ties: the first
+    query,label = order//probs.shape[1], order%probs.shape[1]
     binary = masks>0
     quality = (masks.sigmoid()*binary).flatten(1).sum(1)/(binary.flatten(1).sum(1)+1e-6)
-    scores = top.values*quality[query]
+    scores = flat[order]*quality[query]
     arrays = {q:binary[q].cpu().numpy() for q in set(query.tolist())}
     return [Detection(names[l], mask_box(arrays[q]), s, arrays[q])
             for q,l,s in zip(query.tolist(), label.tolist(), scores.tolist()) if arrays[q].any()]
@@ -322,6 +343,12 @@ class MaskDetector:
         self.device = torch.device(device or default_device())
         self.model,self.processor = model.to(self.device).eval(), processor
 
+    @property
+    def identity(self)->str:
+        "Weights, classes and preprocessing."
+        settings = dict(classes=self.classes, pairs=TOP_PAIRS, processor=json.loads(self.processor.to_json_string()))
+        return make_identity('MaskDetector', settings, [self.model])
+
 DETECTOR = 'facebook/mask2former-swin-small-coco-instance'
 
 # %% ../nbs/10b_geneval.ipynb #a50f134e
@@ -341,7 +368,8 @@ def __call__(self:MaskDetector,
 )->list: # for each image, a list of `Detection`
     "Detect the objects of each image."
     out = []
-    for im in progress(as_images(images), desc='detecting'):
+    for im in progress(image_list(images), desc='detecting'):
+        im = load_image(im)
         x,inner = self.inputs(im)
         y = self.model(pixel_values=x, pixel_mask=torch.ones_like(x[:,0], dtype=torch.long))
         masks = resize_masks(y.masks_queries_logits[0], tuple(x.shape[-2:]), inner, im.size[::-1])
@@ -389,6 +417,13 @@ class ColorClassifier:
         self.device,self.colors = torch.device(device or default_device()), tuple(colors)
         self.clip,self.tokenizer,self.known = clip.to(self.device).eval(), tokenizer, {}
 
+    @property
+    def identity(self)->str:
+        "Weights, colours, sentences and their tokens."
+        texts = [t.format(c=c,k='object') for c in self.colors for t in TEMPLATES]
+        tokens = [list(map(str,ids)) for ids in self.tokenizer(texts)['input_ids']]
+        return make_identity('ColorClassifier', dict(colors=self.colors, templates=TEMPLATES, blank=BLANK, tokens=tokens), [self.clip])
+
 COLOR_CLIP = 'openai/clip-vit-large-patch14'
 
 @patch
@@ -419,7 +454,8 @@ def __call__(self:ColorClassifier,
     size = self.clip.config.vision_config.image_size
     x = normalise(to_floats([crop_image(cut_out(image,d), size, 'even') for d in detections]))
     e = F.normalize(self.clip.get_image_features(pixel_values=x.to(self.device)).pooler_output.float(), dim=-1)
-    return [self.colors[i] for i in (e@self.anchors(label).T).argmax(-1).tolist()]
+    likeness = (e@self.anchors(label).T).double().cpu().numpy().round(5)
+    return [self.colors[i] for i in likeness.argmax(-1)]
 
 @patch(cls_method=True)
 def from_pretrained(cls:ColorClassifier,
@@ -440,6 +476,12 @@ class GenEval:
         rules:Rules=RULES, # settings
     ): self.detector,self.colors,self.rules = detector, colors, rules
 
+    @property
+    def identity(self)->str|None:
+        "Detector, colour classifier and rules; None if one of the first two does not say who it is."
+        parts = identity(self.detector),identity(self.colors)
+        return None if None in parts else make_identity('GenEval', dict(parts=parts, rules=asdict(self.rules)))
+
     def __repr__(self): return f'GenEval({type(self.detector).__name__}, {type(self.colors).__name__})'
 
 @patch
@@ -458,13 +500,17 @@ def __call__(self:GenEval,
     tasks,  # one task for all, or n of them
 )->list: # of `Verdict`
     "Judge images; `InputError` for bad images or tasks."
-    images = as_images(images)
+    images = image_list(images)
     tasks = [tasks]*len(images) if isinstance(tasks, dict) else list(tasks)
     if len(tasks)!=len(images):
         raise InputError(f"{len(tasks)} tasks for {len(images)} images; pass one task for all or one for each")
     for i,t in enumerate(tasks): self.check(t, f'task {i}')
-    return [judge(t, found, lambda label,ds,im=im: self.colors(im,label,ds), self.rules)
-            for im,t,found in zip(images, tasks, self.detector(images))]
+    return [self._judge_one(load_image(im), t) for im,t in progress(list(zip(images,tasks)), desc='judging')]
+
+@patch
+def _judge_one(self:GenEval, im:Image.Image, task:dict)->Verdict:
+    found, = self.detector([im])
+    return judge(task, found, lambda label,ds: self.colors(im,label,ds), self.rules)
 
 @patch(cls_method=True)
 def from_pretrained(cls:GenEval,
@@ -481,11 +527,15 @@ class ShapesDetector:
     classes = SHAPES
     checker = Checker()
 
+    @property
+    def identity(self)->str: return make_identity('ShapesDetector', dict(classes=self.classes))
+
     def __call__(self,
         images, # one image or a list
     )->list: # for each image, a list of `Detection`
         "Read the objects of each image off its pixels."
-        return [[self._detection(o, im) for o in self.checker.objects(im)] for im in as_images(images)]
+        opened = map(load_image, image_list(images))
+        return [[self._detection(o, im) for o in self.checker.objects(im)] for im in opened]
 
     def _detection(self, o, im:Image.Image)->Detection:
         kx,ky = im.width/SIZE, im.height/SIZE
@@ -495,6 +545,10 @@ class ShapesDetector:
 class ToldColors:
     "Reads the colour that the detector told."
     colors = tuple(COLORS)
+
+    @property
+    def identity(self)->str: return make_identity('ToldColors', dict(colors=self.colors))
+
     def __call__(self,
         image,           # not looked at
         label:str,       # not used
@@ -538,6 +592,8 @@ def geneval_scores(
 )->dict: # 'tasks': {tag: (correct, images)}, 'overall', 'images': (correct, n), 'prompts': (with any correct, n)
     "GenEval's summary; `InputError` if there are no rows."
     rows = rows.to_dict('records') if hasattr(rows,'to_dict') else list(rows)
+    odd = [r['correct'] for r in rows if r['correct'] not in (0,1)]
+    if odd: raise InputError(f"{len(odd)} of {len(rows)} rows have no verdict (first: {odd[0]!r}); leave them out first")
     if not rows: raise InputError("no judged images; pass at least one row with tag, prompt and correct")
     by = lambda key: {k:[bool(r['correct']) for r in rows if r[key]==k] for k in dict.fromkeys(r[key] for r in rows)}
     tasks = {t:(sum(v),len(v)) for t,v in by('tag').items()}

@@ -15,9 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from fastcore.basics import patch
-from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, image_list, normalise,
-                                  opened_batches, read_config, reward_mlp, to_floats)
-from .core import CheckpointError, as_prompts, atomic_path, default_device, load_weights, resolve_model, tensor_shapes
+from .backbones import PassLock, evaluating
+from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, normalise, opened_batches, reward_mlp,
+                                  to_floats)
+from .core import (CheckpointError, as_prompts, atomic_path, default_device, image_list, load_weights, resolve_model,
+                                  tensor_shapes)
+from .phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from .store import make_identity
 
 # %% ../nbs/09b_imagereward.ipynb #0cb7e9e7
 MAX_LENGTH = 35 # positions of a prompt, [CLS] and [SEP] included; what follows is not read
@@ -127,11 +131,16 @@ class ImageReward:
         self.tokenizer,rows = with_blip_tokens(tokenizer), model.text.config.vocab_size
         if len(tokenizer)!=rows: raise CheckpointError(
             f"imagereward: the tokenizer has {len(tokenizer)} entries, the model {rows}; pass tokenizer= the folder or hub id of its own")
-        self.device,self.size = torch.device(device or default_device()), model.vision.config.image_size
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        check_vocabulary(tokenizer, rows, 'imagereward')
+        self.device,self.size,self.lock = torch.device(device or default_device()), model.vision.config.image_size, PassLock()
+        self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.model.layers.float()
     def preprocess(self, images): return normalise(to_floats([crop_image(im, self.size, 'even') for im in images]))
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, 'even'))
+    @property
+    def identity(self)->str:
+        parts = dict(vision=config_facts(self.model.vision.config), text=config_facts(self.model.text.config), tokenizer=tokenizer_hash(self.tokenizer))
+        with self.lock: return make_identity('ImageReward', parts, [self.model])
     def __repr__(self): return f"ImageReward({self.range}; {self.size} px, on {self.device})"
 
 # %% ../nbs/09b_imagereward.ipynb #ed3b8b2c
@@ -156,9 +165,10 @@ def raw(self:ImageReward,
     prompts:list, # n strings
 )->tuple: # raw scores (n,) float32 and states at [CLS] (n,d), with gradients if `x` has them
     "The network on preprocessed images and texts."
-    ids, mask = prompt_ids(self.tokenizer, prompts)
     dtype = self.model.text.embeddings.word_embeddings.weight.dtype
-    return self.model(x.to(self.device, dtype), ids.to(self.device), mask.to(self.device))
+    with self.lock, evaluating(self.model, grad=True):
+        ids, mask = prompt_ids(self.tokenizer, prompts)
+        return self.model(x.to(self.device, dtype), ids.to(self.device), mask.to(self.device))
 
 # %% ../nbs/09b_imagereward.ipynb #bc2fe2d5
 @patch
@@ -207,6 +217,7 @@ def _vision_sizes(t:dict, where)->dict:
             intermediate_size=t[f'{p}blocks.0.mlp.fc1.weight'][0],
             num_hidden_layers=1+max(int(m[1]) for k in t if (m := re.match(r'blip\.visual_encoder\.blocks\.(\d+)\.', k))))
     except KeyError as e: raise CheckpointError(f"{where}: lacks {e.args[0]}; is it an ImageReward checkpoint?") from None
+    except IndexError: raise CheckpointError(f"{where}: a tensor of the vision tower has too few axes; is it an ImageReward checkpoint?") from None
 
 # %% ../nbs/09b_imagereward.ipynb #8b333076
 def load_bert_tokenizer(
@@ -214,9 +225,10 @@ def load_bert_tokenizer(
 )->BertTokenizer:
     "The tokenizer of a BERT folder; `CheckpointError` if it is not there or damaged."
     find_file(name, 'tokenizer.json', 'vocab.txt')
-    try: return BertTokenizer.from_pretrained(resolve_model(name))
-    except Exception as e: raise CheckpointError(
-        f"{name}: the tokenizer cannot be read ({type(e).__name__}: {str(e)[:200]}); fetch it again") from None
+    with blame(f'{name}, its tokenizer'):
+        tokenizer = BertTokenizer.from_pretrained(resolve_model(name))
+        prompt_ids(tokenizer, ['a b'])
+        return tokenizer
 
 # %% ../nbs/09b_imagereward.ipynb #4c989691
 @patch(cls_method=True)
@@ -230,10 +242,10 @@ def from_pretrained(cls:ImageReward,
     name = id_or_path or cls.default
     path, med = find_file(name, 'ImageReward.safetensors', 'ImageReward.pt'), find_file(name, 'med_config.json')
     t = tensor_shapes(path)
-    v = vision_config(**_vision_sizes(t, path))
+    with blame(path): v = vision_config(**_vision_sizes(t, path))
     words = 'blip.text_encoder.embeddings.word_embeddings.weight'
     if words not in t: raise CheckpointError(f"{path}: lacks {words}; is it an ImageReward checkpoint?")
-    with torch.device('meta'): model = ImageRewardModel(v, text_config(read_config(med), t[words][0], v.hidden_size, med))
+    with blame(med), torch.device('meta'): model = ImageRewardModel(v, text_config(read_config(med), t[words][0], v.hidden_size, med))
     ours = {published_name(k):k for k in model.state_dict()}
     load_weights(model, [path], rename=lambda k: ours.get(k, ''), unused=_UNUSED, dtype=dtype or torch.float32)
     beside = path.parent/'bert'

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from PIL import Image
 from torch import Tensor
 
-from .backbones import Phi3VBackbone
-from .clip import check_pixels, open_image
-from .core import MODELS, InputError, as_prompts, hub_folder, progress as progress_bar
-from .model import RewardModel
-from .phi3v import GLB_GN, SUB_GN, hd_shape, token_order
+from .backbones import Phi3VBackbone, evaluating
+from .clip import check_pixels
+from .core import (MODELS, CheckpointError, InputError, as_prompts, hub_folder, image_key, image_list, open_image,
+                                  progress as progress_bar)
+from .model import RewardModel, _perspective_folders
+from .phi3v import hd_shape
 from .shapes import Checker
+from .store import text_hash
 
 # %% ../nbs/09e_rewards.ipynb #54888ccc
 class LLaVAReward:
@@ -41,6 +42,9 @@ class LLaVAReward:
         if config.loss=='gpm': raise ValueError(f"{perspective!r} is a general-preference perspective: it compares two images and cannot score one; "
                                                 "take a 'bt' or 'cls' perspective, or RewardModel.compare")
         self.range = 'unbounded logit, above 0: label 1' if config.loss=='cls' else f'unbounded; P(a over b) = sigmoid((a-b)/{config.tau:g})'
+
+    @property
+    def identity(self)->str: return f"LLaVAReward-{text_hash(self.model.identity_of(self.perspective))}"
 
     def __repr__(self): return f"LLaVAReward({self.perspective!r} of {self.model!r})"
 
@@ -61,18 +65,20 @@ def _perspective_of(
     "Split the perspective off the name of a model."
     if Path(spec).expanduser().is_dir(): return spec,None
     head,_,tail = str(spec).rpartition('/')
-    if head in MODELS or (head.count('/')==1 and head[0] not in '.~/'): return head,tail
+    if head in MODELS: return head,tail
+    parts = str(spec).split('/')
+    if len(parts)>2 and parts[0] not in ('', '.', '..', '~'): return '/'.join(parts[:2]),parts[-1] # 'owner/name/…/perspective'
     return str(spec),None
 
 def _pick_perspective(name)->str:
     "The one perspective of a folder; ValueError naming them if there are several."
     if name=='tiny': return TINY
     folder = hub_folder(name)
-    if any((folder/f).exists() for f in ('reward_config.json','reward_config.yaml','lora')): return None
-    found = sorted({p.parent.name for p in folder.glob('*/reward_config.*')})
+    found = _perspective_folders(folder)
+    if list(found.values())==[folder]: return None
     if not found: raise ValueError(f"{name}: has no reward_config.json and no folder with one, so it is no reward; pass a perspective's folder")
-    if len(found)>1: raise ValueError(f"{name} has the perspectives {', '.join(found)}; name one, such as '{name}/{found[0]}'")
-    return found[0]
+    if len(found)>1: raise ValueError(f"{name} has the perspectives {', '.join(found)}; name one, such as '{name}/{next(iter(found))}'")
+    return next(iter(found))
 
 # %% ../nbs/09e_rewards.ipynb #82048c11
 @patch(cls_method=True)
@@ -132,34 +138,17 @@ def encode_pixels(self:Phi3VBackbone,
     text = {k:v.to(pixels.device) for k,v in self.processor.pad(rows).items()}
     return dict(**text, pixel_values=pixel_crops(hd, p.crop_size, p.mean, p.std).flatten(0,1), image_sizes=torch.tensor([size]*len(hd)))
 
-# %% ../nbs/09e_rewards.ipynb #9afedbc9
-@patch
-def vision_pixels(self:Phi3VBackbone,
-    batch:dict, # what `encode_pixels` gave, on the model's device
-)->tuple: # as `vision`
-    "The vision tower, with gradients to its input."
-    model,(H,W) = self.model,batch['image_sizes'][0].tolist()
-    m,c,n = model.config.merged,model.config.crop_size,len(batch['image_sizes'])
-    x = model.vision_tower(pixel_values=batch['pixel_values'].to(model.glb_GN.dtype)).last_hidden_state[:,1:]
-    cells = x.view(len(x),m,2,m,2,-1).permute(0,1,3,2,4,5).reshape(n,-1,model.glb_GN.shape[-1])
-    order = token_order(H//c, W//c, m).to(x.device)
-    out = cells[:,order.clamp(min=0)]
-    for which,gn in (SUB_GN,model.sub_GN),(GLB_GN,model.glb_GN): out = torch.where((order==which)[:,None], gn.flatten(), out)
-    return out.flatten(0,1), [len(order)]*n
-
 # %% ../nbs/09e_rewards.ipynb #f814c5fe
 @contextmanager
 def _only_pixels(model:RewardModel, perspective:str):
-    "Eval mode with one perspective and without gradients to weights; all is put back in the end."
-    training,active = model.training,model.active
-    model.set_perspective(perspective)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained: p.requires_grad_(False)
-        yield model.eval()
-    finally:
-        for p in trained: p.requires_grad_(True)
-        model.train(training).set_perspective(active)
+    "Eval mode with one perspective and without gradients to weights; all is put back in the end, after an exception too."
+    with model.using(perspective), evaluating(model, grad=True):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        try:
+            for p in trained: p.requires_grad_(False)
+            yield model
+        finally:
+            for p in trained: p.requires_grad_(True)
 
 # %% ../nbs/09e_rewards.ipynb #3e0ab7d6
 @patch
@@ -174,7 +163,7 @@ def score_pixels(self:LLaVAReward,
     if not hasattr(b, 'encode_pixels'): raise ValueError(f"a {b.model_type} backbone scores files and PIL images only; use a Phi-3.5-vision perspective for gradients")
     with _only_pixels(self.model, self.perspective) as model:
         batch = b.encode_pixels(pixels.to(model.device, torch.float32), prompts)
-        return self.loss.score(model(features=b.vision_pixels(batch), **batch).float())
+        return self.loss.score(model(**batch).float())
 
 # %% ../nbs/09e_rewards.ipynb #7f34f7fe
 Entry = namedtuple('Entry', 'load default about') # load(id_or_path, device=, dtype=, **kw) -> reward; default id; one line
@@ -229,58 +218,77 @@ def load_reward(
                      "reward_config.json; for a LLaVA-Reward on the hub write 'llava-reward:owner/name'")
 
 # %% ../nbs/09e_rewards.ipynb #2f549b62
-def _items(images)->list:
-    "One image or several as a list, unopened."
-    if isinstance(images, Tensor) and images.ndim==4: return list(images)
-    if isinstance(images, (str, Path, Image.Image, Tensor)): return [images]
-    return list(images)
-
 def _batches(items:list, batch_size:int):
     "Batches of indices in which equal paths come together, so that each is opened once."
+    if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     first = {}
-    for i,x in enumerate(items): first.setdefault(str(x) if isinstance(x, (str, Path)) else i, i)
-    order = sorted(range(len(items)), key=lambda i: (first[str(items[i]) if isinstance(items[i], (str, Path)) else i], i))
+    for i,x in enumerate(items): first.setdefault(image_key(x), i)
+    order = sorted(range(len(items)), key=lambda i: (first[image_key(items[i])], i))
     return [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
 
 # %% ../nbs/09e_rewards.ipynb #f0c0ec5e
-def _score(name:str, reward, images:list, prompts:list, where:list)->Tensor:
+class _BrokenReward(ValueError): pass
+
+def _ask(name:str, reward, images:list, prompts:list)->Tensor:
     "What one reward says of a batch; ValueError for anything but one number for each image."
-    try: out = torch.as_tensor(reward(images, prompts))
-    except InputError as e: raise InputError(f"reward {name!r}, items {where[0]} to {where[-1]}: {e}") from e
-    if out.shape!=(len(images),): raise ValueError(f"reward {name!r} returned shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
+    said = reward(images, prompts)
+    try: out = torch.as_tensor(said)
+    except (TypeError, ValueError, RuntimeError): out = None
+    if out is None or out.shape!=(len(images),): raise _BrokenReward(
+        f"reward {name!r} returned {'a '+type(said).__name__ if out is None else f'shape {tuple(out.shape)}'} for {len(images)} images; needed: one number for each")
     return out.detach().float().cpu()
 
-def _open(x, opened:dict, last:dict):
+def _score(name:str, reward, images:list, prompts:list)->tuple: # scores (n,), {index: reason} where there is none
+    "Scores of a batch; an item that the reward rejects costs no other item its score."
+    try: out = _ask(name, reward, images, prompts)
+    except (CheckpointError, _BrokenReward): raise
+    except ValueError as e:
+        if len(images)==1: return torch.tensor([torch.nan]),{0:str(e)}
+        alone = [_score(name, reward, [im], [p]) for im,p in zip(images, prompts)]
+        return torch.cat([s for s,_ in alone]),{i:why[0] for i,(_,why) in enumerate(alone) if why}
+    why = {i:f"gave {out[i].item()}, which is no score" for i in (~out.isfinite()).nonzero().flatten().tolist()}
+    return torch.where(out.isfinite(), out, torch.nan),why
+
+def _open(x, called:str, opened:dict, last:dict):
     "An image from this batch or the last, or freshly opened; or the error."
-    key = str(x) if isinstance(x, (str, Path)) else id(x)
+    key = image_key(x)
     if key in last: opened[key] = last[key]
     if key not in opened:
-        try: opened[key] = open_image(x)
+        try: opened[key] = open_image(x, called)
         except InputError as e: opened[key] = str(e)
     return opened[key]
 
 # %% ../nbs/09e_rewards.ipynb #03e6a8c2
 def score_all(
     rewards:dict,       # name -> reward
-    images,             # one image or n of them: paths, PIL images, tensors
+    images,             # one image or n of them, see `image_list`
     prompts,            # one prompt or n of them
     batch_size:int=16,  # images that are open at a time
     progress:bool=True, # show a bar
-): # DataFrame: a row for each image in the order given, a column for each reward; attrs['failed'] lists images that do not open
-    "Score images with several rewards, opening each image once; warns about those that do not open, ValueError for rewards that return something else than n numbers."
+): # DataFrame: a row for each image in the order given, a column for each reward; attrs['failed'] lists what has no score, and why
+    "Score images with several rewards, opening each image once; warns about missing scores, ValueError for rewards that return something else than n numbers."
     import pandas as pd
     if not rewards: raise ValueError("no rewards; pass a dict such as {'tiny': load_reward('tiny')}")
-    items = _items(images)
-    prompts,scores,failed,opened = as_prompts(prompts, len(items)),torch.full((len(items),len(rewards)), torch.nan),[],{}
-    batches = _batches(items, batch_size)
+    items = image_list(images)
+    called = [str(x) if isinstance(image_key(x), str) else f'image {i}' for i,x in enumerate(items)]
+    prompts,scores,opened = as_prompts(prompts, len(items)),torch.full((len(items),len(rewards)), torch.nan),{}
+    shut,rejected,batches = [],[],_batches(items, batch_size)
     for batch in progress_bar(batches, desc='scoring') if progress else batches:
         last,opened = opened,{}
-        got = {i:_open(items[i], opened, last) for i in batch}
-        failed += [dict(item=i, image=str(items[i]), error=e) for i,e in got.items() if isinstance(e, str)]
+        got = {i:_open(items[i], called[i], opened, last) for i in batch}
+        shut += [dict(item=i, image=called[i], reward=None, error=e) for i,e in got.items() if isinstance(e, str)]
         good = [i for i in batch if not isinstance(got[i], str)]
         for j,(name,r) in enumerate(rewards.items()):
-            if good: scores[good,j] = _score(name, r, [got[i] for i in good], [prompts[i] for i in good], good)
-    if failed: warnings.warn(f"{len(failed)} of {len(items)} images do not open and have no scores: {'; '.join(f['error'] for f in failed[:3])}{' …' if len(failed)>3 else ''}")
+            if not good: break
+            scores[good,j],why = _score(name, r, [got[i] for i in good], [prompts[i] for i in good])
+            rejected += [dict(item=good[k], image=called[good[k]], reward=name, error=e) for k,e in why.items()]
+    _tell(shut, f"{len(shut)} of {len(items)} images do not open and have no scores")
+    _tell(rejected, f"{len(rejected)} of {scores.numel()} scores are missing")
     table = pd.DataFrame(scores.numpy(), columns=list(rewards))
-    table.attrs['failed'] = sorted(failed, key=lambda f: f['item'])
+    table.attrs['failed'] = sorted([*shut, *rejected], key=lambda f: f['item'])
     return table
+
+def _tell(failed:list, what:str):
+    "Warn, with the first reasons."
+    said = [f"{f['reward']+', item '+str(f['item'])+': ' if f['reward'] else ''}{f['error']}" for f in failed[:3]]
+    if failed: warnings.warn(f"{what}: {'; '.join(said)}{' …' if len(failed)>3 else ''}", stacklevel=3)

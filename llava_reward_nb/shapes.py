@@ -24,7 +24,8 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from .core import InputError, atomic_path, load_image, progress, reward_inputs, write_table
+from .core import InputError, as_prompts, atomic_path, image_list, load_image, progress, write_table
+from .store import make_identity
 
 # %% ../nbs/01_shapes.ipynb #c3178a03
 SIZE = 64 # side of an image, in pixels
@@ -958,6 +959,9 @@ def _take_apart(piece:np.ndarray, a:np.ndarray, ink:np.ndarray, rgb:np.ndarray)-
 class Checker:
     "Reads the objects of an image off its pixels and judges prompts by them; itself a reward."
 
+    @property
+    def identity(self)->str: return make_identity('Checker', {}) # it has no weights and no settings
+
     def __repr__(self): return 'Checker()'
 
 # %% ../nbs/01_shapes.ipynb #2e85de70
@@ -1017,9 +1021,10 @@ def __call__(self:Checker,
     prompts, # one prompt or n of them, in the grammar of `parse_prompt`
 )->Tensor: # (n,) float32 in [0,1]; 1 only if all facts hold
     "Grade images for prompts; `InputError` for a bad image or a prompt outside the grammar."
-    images,prompts = reward_inputs(images, prompts)
-    asked = [parse_prompt(p) for p in prompts]
-    return torch.tensor([_grade(self.pieces(im), p.facts) for im,p in zip(images,asked)])
+    items = image_list(images)
+    asked = [parse_prompt(p) for p in as_prompts(prompts, len(items))]
+    called = [f'image {i}' if len(items)>1 else 'image' for i in range(len(items))]
+    return torch.tensor([_grade(self.pieces(load_image(x, n)), p.facts) for x,n,p in zip(items, called, asked)])
 
 def _grade(pieces:list, facts:tuple)->float:
     seen = [p for p in pieces if p.shape]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTION', 'STYLES', 'PAD_COLOR', 'MAX_TOKENS', 'REWARD_TOKEN', 'SLOT', 'PIXELS', 'answer_prob', 'AskReward', 'ask',
            't5_ids', 'pad_square', 'normalize', 'to_tensor', 'square_pixels', 'resize_pixels', 'pad_square_pixels',
-           'check_pixels', 'VQAScore', 'read_config', 'spellings', 'yes_prob', 'QwenProcessor', 'load_processor',
-           'PYes', 'published_instruction', 'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3',
+           'check_pixels', 'VQAScore', 'spellings', 'yes_prob', 'QwenProcessor', 'load_processor', 'PYes',
+           'published_instruction', 'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3',
            'hpsv3_name']
 
 # %% ../nbs/09c_vqa.ipynb #d40a72eb
@@ -25,9 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, Qwen2VLConfig, Qwen2VLModel,
                           T5Config, T5Model)
 
-from .core import (CheckpointError, InputError, as_prompts, default_device, default_dtype, hub_folder,
-                                  load_pretrained, load_weights, progress, reward_inputs, tensor_shapes, weight_files)
-from .phi3v import CLIP_L14_336, CLIP_MEAN, CLIP_STD, load_tokenizer, plain_ids
+from .backbones import PassLock, evaluating
+from .core import (CheckpointError, InputError, as_prompts, default_device, default_dtype, hub_folder, image_list, image_size,
+                                  load_image, load_pretrained, load_weights, progress, tensor_shapes, weight_files)
+from .phi3v import (CLIP_L14_336, CLIP_MEAN, CLIP_STD, blame, check_vocabulary, config_facts, exact_patches, load_tokenizer,
+                                   plain_ids, read_config, read_json, tokenizer_hash)
+from .store import make_identity
 
 # %% ../nbs/09c_vqa.ipynb #b665b960
 def answer_prob(
@@ -42,23 +45,34 @@ def answer_prob(
 class AskReward(nn.Module):
     "A reward of this chapter: a model, and `score_batch(images, prompts)`."
     name, range = 'ask', ''
+    def __init__(self):
+        super().__init__()
+        self.lock = PassLock()
     @property
     def device(self)->torch.device: return next(self.parameters()).device
-    def check(self, images, prompts): "Raise `InputError` for inputs that cannot be scored, before any is."
+    def check(self, sizes, prompts): "Raise `InputError` for (width, height) and prompts that cannot be scored, before any is."
+    def settings(self)->dict: return {} # all but weights that decides a score
+    @property
+    def identity(self)->str:
+        with self.lock: return make_identity(type(self).__name__, self.settings(), [self])
 
     @torch.no_grad()
     def forward(self,
-        images,            # one image or n of them, see `as_images`
+        images,            # one image or n of them, see `image_list`
         prompts,           # one prompt for all, or n
-        batch_size:int=16, # images that pass the model together, >= 1
+        batch_size:int=16, # images that are open and pass the model together, >= 1
     )->Tensor: # (n,) float32 on the CPU
         "Score images for prompts; `InputError` names what cannot be used, `ValueError` if the model overflows."
-        images,prompts = reward_inputs(images, prompts)
+        items = image_list(images)
+        prompts = as_prompts(prompts, len(items))
         if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-        self.check(images, prompts)
-        starts = range(0, len(images), batch_size)
-        if len(starts)>1: starts = progress(starts, desc=self.name)
-        out = torch.cat([self.score_batch(images[i:i+batch_size], prompts[i:i+batch_size]).float().cpu() for i in starts])
+        called = [f'image {i}' if len(items)>1 else 'image' for i in range(len(items))]
+        self.check([image_size(x, n) for x,n in zip(items, called)], prompts)
+        starts,out = range(0, len(items), batch_size),[]
+        for i in progress(starts, desc=self.name) if len(starts)>1 else starts:
+            opened = [load_image(x, n) for x,n in zip(items[i:i+batch_size], called[i:i+batch_size])]
+            with self.lock, evaluating(self): out.append(self.score_batch(opened, prompts[i:i+batch_size]).float().cpu())
+        out = torch.cat(out)
         bad = (~out.isfinite()).nonzero().flatten().tolist()
         if bad: raise ValueError(f"{self.name}: the score of image {bad[0]} is not finite; the model overflows in "
             f"{next(self.parameters()).dtype}, load it with dtype=torch.float32")
@@ -176,12 +190,15 @@ class VQAScore(AskReward):
         self.tokenizer,self.question,self.style,self.size = tokenizer,question,style,vision.image_size
         self.labels = t5_ids(tokenizer, answer)
         cut, d = vision.to_dict()|dict(num_hidden_layers=vision.num_hidden_layers-1), t5.d_model
-        self.vision_tower = CLIPVisionModel(CLIPVisionConfig(**cut))
+        self.vision_tower = exact_patches(CLIPVisionModel(CLIPVisionConfig(**cut)))
         self.vision_tower.post_layernorm = nn.Identity()
         self.mm_projector = nn.Sequential(nn.Linear(vision.hidden_size, d), nn.GELU(), nn.Linear(d, d))
         self.t5 = T5Model(t5)
         self.t5.set_input_embeddings(self.t5.shared)
         self.lm_head = nn.Linear(d, t5.vocab_size, bias=False)
+
+    def settings(self): return dict(question=self.question, style=STYLES[self.style], answer=self.labels, tokenizer=tokenizer_hash(self.tokenizer), size=self.size,
+                                    t5=config_facts(self.t5.config), vision=config_facts(self.vision_tower.config), longest=MAX_TOKENS)
 
 # %% ../nbs/09c_vqa.ipynb #f3bef6e6
 @patch
@@ -238,7 +255,8 @@ def score_pixels(self:VQAScore,
     "P(answer), differentiable in the pixels; `InputError` for anything but such a tensor."
     check_pixels(pixels)
     x = normalize(resize_pixels(pad_square_pixels(pixels.to(self.device).float()), (self.size,)*2))
-    return answer_prob(self.answer_logits(x, as_prompts(prompts, len(x))), torch.tensor(self.labels, device=self.device))
+    with self.lock, evaluating(self, grad=True):
+        return answer_prob(self.answer_logits(x, as_prompts(prompts, len(x))), torch.tensor(self.labels, device=self.device))
 
 # %% ../nbs/09c_vqa.ipynb #4b7edd3d
 def _flant5_name(key:str)->str:
@@ -260,18 +278,10 @@ _FLANT5 = dict(model_type='clip_t5', mm_projector_type='mlp2x_gelu', mm_vision_s
 _T5_SIZES = ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_decoder_layers', 'num_heads', 'relative_attention_num_buckets',
              'relative_attention_max_distance', 'layer_norm_epsilon', 'feed_forward_proj', 'decoder_start_token_id')
 
-def read_config(
-    folder:Path, # model folder
-)->dict:
-    "config.json; `CheckpointError` if it is missing or damaged."
-    path = folder/'config.json'
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: missing or not JSON ({e}); the folder must be a complete model folder") from None
-
 def _flant5_config(folder:Path)->dict:
     "config.json of CLIP-FlanT5; `CheckpointError` if it is arranged another way."
-    c, path = read_config(folder), folder/'config.json'
+    path = folder/'config.json'
+    c = read_config(path)
     for k,v in _FLANT5.items():
         if c.get(k, v)!=v: raise CheckpointError(f"{path}: {k} is {c[k]!r}; only CLIP-FlanT5 with {v!r} can be built")
     missing = [k for k in ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_heads', 'mm_vision_tower') if k not in c]
@@ -281,9 +291,10 @@ def _flant5_config(folder:Path)->dict:
 # %% ../nbs/09c_vqa.ipynb #17b668da
 def _tower_config(folder:Path, name:str)->CLIPVisionConfig:
     "Sizes of the vision tower, which config.json names relative to the model's folder or by its hub id."
-    if (folder/name).is_dir(): c = read_config(folder/name)
+    if not isinstance(name, str): raise CheckpointError(f"{folder/'config.json'}: mm_vision_tower is {name!r}; needed: a folder or hub id")
+    if (folder/name).is_dir(): c = read_config(folder/name/'config.json')
     elif Path(name).name=='clip-vit-large-patch14-336': c = CLIP_L14_336
-    else: c = read_config(hub_folder(name, ['config.json']))
+    else: c = read_config(hub_folder(name, ['config.json'])/'config.json')
     return CLIPVisionConfig(**c.get('vision_config', c))
 
 def _t5_tokenizer(folder:Path, d_model:int):
@@ -306,10 +317,14 @@ def from_pretrained(cls:VQAScore,
 )->VQAScore:
     "Load CLIP-FlanT5 strictly; `CheckpointError` names the file or tensor at fault."
     folder, device = hub_folder(name, _MODEL_FILES), device or default_device()
+    ask(question, '')
+    if style not in STYLES: raise ValueError(f"style {style!r}; known: {', '.join(STYLES)}")
     c = _flant5_config(folder)
-    tokenizer, vision = _t5_tokenizer(folder, c['d_model']), _tower_config(folder, c['mm_vision_tower'])
-    t5 = T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **{k:c[k] for k in _T5_SIZES if k in c})
-    with torch.device('meta'): model = cls(t5, vision, tokenizer, question, answer, style)
+    with blame(folder/'config.json'):
+        tokenizer, vision = _t5_tokenizer(folder, c['d_model']), _tower_config(folder, c['mm_vision_tower'])
+        t5 = T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **{k:c[k] for k in _T5_SIZES if k in c})
+        check_vocabulary(tokenizer, len(tokenizer), folder)
+        with torch.device('meta'): model = cls(t5, vision, tokenizer, question, answer, style)
     files = weight_files(folder)
     has_tower = any(k.startswith('vision_tower.') for f in files for k in tensor_shapes(f))
     if not has_tower: files += weight_files(hub_folder(c['mm_vision_tower'], _MODEL_FILES))
@@ -367,19 +382,18 @@ def load_processor(
     folder:Path, # model folder
 ): # something with a tokenizer and a chat template
     "The processor of an image-text model; `CheckpointError` says what it lacks, `ImportError` which package it needs."
-    if read_config(folder).get('model_type') in _QWEN:
+    if read_config(folder/'config.json').get('model_type') in _QWEN:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         tok = load_tokenizer(folder)
         for f in ('chat_template.jinja', 'chat_template.json'):
             if not tok.chat_template and (folder/f).is_file():
-                text = (folder/f).read_text(encoding='utf-8')
-                tok.chat_template = text if f.endswith('jinja') else json.loads(text)['chat_template']
-        return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
+                with blame(folder/f): tok.chat_template = (folder/f).read_text(encoding='utf-8') if f.endswith('jinja') else read_json(folder/f)['chat_template']
+        with blame(folder/'preprocessor_config.json'): return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
     from transformers import AutoProcessor
     try: return AutoProcessor.from_pretrained(folder)
     except ImportError as e:
         raise ImportError(f"{folder}: its processor needs a package that is missing, most likely `pip install torchvision` ({e})") from None
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:
         raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); the folder must be a complete image-text model") from None
 
 # %% ../nbs/09c_vqa.ipynb #c2059b5e
@@ -399,17 +413,23 @@ class PYes(AskReward):
             f"{tok.name_or_path}: is an encoder-decoder; P(yes) needs a decoder-only chat model")
         if not (getattr(processor, 'chat_template', None) or tok.chat_template): raise CheckpointError(
             f"{tok.name_or_path}: has no chat template; take an instruction-tuned model")
-        self.model,self.processor,self.question,self.against_no = model,processor,question,against_no
+        self.model,self.processor,self.question,self.against_no = exact_patches(model),processor,question,against_no
+        check_vocabulary(tok, model.get_input_embeddings().num_embeddings, tok.name_or_path)
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token
         tok.padding_side = 'right'
         self.yes,self.no = spellings(tok, 'yes'), spellings(tok, 'no')
         special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
         self.commands = sorted(t for t in special|{getattr(processor, 'image_token', '')} if t and t.strip())
 
+    def settings(self):
+        template = getattr(self.processor, 'chat_template', None) or self.processor.tokenizer.chat_template
+        return dict(question=self.question, against_no=self.against_no, model=config_facts(self.model.config), template=template,
+                    tokenizer=tokenizer_hash(self.processor.tokenizer), images=config_facts(self.processor.image_processor))
+
 # %% ../nbs/09c_vqa.ipynb #e9f181e2
 @patch
 def check(self:PYes,
-    images:list,  # n RGB images
+    sizes:list,   # (width, height) of n images
     prompts:list, # n strings
 ):
     "`InputError` for prompts with control strings."
@@ -480,7 +500,7 @@ def load_instruction(
 )->str:
     "HPSv3's text with `{text_prompt}` and `<|Reward|>` once each; `CheckpointError` says how to get it."
     own = folder/'instruction.txt'
-    text = own.read_text(encoding='utf-8') if own.is_file() else published_instruction()
+    with blame(own): text = own.read_text(encoding='utf-8') if own.is_file() else published_instruction()
     if not text: raise CheckpointError(f"{own}: no such file, and the package `hpsv3` is not installed; HPSv3 needs the text it was "
         "trained with: `pip install --no-deps hpsv3` (it is read, never run), or write it to that file")
     if [text.count(t) for t in (SLOT, REWARD_TOKEN)]!=[1,1] or text.find(SLOT)>text.find(REWARD_TOKEN): raise CheckpointError(
@@ -540,6 +560,9 @@ class HPSv3(AskReward):
         self.model = Qwen2VLModel(config)
         self.rm_head = nn.Sequential(nn.Linear(config.text_config.hidden_size, 1024), nn.ReLU(), nn.Dropout(.05),
                                      nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
+        exact_patches(self)
+
+    def settings(self): return dict(instruction=self.instruction, turn=_TURN, pixels=PIXELS, model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer))
 
 # %% ../nbs/09c_vqa.ipynb #f82d4821
 @patch
@@ -582,11 +605,11 @@ def score_batch(self:HPSv3,
 
 @patch
 def check(self:HPSv3,
-    images:list,  # n RGB images
+    sizes:list,   # (width, height) of n images
     prompts:list, # n strings
 ):
     "`InputError` for images that are too thin."
-    for i,im in enumerate(images): qwen_size(im.height, im.width, name=f'image {i}')
+    for i,(w,h) in enumerate(sizes): qwen_size(h, w, name=f'image {i}')
 
 @patch
 def score_pixels(self:HPSv3,
@@ -596,7 +619,7 @@ def score_pixels(self:HPSv3,
     "The mean, differentiable in the pixels; `InputError` for anything but such a tensor."
     check_pixels(pixels)
     x = normalize(resize_pixels(pixels.float(), qwen_size(*pixels.shape[-2:])))
-    return self.mu_sigma(list(x), as_prompts(prompts, len(x)))[:,0]
+    with self.lock, evaluating(self, grad=True): return self.mu_sigma(list(x), as_prompts(prompts, len(x)))[:,0]
 
 # %% ../nbs/09c_vqa.ipynb #b20383ca
 def hpsv3_name(
@@ -621,12 +644,13 @@ def from_pretrained(cls:HPSv3,
     instruction = load_instruction(file.parent)
     home = file.parent
     if not (home/'config.json').is_file(): home = hub_folder(base, ['config.json', 'tokenizer*', 'vocab.json', 'merges.txt'])
-    c, tokenizer = read_config(home), load_tokenizer(home)
+    c, tokenizer = read_config(home/'config.json'), load_tokenizer(home)
     if c.get('model_type')!='qwen2_vl': raise CheckpointError(f"{home}: model_type is {c.get('model_type')!r}; HPSv3 needs 'qwen2_vl'")
-    config = Qwen2VLConfig(**c)
     rows = max([s[0] for k,s in tensor_shapes(file).items() if k.endswith('embed_tokens.weight')], default=0)
-    config.text_config.vocab_size = rows
-    with torch.device('meta'): model = cls(config, tokenizer, instruction)
+    with blame(home/'config.json'):
+        config = Qwen2VLConfig(**c)
+        config.text_config.vocab_size = rows
+        with torch.device('meta'): model = cls(config, tokenizer, instruction)
     if model.reward_id>=rows: raise CheckpointError(f"{file}: its embedding table has {rows} rows and no place for {REWARD_TOKEN}, "
         f"which is token {model.reward_id}; file and tokenizer belong to different models")
     load_weights(model, [file], rename=hpsv3_name, unused=r'lm_head\.weight', device=device, dtype=dtype or default_dtype(device))

@@ -91,3 +91,12 @@ def test_table_of_nothing(here, tmp_path):
     assert code == 1 and 'llava_reward_eval tifa160' in err
     code, _, err = here('llava_reward_table', 'table9')
     assert code == 2 and 'particles' in err
+
+
+def test_the_table_is_where_the_run_was_put(here, tmp_path, monkeypatch):
+    "Without --out a run lies where llava_reward_table looks, one benchmark or all of them."
+    monkeypatch.chdir(tmp_path)
+    assert here('llava_reward_eval', 'tifa160', '--reward', 'checker', '--limit', 2)[0] == 0
+    code, out, err = here('llava_reward_table', 'tifa160')
+    assert code == 0 and 'checker' in out, err
+    assert [p.name for p in tmp_path.iterdir()] == ['runs'] and [p.name for p in (tmp_path/'runs').iterdir()] == ['tifa160']

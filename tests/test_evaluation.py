@@ -1,5 +1,5 @@
 "Statistics against golden numbers; benchmarks from their upstream layouts; runs that are killed, resumed and re-tabulated; tables."
-import io, json, math, os, re, signal, subprocess, sys, time, warnings
+import io, json, math, os, re, shutil, signal, subprocess, sys, time, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
@@ -12,6 +12,7 @@ from llava_reward_nb.core import InputError
 from llava_reward_nb.evaluation import *
 from llava_reward_nb.geneval import write_samples
 from llava_reward_nb.shapes import Checker
+from llava_reward_nb.store import make_identity
 from llava_reward_nb.tables import Table
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'evaluation'/'statistics.json').read_text(encoding='utf-8'))
@@ -291,6 +292,7 @@ def test_drawbench_prompts(tmp_path):
 
 class Counting:
     "Deterministic scores in tenths; counts the images it was shown."
+    identity = 'counting'
     def __init__(self): self.seen = 0
     def __call__(self, images, prompts):
         self.seen += len(images)
@@ -326,11 +328,14 @@ KILLED = '''
 import sys, time, torch
 from llava_reward_nb import evaluation
 class Slow:
+    identity = 'slow'
+    calls = 0
     def __call__(self, images, prompts):
-        time.sleep(.05)
+        self.calls += 1
+        time.sleep(600 if sys.argv[3] == 'waits' and self.calls == 20 else .05) # waits to be killed
         with open(sys.argv[2], 'a') as f: f.write('x'*len(images))
         return torch.full((len(images),), 1.)
-evaluation._Writer.__init__.__defaults__ = (.2,)
+evaluation.ScoreStore.__init__.__defaults__ = (.2,)
 evaluation.run_benchmark('unsafebench', dict(slow=Slow()), out=sys.argv[1], batch_size=4)
 '''
 
@@ -338,16 +343,16 @@ evaluation.run_benchmark('unsafebench', dict(slow=Slow()), out=sys.argv[1], batc
 def test_killed_run_goes_on(tmp_path):
     log, run = tmp_path/'log', tmp_path/'run'
     (tmp_path/'k.py').write_text(KILLED)
-    cmd = [sys.executable, str(tmp_path/'k.py'), str(run), str(log)]
+    cmd = lambda how: [sys.executable, str(tmp_path/'k.py'), str(run), str(log), how]
     root = str(Path(__file__).parents[1])
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
-    p = subprocess.Popen(cmd, env=env)
+    p = subprocess.Popen(cmd('waits'), env=env)
     deadline = time.time()+120
     while time.time() < deadline and p.poll() is None and len(list((run/'scores').glob('[0-9]*.parquet'))) < 2: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait()
     kept, paid = len(Run(run).records), len(log.read_text())
     assert 0 < kept <= paid < 120
-    subprocess.run(cmd, check=True, env=env)
+    subprocess.run(cmd('goes on'), check=True, env=env)
     assert len(log.read_text()) == paid+120-kept
     assert (Run(run).scores().slow == 1).all() and len(Run(run).scores()) == 120
 
@@ -365,16 +370,227 @@ def test_retabulating_scores_nothing(tmp_path):
     seen = r.seen
     a, b = make_table('pickapic', tmp_path), make_table('pickapic', Run(tmp_path), threshold=.5)
     assert r.seen == seen and a.df.iloc[0, 0] >= b.df.iloc[0, 0]
-    assert run.meta['versions']['torch'] and run.meta['hash'] and run.meta['rewards']['r']['fingerprint']
+    assert run.meta['versions']['torch'] and run.meta['hash'] and run.meta['rewards']['r']['identity']
 
 
-def test_other_weights_under_one_name_are_refused(tmp_path):
-    class Net(torch.nn.Module):
-        def __init__(self, seed): super().__init__(); torch.manual_seed(seed); self.l = torch.nn.Linear(3, 1)
-        def forward(self, images, prompts): return torch.zeros(len(images))
-    run_benchmark('smid', dict(net=Net(0)), out=tmp_path, limit=4)
-    run_benchmark('smid', dict(net=Net(0)), out=tmp_path, limit=4)
-    with pytest.raises(InputError, match="'net' were made by"): run_benchmark('smid', dict(net=Net(1)), out=tmp_path, limit=4)
+class Net(torch.nn.Module):
+    "Scores by its one weight, so that other weights give other numbers."
+    def __init__(self, w, **settings): super().__init__(); self.l = torch.nn.Linear(1, 1, bias=False); self.l.weight.data[:] = w; self.settings,self.seen = settings,0
+    @property
+    def identity(self): return make_identity('Net', self.settings, self.l)
+    def forward(self, images, prompts):
+        self.seen += len(images)
+        return torch.tensor([float(np.asarray(im).mean()) for im in images])*self.l.weight.item()
+
+
+def warned(f, *args, **kw):
+    "Result and the texts of its UserWarnings."
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('ignore'); warnings.simplefilter('always', UserWarning)
+        out = f(*args, **kw)
+    return out, [str(x.message) for x in w]
+
+
+@pytest.mark.parametrize('other', [lambda: Net(2.), lambda: Net(1., crops=4), lambda: Counting(), lambda: (lambda i, p: torch.ones(len(i)))], ids=['weights', 'settings', 'class', 'function'])
+def test_another_reward_under_the_name_is_scored_again(tmp_path, other):
+    run = lambda r: warned(run_benchmark, 'smid', dict(net=r), out=tmp_path, limit=8)
+    a, said = run(Net(1.)); first = a.scores(); assert not said
+    same = Net(1.); _, said = run(same); assert not said and same.seen == 0 # loaded again: the same
+    b, said = run(other())
+    assert len(said) == 1 and "'net' is scored again, 8 scores" in said[0]
+    want = run_benchmark('smid', dict(net=other()), out=tmp_path/'fresh', limit=8).scores()
+    pd.testing.assert_frame_equal(b.scores(), want)
+    back = Net(1.); c, _ = run(back)
+    assert back.seen == 0; pd.testing.assert_frame_equal(c.scores(), first) # its scores had stayed
+
+
+def test_another_version_scores_again(tmp_path, monkeypatch):
+    from llava_reward_nb import store
+    run_benchmark('smid', dict(net=Net(1.)), out=tmp_path, limit=4)
+    monkeypatch.setattr(store, '__version__', '99.0')
+    net = Net(1.); _, said = warned(run_benchmark, 'smid', dict(net=net), out=tmp_path, limit=4)
+    assert net.seen == 4 and 'package version' in said[0]
+
+
+def test_functions_under_one_name_are_never_mixed(tmp_path):
+    "The second stops in the middle: no table may hold scores of both."
+    n = [0]
+    def stops(images, prompts):
+        n[0] += len(images)
+        if n[0] > 8: raise KeyboardInterrupt
+        return torch.full((len(images),), 5.)
+    run_benchmark('smid', dict(r=lambda i, p: torch.zeros(len(i))), out=tmp_path, limit=16)
+    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
+        warnings.simplefilter('ignore'); run_benchmark('smid', dict(r=stops), out=tmp_path, limit=16, batch_size=4)
+    s = Run(tmp_path).scores().r
+    assert (s.dropna() == 5).all() and s.notna().sum() == 8
+    t = make_table('smid', tmp_path)
+    assert any('r: 8 items without a score (not scored yet)' in n for n in t.notes) and any('has not finished' in n for n in t.notes)
+
+
+def test_a_trained_reward_is_noticed_on_disk(tmp_path):
+    "The reward's folder gets other weights; the same command; the numbers are of the new weights."
+    from safetensors.torch import load_file, save_file
+    from llava_reward_nb.core import MODELS
+    shutil.copytree(MODELS['tiny']/'alignment', tmp_path/'m'/'mine')
+    config = tmp_path/'m'/'mine'/'reward_config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(base=str(MODELS['tiny']/'base'))))
+    go = lambda out: warned(run_benchmark, 'smid', [str(tmp_path/'m'/'mine')], out=tmp_path/out, limit=4)[0].scores().iloc[:, 0].to_numpy()
+    before = go('re')
+    head = tmp_path/'m'/'mine'/'head.safetensors'
+    save_file({k: -v for k, v in load_file(head).items()}, head)
+    after = go('re')
+    np.testing.assert_allclose(after, go('new'), atol=1e-4); assert abs(after-before).max() > 1e-2
+
+
+def test_painted_over_images_are_scored_again(tmp_path):
+    d = tmp_path/'data'; data, _ = upstream('drawbench', d)
+    go = lambda r: warned(run_benchmark, 'drawbench', dict(r=r), data, out=tmp_path/'run')
+    go(Counting())
+    f = sorted(d.rglob('*.png'))[1]; stat = f.stat()
+    Image.new('RGB', (8, 8), 'white').save(f); os.utime(f, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    r = Counting(); run, said = go(r)
+    assert r.seen == 1 and any('1 images or prompts have changed' in s for s in said)
+    assert sorted(run.scores().r) == [0, 25.5] and go(Counting())[1] == []
+    Image.new('RGB', (8, 8), 'black').save(f); r = Counting(); run, _ = go(r) # as it was at first
+    assert r.seen == 0 and sorted(run.scores().r) == [0, 0]
+
+
+OTHER = '''
+import sys, time, torch
+from llava_reward_nb import evaluation
+class Slow:
+    def __init__(self, v): self.v, self.identity = v, f'slow {v}'
+    def __call__(self, images, prompts): time.sleep(.02); return torch.full((len(images),), float(self.v))
+evaluation.ScoreStore.__init__.__defaults__ = (.1,)
+evaluation.run_benchmark('unsafebench', dict(second=Slow(2), both=Slow(3)), out=sys.argv[1], batch_size=4)
+'''
+
+
+class Slow:
+    def __init__(self, v): self.v, self.identity = v, f'slow {v}'
+    def __call__(self, images, prompts): time.sleep(.02); return torch.full((len(images),), float(self.v))
+
+
+def test_two_evaluations_at_once(tmp_path):
+    "Other rewards, and one that both ask, in one folder at one time."
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
+    p = subprocess.Popen([sys.executable, '-c', OTHER, tmp_path], env=env)
+    while not (tmp_path/'run.json').exists() and p.poll() is None: time.sleep(.01)
+    run_benchmark('unsafebench', dict(first=Slow(1), both=Slow(3)), out=tmp_path, batch_size=4)
+    assert p.wait(timeout=300) == 0
+    run = Run(tmp_path)
+    assert set(run.rewards) == {'first', 'second', 'both'} and len(run.scores()) == 120 and not len(run.failures())
+    assert all((run.scores()[n] == v).all() for n, v in (('first', 1), ('second', 2), ('both', 3)))
+    assert all(r['finished'] for r in run.meta['rewards'].values())
+
+
+@pytest.mark.parametrize('error', [ValueError, RuntimeError, InputError, KeyError, IndexError, TypeError, ZeroDivisionError, AssertionError, OSError, RecursionError, UnicodeError])
+def test_one_bad_item_costs_no_other(tmp_path, error):
+    def picky(images, prompts):
+        if any(im.getpixel((0, 0)) == (3, 0, 0) for im in images): raise error('this one')
+        return torch.ones(len(images))
+    d = tmp_path/'data'; parquet(d/'alignment.parquet', mj_rows(6))
+    run, said = warned(run_benchmark, 'mjbench', dict(picky=picky, fine=Counting()), d, out=tmp_path/'run')
+    assert run.scores().isna().sum().to_dict() == dict(picky=1, fine=0)
+    assert len(said) == 1 and '1 scores are missing: picky: 1 x' in said[0] and 'this one' in said[0] and 'image0' in said[0]
+    assert any('picky: 1 items without a score' in n for n in make_table('mjbench', run).notes)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers(tmp_path, value):
+    "One among many: n drops, and the rest is as if it were not there."
+    class Odd(Counting):
+        identity = f'odd {value}'
+        def __call__(self, images, prompts): return torch.tensor([value if p == bad else float(x) for x, p in zip(super().__call__(images, prompts), prompts)])
+    clean = run_benchmark('tifa160', dict(r=Counting()), out=tmp_path/'a')
+    bad = clean.items.prompt.iloc[0]
+    run, said = warned(run_benchmark, 'tifa160', dict(r=Odd()), out=tmp_path/'b')
+    k = int((run.items.prompt == bad).sum())
+    assert f'the score is {value}' in said[0]
+    got, want = results(run, intervals=False), results(clean, intervals=False)
+    assert (got.n == 160-k).all() and (got.left_out == k).all() and (want.n == 160).all()
+    rows = clean.rows; keep = ~rows.a.isin(run.items.index[run.items.prompt == bad])
+    x = clean.scores().r.reindex(rows.a[keep]).to_numpy()
+    near(got[got.metric == 'Pearson'].value.iloc[0], np.corrcoef(x, rows.label[keep].astype(float))[0, 1])
+    assert measure(rows, clean.scores().r.replace(x[0], value), intervals=False)[0]['n'] < 160
+    assert 'n = all: '+str(160-k)+'.' in make_table('tifa160', run, published=False).notes
+
+
+@pytest.mark.parametrize('bug', [lambda i, p: None, lambda i, p: 'x', lambda i: 0, lambda i, p: torch.zeros(len(i), 2), lambda i, p: torch.full((len(i),), math.nan), lambda i, p: 1/0],
+                         ids=['None', 'text', 'arguments', 'shape', 'nan', 'zero'])
+def test_a_reward_that_fails_on_everything_stops(tmp_path, bug):
+    seen = [0]
+    def reward(images, prompts): seen[0] += len(images); return bug(images, prompts) if bug.__code__.co_argcount == 2 else bug(images, prompts, 0)
+    with pytest.raises(InputError, match="'bug' fails on everything; on .* items, first with: "): run_benchmark('smid', dict(good=Counting(), bug=reward), out=tmp_path, batch_size=16)
+    assert seen[0] <= 32 and Run(tmp_path).scores().good.notna().sum() == 16
+    with pytest.raises(InputError, match='fails on everything'): run_benchmark('smid', dict(bug=reward), out=tmp_path/'few', limit=2)
+
+
+def test_bad_items_at_the_beginning_stop_nothing(tmp_path):
+    "What a reward refuses by name, and what fails after others have been scored by it in an earlier run."
+    fails = [False]
+    class R(Counting):
+        def __call__(self, images, prompts):
+            if fails[0]: raise RuntimeError('no')
+            return super().__call__(images, prompts)
+    run_benchmark('smid', dict(r=R()), out=tmp_path, limit=12)
+    fails[0] = True
+    run, said = warned(run_benchmark, 'smid', dict(r=R()), out=tmp_path)
+    assert run.scores().r.notna().sum() == 12 and '108 x RuntimeError: no' in said[0]
+    def refuses(images, prompts): raise InputError('a prompt that I cannot read')
+    run, said = warned(run_benchmark, 'smid', dict(r=refuses, c=Counting()), out=tmp_path/'x')
+    assert 'a prompt that I cannot read' in said[0] and run.scores().r.isna().all() and run.scores().c.notna().all()
+
+
+def test_a_spent_budget_stops_and_keeps(tmp_path):
+    from llava_reward_nb.grader import BudgetSpent
+    class Paid(Counting):
+        def __call__(self, images, prompts):
+            if self.seen >= 32: raise BudgetSpent('the budget is spent')
+            return super().__call__(images, prompts)
+    with pytest.raises(BudgetSpent): run_benchmark('smid', dict(r=Paid()), out=tmp_path)
+    assert Run(tmp_path).scores().r.notna().sum() == 32
+    r = Counting(); run_benchmark('smid', dict(r=r), out=tmp_path); assert r.seen == 120-32
+
+
+@pytest.mark.parametrize('name', ['reward', 'item', 'prompt', 'model', 'guidance', 'error', 'seed', 'score', 'note', 'image', 'images', 'particle', 'category', '', 7])
+def test_names_of_columns_are_no_names_of_rewards(tmp_path, name):
+    r = Counting()
+    with pytest.raises(InputError, match='name'): run_benchmark('drawbench', {name: r}, out=tmp_path/'x')
+    assert r.seen == 0 and not (tmp_path/'x').exists()
+
+
+def test_folder_that_cannot_be_written_is_found_first(tmp_path):
+    (tmp_path/'file').write_text('x'); r = Counting()
+    with pytest.raises(InputError, match='cannot be written'): run_benchmark('smid', dict(r=r), out=tmp_path/'file')
+    with pytest.raises(InputError, match='cannot be written'): run_benchmark('smid', dict(r=r), out=tmp_path/'file'/'sub')
+    assert r.seen == 0
+
+
+def test_foreign_and_damaged_files_in_a_run(tmp_path):
+    run = run_benchmark('smid', dict(r=Counting()), out=tmp_path, limit=4)
+    for n in ('._00000.parquet', '.DS_Store', 'notes.txt', 'copy of scores.parquet'): (tmp_path/'scores'/n).write_bytes(b'\0\5')
+    (tmp_path/'._run.json').write_bytes(b'\0')
+    assert run.scores().r.notna().all() and len(make_table('smid', tmp_path))
+    part = next(p for p in (tmp_path/'scores').iterdir() if len(p.stem) == 29)
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(InputError, match=f'{part.name}: damaged'): run.scores()
+    part.unlink(); r = Counting(); run_benchmark('smid', dict(r=r), out=tmp_path, limit=4); assert r.seen == 4
+    (tmp_path/'run.json').write_text('{"benchmark":')
+    with pytest.raises(InputError, match='run.json: damaged'): Run(tmp_path)
+
+
+def test_runs_of_an_earlier_version(tmp_path):
+    "Numbered parts, items instead of keys, no identities: tables are made, and nothing is taken for a score of today's reward."
+    run = run_benchmark('smid', dict(r=Counting()), out=tmp_path, limit=4)
+    want, df = run.scores(), run.records
+    for p in (tmp_path/'scores').glob('*.parquet'): p.unlink()
+    df[['item', 'reward', 'score', 'note', 'error', 'seconds', 'pixels']].to_parquet(tmp_path/'scores'/'00000.parquet')
+    meta = run.meta; meta['rewards'] = dict(r=dict(spec='', repr='r', range='', fingerprint='abc')); (tmp_path/'run.json').write_text(json.dumps(meta))
+    pd.testing.assert_frame_equal(Run(tmp_path).scores(), want); assert not any('finished' in n for n in make_table('smid', tmp_path).notes)
+    r = Counting(); run, said = warned(run_benchmark, 'smid', dict(r=r), out=tmp_path, limit=4)
+    assert r.seen == 4 and 'identity not stored' in said[0]; pd.testing.assert_frame_equal(run.scores(), want)
 
 
 def test_images_that_do_not_open_are_named_and_counted(tmp_path):
@@ -423,6 +639,85 @@ def test_table9_needs_each_particle_once():
     _, frame = golden_particles()
     with pytest.raises(InputError, match='rows repeat a particle'): table9(pd.concat([frame, frame]))
     with pytest.raises(InputError, match='lacks the columns guidance_score'): table9(frame.drop(columns='guidance_score'))
+
+
+@pytest.mark.parametrize('name', ['mjbench', 'tifa160', 'unsafebench', 'smid', 'imagereward', 'pickapic', 'hpdv2'])
+def test_one_name_in_two_runs_is_two_rows(name, tmp_path):
+    a = run_benchmark(name, dict(r=Counting(), only=Counting()), out=tmp_path/'a'/'run')
+    b = run_benchmark(name, dict(r=lambda i, p: -Counting()(i, p)), out=tmp_path/'b'/'run', limit=10)
+    both, one, two = (make_table(name, x, published=False) for x in ([a, b], a, b))
+    assert list(both.df.index) == ['r (a/run)', 'only', 'r (b/run)']
+    for label, t, row in (('r (a/run)', one, 'r'), ('only', one, 'only'), ('r (b/run)', two, 'r')):
+        pd.testing.assert_series_equal(both.df.loc[label], t.df.loc[row].reindex(both.df.columns), check_names=False)
+    assert any('n differs between rewards' in n and 'r (b/run)' in n for n in both.notes)
+    with pytest.raises(InputError, match='named twice'): make_table(name, [a, tmp_path/'a'/'run'])
+
+
+@pytest.mark.parametrize('name', ['geneval', 'drawbench'])
+def test_one_model_in_two_runs_is_two_rows(name, tmp_path):
+    a, b = (run_benchmark(name, dict(r=Counting()), out=tmp_path/k, limit=n) for k, n in (('a', 12), ('b', 6)))
+    both, one, two = (make_table(name, x, published=False).df for x in ([a, b], a, b))
+    assert len(both) == len(one)+len(two) and sorted(both.images) == sorted([*one.images, *two.images])
+    for k, t in (('a', one), ('b', two)):
+        for m, g in t.index: pd.testing.assert_series_equal(both.loc[(f'{m} ({k})', g)], t.loc[(m, g)].reindex(both.columns), check_names=False)
+
+
+def test_our_row_named_as_a_published_one(tmp_path):
+    for name in ('mjbench', 'tifa160'):
+        label = PUBLISHED[name][0][0]
+        run = run_benchmark(name, {label: Counting()}, out=tmp_path/name, limit=4)
+        t = make_table(name, run)
+        assert label not in t.sources and f'{label} (published)' in t.sources and t.df.index.is_unique
+    f = pd.DataFrame([{'reward': 'VQAScore', 'seconds per sample': 1., 'fastest': 1., 'slowest': math.inf, 'images': 1, 'batch': 1, 'device': 'cpu'}])
+    t = latency_table(f)
+    assert t.df.loc['VQAScore', 'seconds per sample'] == 1 and 'VQAScore (published)' in t.sources and 'inf' not in repr(t)
+    with pytest.raises(InputError, match='timed twice'): latency_table(pd.concat([f, f]))
+    assert len(latency_table(pd.concat([f, f.assign(device='cuda')]), published=False)) == 2
+
+
+def test_infinite_particles_are_missing_particles():
+    g, frame = golden_particles(); m = list(g['final'])
+    want = table9(frame.assign(**{m[0]: frame[m[0]].where(frame.index != 1)}), m)
+    for value in (math.inf, -math.inf):
+        bad = frame.copy(); bad.loc[1, m[0]] = value
+        got = table9(bad, m)
+        pd.testing.assert_frame_equal(got.df, want.df); assert got.notes == want.notes and np.isfinite(got.df.to_numpy()).all()
+        assert any(f'{m[0]}: 1 of {len(frame)} particles have no finite score' in n for n in got.notes)
+
+
+def test_a_prompt_without_guidance_scores_has_no_best_particle():
+    g, frame = golden_particles(); m = list(g['final'])
+    lost = frame.copy(); lost.loc[lost.prompt == '0', 'guidance_score'] = math.inf
+    t, want = table9(lost, m), table9(frame[frame.prompt != '0'], m)
+    for c in m: near(t.df['best particle', c].iloc[0], want.df['best particle', c].iloc[0])
+    assert t.df['', 'n'].iloc[0] == len(g['prompts']) and any('fewer than n' in n and f'best {m[0]} {len(g["prompts"])-1}' in n for n in t.notes)
+    none = table9(frame.assign(guidance_score=math.nan), m) # nothing guided: the first particle
+    near(none.df['best particle', m[0]].iloc[0], frame[frame.particle == 0][m[0]].mean())
+
+
+@pytest.mark.parametrize('suffix', ['csv', 'tsv', 'json', 'jsonl', 'parquet'])
+def test_particles_from_every_table(tmp_path, suffix):
+    from llava_reward_nb.core import write_table
+    g, frame = golden_particles(); m = list(g['final'])
+    frame['guidance_score'] = frame.guidance_score.where(frame.prompt != '1'); frame.loc[3, m[0]] = math.nan
+    frame['prompt'] = ['007 '+p for p in frame.prompt]
+    write_table(frame, tmp_path/f'p.{suffix}')
+    a, b = table9(tmp_path/f'p.{suffix}'), table9(frame)
+    np.testing.assert_allclose(a.df.to_numpy(), b.df.to_numpy()); assert list(a.df.columns) == list(b.df.columns) and a.notes == b.notes
+
+
+def test_particles_with_gaps_in_their_names():
+    _, frame = golden_particles()
+    for c in ('prompt_set', 'model', 'prompt', 'seed', 'particle', 'guidance'):
+        with pytest.raises(InputError, match=f'1 rows have no {c}'): table9(frame.assign(**{c: frame[c].where(frame.index != 5)}))
+
+
+def test_rows_without_a_category_are_counted(tmp_path):
+    run = run_benchmark('mjbench', dict(r=Counting()), out=tmp_path, limit=6)
+    rows = run.rows
+    rows['category'] = rows.category.where(rows.index > 2)
+    rows.to_parquet(tmp_path/'rows.parquet')
+    assert results(run, 'category', intervals=False).drop_duplicates(['part', 'kind', 'category']).n.sum() == len(rows)
 
 
 def test_latency_waits_and_warms_up():

@@ -9,7 +9,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip('openai')
-from llava_reward_nb.grader import ASPECTS, OVERALL, PRICES, RUBRIC, Budget, Grader, ReplyCache, grade_schema
+from llava_reward_nb.core import InputError
+from llava_reward_nb.grader import ASPECTS, OVERALL, PRICES, RUBRIC, Budget, EndpointError, Grader, ReplyCache, grade_schema
+from llava_reward_nb.store import identity
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = dict(prompt_tokens=900, completion_tokens=300, total_tokens=1200)
@@ -193,12 +195,20 @@ FAILURES = {
     'always busy': (with_status(429, 'slow down', {'Retry-After': '0'}), 'slow down', 4),
     'HTTP body is no JSON': (with_body('{"id": "x", "choi'), 'reply is not JSON', 4),
     'no choices': (with_body(dict(id='x', choices=[])), 'no message', 4),
-    'half a JSON': (with_body(completion('{"accuracy_to_prompt": {"explanation": "red')), 'answer is not JSON', 4),
-    'prose': (with_body(completion('A fine 7.')), 'answer is not JSON', 4),
-    'an aspect missing': (with_body(completion(json.dumps({OVERALL: dict(explanation='', score=9)}))), 'no score for accuracy_to_prompt', 4),
-    'score out of range': (with_body(completion(answer(11))), 'is 11, not a number from 0 to 10', 4),
-    'score a string': (with_body(completion(answer('9'))), "is '9'", 4),
-    'score NaN': (with_body(completion(answer(math.nan))), 'is nan', 4),
+    'half a JSON': (with_body(completion('{"accuracy_to_prompt": {"explanation": "red')), 'answer is not JSON', 2), # the same reply twice at temperature 0
+    'prose': (with_body(completion('A fine 7.')), 'answer is not JSON', 2),
+    'an aspect missing': (with_body(completion(json.dumps({OVERALL: dict(explanation='', score=9)}))), 'no score for accuracy_to_prompt', 2),
+    'score out of range': (with_body(completion(answer(11))), 'is 11, not a number from 0 to 10', 2),
+    'score a string': (with_body(completion(answer('9'))), "is '9'", 2),
+    'score NaN': (with_body(completion(answer(math.nan))), 'is nan', 2),
+    'two drafts': (with_body(completion(answer(3)+' or '+answer(4))), 'holds 2 JSON objects', 2),
+    'content null': (with_body(completion(None)), 'holds no text', 2),
+    'content a number': (with_body(completion(7)), 'holds no text', 2),
+    'content of pictures': (with_body(completion([dict(type='image_url', image_url='x')])), 'holds no text', 2),
+    'a tool is called': (with_body(completion(None, finish='tool_calls')), 'calls a tool', 2),
+    'refusal as a chunk': (with_body(completion([dict(type='refusal', refusal='I am sorry.')])), 'refused: I am sorry.', 1),
+    'error under 200': (with_body(dict(error=dict(message='overloaded', code=502))), 'overloaded', 4),
+    'choices a word': (with_body(dict(id='x', choices='no')), 'no message', 4),
     'cut off': (with_body(completion('{"acc', finish='length')), 'raise max_tokens', 1),
     'refusal': (with_body(completion(refusal='I am sorry.')), 'refused: I am sorry.', 1),
     'content filter': (with_body(completion('', finish='content_filter')), 'refused: stopped by the content filter', 1),
@@ -246,12 +256,50 @@ def test_backoff_grows(serve):
     assert gaps[0] >= .05 and gaps[1] >= .1 and gaps[2] >= .2
 
 
-@pytest.mark.parametrize('act', [with_status(401, 'bad key'), with_status(404, 'no such model'), with_status(429, 'no money', code='insufficient_quota')])
-def test_hopeless_errors_stop_the_run(serve, act):
+HOPELESS = {401: 'check the key', 402: 'no credit left', 403: 'may not use', 404: 'check the name of the model', 405: 'check the name of the model'}
+
+
+@pytest.mark.parametrize('act, remedy', [*((with_status(c, 'no'), r) for c, r in HOPELESS.items()), (with_status(429, 'no', code='insufficient_quota'), 'no credit left')])
+def test_hopeless_errors_stop_the_run(serve, act, remedy):
     "A wrong key would fail for every item: calls stop, and every row says why."
     s = serve(lambda i, p, a: act)
     rows = grader(s, concurrency=2).grade([image(i) for i in range(30)], 'x')
-    assert len(s.requests) <= 2 and all(r['error'] and 'HTTP 4' in r['error'] for r in rows)
+    assert len(s.requests) <= 2 and all(r['error'] and 'HTTP 4' in r['error'] and remedy in r['error'] for r in rows)
+    with pytest.raises(EndpointError, match=remedy): grader(s)(image(0), 'x')
+
+
+def test_an_address_without_v1_is_said(serve):
+    s = serve(lambda i, p, a: None)
+    s.reply = lambda handler: handler.send_error(404)
+    g = grader(s, base_url=s.url.removesuffix('/v1'))
+    assert f"try base_url='{s.url}'" in g.grade(image(0), 'x')[0]['error'] and g.spent.calls == 1
+
+
+def test_a_web_page_is_no_endpoint(serve):
+    s = serve(lambda i, p, a: lambda good: (200, {'Content-Type': 'text/html'}, '<html>hello</html>'))
+    rows = grader(s, concurrency=1).grade([image(i) for i in range(5)], 'x')
+    assert len(s.requests) == 1 and all('web page' in r['error'] for r in rows)
+
+
+def test_replies_of_merely_compatible_servers(serve):
+    "Content in chunks, words around the JSON, tokens as strings: graded, and billed by the tokens."
+    def chunks(good):
+        text = good['choices'][0]['message']['content']
+        good['choices'][0]['message']['content'] = [dict(type='thinking', text='Hm {'), dict(type='text', text=text[:99]), dict(type='text', text=text[99:])]
+        return 200, {}, {**good, 'usage': dict(prompt_tokens='900', completion_tokens='300')}
+    def words(good):
+        good['choices'][0]['message']['content'] = 'Here you are:\n```json\n'+good['choices'][0]['message']['content']+'\n```\nAnything else?'
+        return 200, {}, {**good, 'usage': 'few'}
+    s = serve(lambda i, p, a: (chunks, words)[i])
+    rows = grader(s).grade([image(0), image(1)], 'x')
+    assert [r['error'] for r in rows] == [None, None] and overall(rows) == [score_of(0, 'x'), score_of(1, 'x')]
+    assert rows[0]['dollars'] == pytest.approx(.00525) and .015 < rows[1]['dollars'] < .04
+
+
+def test_an_answer_that_changes_is_asked_for_again(serve):
+    "At temperature 0 the same malformed reply ends it; at another temperature, or if the reply changes, all tries are used."
+    same, other = (lambda i, p, a: with_body(completion('hm'))), (lambda i, p, a: with_body(completion('hm'*a)))
+    assert [grader(serve(plan), params=dict(temperature=t)).grade(image(0), 'x')[0]['calls'] for plan, t in ((same, 0), (same, 1), (other, 0))] == [2, 4, 4]
 
 
 def test_no_server():
@@ -266,7 +314,28 @@ def test_bad_input_costs_nothing(serve, tmp_path):
     with pytest.raises(ValueError, match='image 1'): grader(s).grade([image(0), 7], 'x')
     with pytest.raises(ValueError, match='bad.png'): grader(s).grade([image(0), tmp_path/'bad.png'], 'x')
     with pytest.raises(ValueError, match='2 prompts for 1 images'): grader(s).grade([image(0)], ['x', 'y'])
+    with pytest.raises(InputError, match=r'prompt 1: has a lone surrogate \(U\+DC00\)'): grader(s).grade([image(0)]*2, ['x', 'y\udc00'])
+    (tmp_path/'file').write_text('x')
+    with pytest.raises(InputError, match='answers cannot be kept there'): grader(s, cache=tmp_path/'file'/'c.jsonl').grade(image(0), 'x')
+    with pytest.raises(InputError, match='cannot be read'): grader(s, cache=tmp_path).grade(image(0), 'x')
     assert not s.requests
+
+
+def test_large_images_are_sent_small_and_known_by_what_is_sent(serve, tmp_path):
+    s, cache = serve(), tmp_path/'c.jsonl'
+    big, small = image(5, (3000, 3000)), image(5, (768, 768))
+    rows = [grader(s, cache=cache).grade(x, 'x')[0] for x in (big, small)]
+    assert overall(rows) == [score_of(5, 'x')]*2 and [r['cached'] for r in rows] == [False, True] and len(s.requests) == 1
+
+
+def test_identity(serve, tmp_path):
+    "What decides a grade makes another grader; what does not, does not."
+    s = serve()
+    (tmp_path/'r.txt').write_text('Be kind.')
+    one = identity(grader(s))
+    assert one and one == identity(grader(s, concurrency=1, retries=0, api_key='other', timeout=1., cache=tmp_path/'c'))
+    others = [dict(rubric=tmp_path/'r.txt'), dict(params=dict(temperature=0)), dict(metric=ASPECTS[0]), dict(base_url='http://x/v1')]
+    assert len({one, *(identity(grader(s, **kw)) for kw in others), identity(Grader('gpt-4o', base_url=s.url, cache=None))}) == 6
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------------------
@@ -353,7 +422,7 @@ def test_dollar_budget_is_never_exceeded(serve):
 
 
 def test_answers_that_are_no_use_are_billed_too(serve):
-    s = serve(lambda i, p, a: with_body(completion('hm')) if a < 3 else None)
+    s = serve(lambda i, p, a: with_body(completion('hm'*a)) if a < 3 else None)
     g = grader(s)
     row = g.grade(image(0), 'x')[0]
     assert row['calls'] == 3 and row['dollars'] == pytest.approx(3*.00525) == g.spent.dollars
@@ -476,4 +545,4 @@ def test_reward_face(serve):
 def test_missing_package():
     code = "import sys; sys.modules['openai'] = None\nfrom llava_reward_nb.grader import Grader\nGrader()"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    assert 'ImportError' in done.stderr and 'pip install llava_reward_nb[grader]' in done.stderr
+    assert 'ImportError' in done.stderr and 'pip install openai' in done.stderr

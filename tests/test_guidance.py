@@ -1,5 +1,5 @@
 "Comparisons of guiding rewards: their tables, runs that go on after they were killed, and the command that steers."
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 from pathlib import Path
 
 import diffusers, numpy as np, pandas as pd, pytest, torch
@@ -97,20 +97,29 @@ def args(folder, out, *more):
     return [*PROMPTS, '--model', folder, '--reward', 'tiny/alignment', '--held-out', 'checker', '--n-particles', '2', '--steps', '6', '--batch-prompts', '1', '--device', 'cpu', '--out', out, *more]
 
 
-def start(*a):
-    "The command in a process of its own, as the console script starts it."
+def start(*a, first=''):
+    "The command in a process of its own, as the console script starts it, after the code `first`."
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parent.parent))
-    return subprocess.Popen([sys.executable, '-c', 'from llava_reward_nb.commands import llava_reward_steer; llava_reward_steer()', *map(str, a)], env=env, text=True,
+    return subprocess.Popen([sys.executable, '-c', f'{first}\nfrom llava_reward_nb.commands import llava_reward_steer\nllava_reward_steer()', *map(str, a)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+DIES = """
+import os, signal
+from llava_reward_nb import guidance
+write = guidance.write_table
+def once(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+guidance.write_table = once
+"""
+
+
 def test_killed_command_goes_on(folder, tmp_path):
-    "SIGKILL in the middle; the same command finishes with the images and scores of a run that was left alone."
-    p = start(*args(folder, tmp_path/'cut'))
-    for _ in range(3000):
-        if (tmp_path/'cut'/'scores.parquet').exists() or p.poll() is not None: break
-        time.sleep(.05)
-    p.send_signal(signal.SIGKILL); p.wait()
+    "SIGKILL after the first scores are written; the same command finishes with the images and scores of a run that was left alone."
+    p = start(*args(folder, tmp_path/'cut'), first=DIES)
+    p.communicate(timeout=500)
+    assert p.returncode == -signal.SIGKILL
     before = len(read_table(tmp_path/'cut'/'scores.parquet'))
     assert 0 < before < 2*len(PROMPTS)
     for name in ('cut', 'whole'):

@@ -234,7 +234,7 @@ def test_bad_pixels(tiny, bad, says):
 def opened(monkeypatch):
     "The files that Pillow opens."
     seen, real = [], Image.open
-    monkeypatch.setattr(Image, 'open', lambda p, *a, **kw: (seen.append(Path(p).name), real(p, *a, **kw))[1])
+    monkeypatch.setattr(Image, 'open', lambda p, *a, **kw: (seen.append(Path(getattr(p, 'name', p)).name), real(p, *a, **kw))[1])
     return seen
 
 
@@ -319,4 +319,30 @@ def test_bad_rewards(pairs, rewards, says):
 
 def test_bad_prompts(pairs):
     with pytest.raises(InputError, match='1 prompts for 2 images'): score_all(dict(b=brightness), pairs[0][:2], ['x'])
-    with pytest.raises(InputError, match="reward 'checker', items 0 to 1: .*elephant"): score_all(dict(checker=Checker()), pairs[0][:2], 'an elephant')
+
+
+def test_what_one_reward_rejects_costs_nobody_else(pairs):
+    "A prompt outside the checker's grammar, and an infinite score: NaN there and nowhere else, with the reason and the reward."
+    def endless(images, prompts): return torch.tensor([torch.inf if 'two' in p else 1. for p in prompts])
+    paths, texts = pairs
+    asked = [texts[0], 'an elephant', 'a photo of two stars', texts[3]]
+    with pytest.warns(UserWarning, match='2 of 12 scores are missing: checker, item 1: .*elephant'):
+        df = score_all(dict(b=brightness, checker=Checker(), endless=endless), paths[:4], asked)
+    assert df.isna().to_numpy().tolist() == [[False]*3, [False, True, False], [False, False, True], [False]*3]
+    assert [(f['item'], f['reward']) for f in df.attrs['failed']] == [(1, 'checker'), (2, 'endless')]
+    def fails(images, prompts): raise CheckpointError('damaged')
+    with pytest.raises(CheckpointError): score_all(dict(fails=fails), paths[:2], 'x')
+
+
+def test_images_in_any_form(pairs, tiny):
+    "Bytes, dicts of bytes and path, numpy and torch in NHWC and NCHW, uint8 and float: the same scores through every door."
+    paths, texts = pairs
+    want, ims = tiny(paths[:2], texts[:2]), [Image.open(p).convert('RGB') for p in paths[:2]]
+    nhwc = np.stack([np.asarray(im) for im in ims])
+    forms = [[p.read_bytes() for p in paths[:2]], [dict(bytes=p.read_bytes(), path=None) for p in paths[:2]], [dict(bytes=None, path=str(p)) for p in paths[:2]],
+             nhwc, nhwc.astype(np.float32)/255, torch.from_numpy(nhwc).permute(0, 3, 1, 2), torch.from_numpy(nhwc).permute(0, 3, 1, 2)/255, tuple(ims)]
+    rewards = dict(tiny=tiny, clip=load_reward('tiny-clip', device='cpu'), ir=load_reward('tiny-imagereward', device='cpu'), checker=Checker())
+    for form in forms:
+        assert_close(tiny(form, texts[:2]), want, atol=1e-5, rtol=1e-5)
+        df = score_all(rewards, form, texts[:2], progress=False)
+        for n, r in rewards.items(): np.testing.assert_allclose(df[n], r(paths[:2], texts[:2]), atol=1e-5, rtol=1e-5)
