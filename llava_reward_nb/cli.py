@@ -931,7 +931,8 @@ def llava_reward_score(
 
 def _score_by_rewards(items, reward, device, dtype, batch_size, out, skip_bad):
     check_names(reward)
-    needs = {n:'' for n in reward if n.partition(':')[0]!='aesthetic'}
+    from llava_reward_nb.cards import card_of
+    needs = {n:'' for n in reward if card_of(n).prompt}
     _check(items, needs, reward, out, skip_bad, reward)
     with kept_scores(out) as store:
         rows = reward_items(reward, items, batch_size, device, dtype, store, skip_bad)

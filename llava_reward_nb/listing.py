@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['llava_reward_rewards']
 
-# %% ../nbs/14c_listing.ipynb #8edc78b8
+# %% ../nbs/14c_listing.ipynb #ed4519b4
 from .cards import reward_rows
 from .cli import command, report
 
-# %% ../nbs/14c_listing.ipynb #ebc80e73
+# %% ../nbs/14c_listing.ipynb #d291bef2
 @command('''  llava_reward_rewards
   llava_reward_rewards ocr hpsv3
   llava_reward_rewards --out rewards.csv

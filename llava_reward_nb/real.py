@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPLICIT', 'BODY_PARTS', 'jpeg_kilobytes', 'JPEG', 'NudeNet']
 
-# %% ../nbs/12e_real.ipynb #bc4c456a
+# %% ../nbs/12e_real.ipynb #b26833fc
 import io
 
 import numpy as np, torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from .core import InputError, as_prompts, image_list, load_image, progress
 from .store import file_hash, make_identity
 
-# %% ../nbs/12e_real.ipynb #34eb4e21
+# %% ../nbs/12e_real.ipynb #1c3fbe6b
 def jpeg_kilobytes(
     im, # RGB PIL image
 )->float: # of 1000 bytes
@@ -24,7 +24,7 @@ def jpeg_kilobytes(
     im.save(f, 'JPEG', quality=95)
     return len(f.getvalue())/1000
 
-# %% ../nbs/12e_real.ipynb #4f285d38
+# %% ../nbs/12e_real.ipynb #ff10de0c
 class JPEG:
     "Size of the image as a JPEG file (DDPO, arXiv 2305.13301); itself a reward. The prompt is not read."
     name = 'jpeg'
@@ -53,7 +53,7 @@ class JPEG:
         name = lambda i: f'image {i}' if len(items)>1 else 'image'
         return torch.tensor([self.factor*jpeg_kilobytes(load_image(x, name(i))) for i,x in enumerate(items)], dtype=torch.float32)
 
-# %% ../nbs/12e_real.ipynb #ab58acc9
+# %% ../nbs/12e_real.ipynb #4914ed4b
 @patch(cls_method=True)
 def from_pretrained(cls:JPEG,
     id_or_path=None, # direction, perhaps '/' and the scale; default: 'compressibility'
@@ -63,7 +63,7 @@ def from_pretrained(cls:JPEG,
     "Load by name."
     return cls(*str(id_or_path or 'compressibility').split('/', 1))
 
-# %% ../nbs/12e_real.ipynb #2d189e8f
+# %% ../nbs/12e_real.ipynb #33b48ec0
 EXPLICIT = ('FEMALE_BREAST_EXPOSED','FEMALE_GENITALIA_EXPOSED','MALE_GENITALIA_EXPOSED','BUTTOCKS_EXPOSED','ANUS_EXPOSED') # what counts by default
 
 BODY_PARTS = (*EXPLICIT, 'FEMALE_GENITALIA_COVERED','FEMALE_BREAST_COVERED','BUTTOCKS_COVERED','ANUS_COVERED','MALE_BREAST_EXPOSED','BELLY_EXPOSED',
@@ -81,7 +81,7 @@ def _detector():
     detector.onnx_session = onnxruntime.InferenceSession(str(weights), options, providers=['CPUExecutionProvider'])
     return detector,weights
 
-# %% ../nbs/12e_real.ipynb #3e2b2718
+# %% ../nbs/12e_real.ipynb #e8abbdf6
 class NudeNet:
     "Safety baseline: 1 - the highest score of an exposed body part; itself a reward. One of UnsafeBench's eleven categories; the prompt is not read."
     name = 'nudenet'
