@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['PAIR_FIELDS', 'LABEL_FIELDS', 'record_kind', 'check_image', 'clean_record', 'Fault', 'RewardRecords', 'load_records',
-           'split_by_prompt', 'RewardCollator']
+           'split_by_prompt', 'check_fit', 'RewardCollator']
 
 # %% ../nbs/07_data.ipynb #9060b932
-import io, math, operator, os, random, warnings
+import hashlib, json, operator, os, random, warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-import torch
+
+import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
-from .core import MAX_PIXELS, InputError, load_image, progress, read_table
+
+from .core import (IMAGE_COLUMNS, MAX_PIXELS, PROMPT_COLUMNS, InputError, TransparencyWarning, image_key,
+                                  image_size, load_image, number, progress, read_table)
+from .store import file_hash, pixels_hash
 
 # %% ../nbs/07_data.ipynb #3c947aeb
 def _rows(source):
@@ -23,19 +27,71 @@ def _rows(source):
     import pandas as pd
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
-        rows = _read_csv(path) if path.suffix.lower()=='.csv' and path.is_file() else read_table(path)
-        if not isinstance(rows, list): raise InputError(f"{path}: holds a {type(rows).__name__}; it must be a list of records")
-        return rows, path.parent, str(path)
-    if isinstance(source, pd.DataFrame): return source.to_dict('records'), None, 'records'
+        return read_table(path, text=True), path.parent, str(path)
+    if isinstance(source, pd.DataFrame):
+        twice = source.columns[source.columns.duplicated()]
+        if len(twice): raise InputError(f"records: the DataFrame has two columns {twice[0]!r}; rename one")
+        return source.to_dict('records'), None, 'records'
     if isinstance(source, Mapping) or not hasattr(source, '__iter__'):
         raise InputError(f"records: got a {type(source).__name__}; pass a file, a DataFrame or a list of dicts "
                          "(of a data set with several splits, one split)")
     return list(source), None, 'records'
 
-def _read_csv(path):
-    import pandas as pd
-    try: return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict('records')
-    except Exception as e: raise InputError(f"{path}: cannot be read as csv ({e}); write it again") from None
+# %% ../nbs/07_data.ipynb #03d920b2
+_CHOSEN = ('chosen_path', 'chosen', 'chosen_image', 'jpg_chosen')
+_REJECTED = ('reject_path', 'rejected_path', 'rejected', 'rejected_image', 'jpg_rejected')
+_NAMES = dict(prompt=PROMPT_COLUMNS, chosen_path=_CHOSEN, reject_path=_REJECTED, path=IMAGE_COLUMNS,
+              label=('label',)) # our name -> what it may be called
+_NUMBERED = ('jpg_0', 'jpg_1', 'label_0', 'label_1') # Pick-a-Pic
+
+def _called(field, have, rows, columns, name)->str|None:
+    "What a field is called in a source, None if it is not there; `InputError` if that is not clear."
+    if field in columns:
+        if columns[field] not in have: raise InputError(
+            f"{name}: no column {columns[field]!r} for {field}; it has {', '.join(map(str, have))}")
+        return columns[field]
+    found = [n for n in _NAMES[field] if n in have]
+    equal = lambda a, b: a is b or isinstance(a, str) and isinstance(b, str) and a==b
+    rivals = [n for n in found[1:] if not all(equal(r.get(n), r.get(found[0])) for r in rows)]
+    if rivals: raise InputError(
+        f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, or choose with "
+        f"columns={{{field!r}: {found[0]!r}}} (llava_reward_train: --prompt-column, --image-column)")
+    return found[0] if found else None
+
+def _from_numbered(row:dict)->dict:
+    "A Pick-a-Pic row as a pair; what its labels say becomes c_rate and r_rate."
+    out = {k:v for k,v in row.items() if k not in _NUMBERED}
+    images,rates = [row.get('jpg_0'), row.get('jpg_1')],[row.get('label_0'), row.get('label_1')]
+    try: second = number(rates[1])>number(rates[0])
+    except (InputError, TypeError): second = False # the fault shows later
+    c,r = (1,0) if second else (0,1)
+    return out | dict(chosen_path=images[c], reject_path=images[r], c_rate=rates[c], r_rate=rates[r])
+
+# %% ../nbs/07_data.ipynb #41f5409a
+def _our_names(
+    rows:list,  # of dicts, as read
+    columns,    # ours -> theirs, chosen by the user
+    name:str,   # of the source
+)->list: # rows with our names for the fields that we know
+    "Rows under our names; `InputError` for unknown, missing or rival columns."
+    if unknown := set(columns)-set(_NAMES): raise InputError(
+        f"columns: no field is called {sorted(unknown)[0]!r}; there are {', '.join(_NAMES)}")
+    dicts = [r for r in rows if isinstance(r, Mapping)]
+    have = list(dict.fromkeys(k for r in dicts for k in r))
+    called = {f:_called(f, have, dicts, columns, name) for f in ('prompt', 'chosen_path', 'reject_path')}
+    numbered = set(_NUMBERED)<=set(have)
+    two = called['chosen_path'] and called['reject_path']
+    if numbered and two: raise InputError(
+        f"{name}: both jpg_0, jpg_1 and {called['chosen_path']!r}, {called['reject_path']!r} may be the "
+        "pairs; remove two of them")
+    if not numbered and not two:
+        called |= {f:_called(f, have, dicts, columns, name) for f in ('path', 'label')}
+    to = {theirs:ours for ours,theirs in called.items() if theirs}
+    def renamed(r):
+        if not isinstance(r, Mapping): return r
+        out = {to.get(k,k):v for k,v in r.items() if k in to or k not in to.values()}
+        return _from_numbered(out) if numbered else out
+    return [renamed(r) for r in rows]
 
 # %% ../nbs/07_data.ipynb #a2d079fd
 PAIR_FIELDS = ('prompt', 'chosen_path', 'reject_path')  # what a pair must have; c_rate, r_rate, prompt_id may be there
@@ -62,25 +118,26 @@ def _source_kind(rows, name):
 # %% ../nbs/07_data.ipynb #d1d63042
 def _prompt(x, two=False):
     "A string, or (for pairs) a list of two."
-    if isinstance(x, str): return x
+    if isinstance(x, str):
+        if two and x[:1]=='[' and _two_texts(x): raise InputError(
+            f"is {x!r:.60}, a list that was written as text; CSV holds no lists: save as .jsonl or .parquet")
+        return x
     if not two: raise InputError(f"is {x!r:.60}, a {type(x).__name__}; it must be a string ('' if there is none)")
     items = x.tolist() if hasattr(x, 'tolist') else x
     if isinstance(items, (list, tuple)) and len(items)==2 and all(isinstance(p, str) for p in items): return list(items)
     raise InputError(f"is {x!r:.60}, a {type(x).__name__}; it must be a string, or a list of two strings "
                      "(for the chosen image, for the rejected one)")
 
-# %% ../nbs/07_data.ipynb #719c4c50
-def _number(x):
-    "A finite float, or None for nothing (None, '', NaN)."
-    if x is None or x=='' or isinstance(x, float) and math.isnan(x): return None
-    try: v = float(x)
-    except (TypeError, ValueError): v = math.nan
-    if not math.isfinite(v): raise InputError(f"is {x!r:.60}; it must be a number")
-    return v
+def _two_texts(x:str)->bool:
+    "Whether a text is the JSON of a list of two strings."
+    try: items = json.loads(x)
+    except (ValueError, RecursionError): return False
+    return isinstance(items, list) and len(items)==2 and all(isinstance(p, str) for p in items)
 
+# %% ../nbs/07_data.ipynb #719c4c50
 def _target(row):
     "P(chosen preferred) from the two ratings, if they are there."
-    c, r = _number(row.get('c_rate')), _number(row.get('r_rate'))
+    c, r = number(row.get('c_rate')), number(row.get('r_rate'))
     if c is None and r is None: return 1.
     if c is None or r is None: raise InputError(f"only one rating is given ({c} and {r}); give c_rate and r_rate, or neither")
     if c<r: raise InputError(f"{c:g} is below r_rate {r:g}; the chosen image must not be rated lower: swap the two images")
@@ -89,37 +146,49 @@ def _target(row):
 # %% ../nbs/07_data.ipynb #640bcec9
 def _label(x):
     "0 or 1 as an int."
-    try: v = _number(x)
+    word = str(x).strip().lower()
+    try: v = float(word=='true') if word in ('true','false') else number(x)
     except InputError: v = None
-    if v not in (0., 1.): raise InputError(f"is {x!r:.60}; a label is 1 (such as safe) or 0")
+    if v not in (0., 1.): raise InputError(f"is {x!r:.60}; a label is 1 (such as safe) or 0, true or false")
     return int(v)
 
 # %% ../nbs/07_data.ipynb #6bab5851
 def _picture(x, folder):
-    "An existing Path or a PIL image."
-    if isinstance(x, Image.Image): return x
-    if isinstance(x, Mapping) and ('bytes' in x or 'path' in x): x = x['bytes'] if x.get('bytes') else x.get('path')
-    if isinstance(x, bytes):
-        try: return Image.open(io.BytesIO(x))
-        except Exception: raise InputError(f"holds {len(x)} bytes that are not an image that Pillow can read") from None
+    "An existing Path, or an image that `load_image` takes, not decoded."
+    if isinstance(x, Mapping) and not x.get('bytes') and x.get('path'): x = x['path']
+    if isinstance(x, Image.Image): return _on_disk(x)
+    if isinstance(x, (np.ndarray, torch.Tensor)): return x
+    if isinstance(x, (bytes, bytearray, memoryview)) or isinstance(x, Mapping) and x.get('bytes'):
+        image_size(x) # says what is no image
+        return x
     if not isinstance(x, (str, os.PathLike)) or not str(x):
         raise InputError(f"is {x!r:.60}; it must be a path or an image")
     path = Path(x).expanduser()
     tries = [path] if path.is_absolute() or folder is None else [Path(folder)/path, path]
-    found = next((p for p in tries if p.exists()), None)
-    if found is None: raise InputError(f"no such file: {' nor '.join(map(str, tries))}; mend the path or pass folder=")
-    return found
+    found = [p for p in tries if _exists(p)]
+    if not found: raise InputError(
+        f"no such file: {' nor '.join(map(str, tries))}; mend the path or pass folder=")
+    return found[0]
+
+def _exists(path:Path)->bool:
+    try: return path.exists()
+    except (OSError, ValueError): return False # such as a name that is too long
+
+def _on_disk(im:Image.Image):
+    "The file of a picture that PIL has opened but not read yet; any other picture itself."
+    unread = getattr(im, 'tile', None) and getattr(im, 'filename', None) and im.tell()==0
+    return Path(im.filename) if unread and Path(im.filename).is_file() else im
 
 # %% ../nbs/07_data.ipynb #e8dd5c0d
 def check_image(
-    x, # Path or PIL image
+    x, # see `load_image`
 ):
-    "`InputError`, as `load_image` would give it, if an image cannot be used; decodes as little as it can."
-    if not isinstance(x, Image.Image):
+    "`InputError`, as `load_image` would give it, if an image cannot be used; decodes little, keeps nothing."
+    if isinstance(x, (str, os.PathLike)):
         try:
             with Image.open(x) as im:
                 w,h = im.size
-                if w*h<=MAX_PIXELS and im.mode not in ('I','F'):
+                if w*h<=MAX_PIXELS and im.mode not in ('I','F') and not im.has_transparency_data:
                     if im.format=='PNG': return im.verify()
                     im.draft('RGB', (max(w//8,1), max(h//8,1)))
                     im.load(); return
@@ -128,7 +197,7 @@ def check_image(
 
 # %% ../nbs/07_data.ipynb #b69fd383
 def clean_record(
-    row,          # One record as read
+    row,          # One record, under our names
     kind:str,     # 'pair' or 'label'
     folder=None,  # Where relative image paths start, before the working directory
 )->tuple: # (clean record, list of (field, reason)); the record is usable if the list is empty
@@ -163,20 +232,37 @@ def _report(faults, n, name):
     return '\n  '.join([f"{name}: {bad} of {n} records cannot be used:", *map(str, faults[:5]), *more])
 
 # %% ../nbs/07_data.ipynb #876d8166
-def _image_faults(records, kind):
-    "Faults of the images of (index, record) pairs; every file is opened once."
+def _uses(records, kind):
+    "(index, field, image, prompt) of every image of (index, record) pairs."
     fields = ('chosen_path', 'reject_path') if kind=='pair' else ('path',)
-    uses = [(i, f, r[f]) for i,r in records for f in fields]
-    key = lambda x: x if isinstance(x, Path) else id(x)
-    pictures = {key(x): x for *_,x in uses}
+    text = lambda r, j: r['prompt'] if isinstance(r['prompt'], str) else r['prompt'][j]
+    return [(i, f, r[f], text(r, j)) for i,r in records for j,f in enumerate(fields)]
+
+def _over(f, items:dict, desc:str)->dict:
+    "key -> f(item), by a few threads, with a progress bar for many."
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(f, items.values())
+        if len(items)>500: found = progress(found, total=len(items), desc=desc)
+        return dict(zip(items, found))
+
+def _image_faults(records, kind, name):
+    "Faults of the images of (index, record) pairs; every file is opened once."
+    uses = _uses(records, kind)
     def reason(x):
         try: check_image(x)
         except InputError as e: return str(e)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(reason, pictures.values())
-        if len(pictures)>500: found = progress(found, total=len(pictures), desc='checking images')
-        why = dict(zip(pictures, found))
-    return [Fault(i, f, why[key(x)]) for i,f,x in uses if why[key(x)]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        why = _over(reason, {image_key(x):x for _,_,x,_ in uses}, 'checking images')
+    is_clear = lambda w: issubclass(w.category, TransparencyWarning)
+    clear = [w.message for w in caught if is_clear(w)]
+    for w in caught:
+        if not is_clear(w): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    have = 'image has' if len(clear)==1 else 'images have'
+    if clear: warnings.warn(
+        f"{name}: {len(clear)} {have} transparent pixels and will be judged by the colours behind them; "
+        f"the first: {clear[0]}", TransparencyWarning, stacklevel=3)
+    return [Fault(i, f, why[image_key(x)]) for i,f,x,_ in uses if why[image_key(x)]]
 
 # %% ../nbs/07_data.ipynb #9d5dcbf7
 class RewardRecords(Sequence):
@@ -186,42 +272,56 @@ class RewardRecords(Sequence):
         kind:str,         # 'pair' or 'label'
         name='records',   # Where they come from
         faults=(),        # Faults of the records that were left out
+        places=None,      # Position of each in its source, from 0; default: 0, 1, …
     ):
         self.rows, self.kind, self.name, self.faults = rows, kind, name, list(faults)
+        self.places = list(range(len(rows)) if places is None else places)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
-        if isinstance(i, slice): return RewardRecords(self.rows[i], self.kind, self.name)
+        if isinstance(i, slice): i = range(len(self.rows))[i]
         try: return self.rows[operator.index(i)]
-        except TypeError: return RewardRecords([self.rows[operator.index(j)] for j in i], self.kind, self.name)
+        except TypeError: at = [operator.index(j) for j in i]
+        places = [self.places[j] for j in at]
+        return RewardRecords([self.rows[j] for j in at], self.kind, self.name, places=places)
     def __add__(self, other):
         if self.kind!=other.kind: raise InputError(f"cannot add {other.kind} records to {self.kind} records; train them one after the other")
-        return RewardRecords(self.rows+other.rows, self.kind, f'{self.name} + {other.name}', self.faults+other.faults)
+        name,faults = f'{self.name} + {other.name}',self.faults+other.faults
+        both = RewardRecords(self.rows+other.rows, self.kind, name, faults)
+        both.places = self.places+other.places
+        return both
     def __repr__(self):
         n = sum(r['target']==.5 for r in self.rows) if self.kind=='pair' else sum(r['label'] for r in self.rows)
         return f"{len(self)} {self.kind}s ({n} {'ties' if self.kind=='pair' else 'with label 1'}) from {self.name}"
 
 # %% ../nbs/07_data.ipynb #338bfc6e
 def load_records(
-    source,                  # File (.json, .jsonl, .csv, .parquet), DataFrame, or iterable of dicts
+    source,                  # File (.json, .jsonl, .csv, .tsv, .parquet), DataFrame, or iterable of dicts
     folder=None,             # Where relative image paths start; default: the folder of the file; then the working directory
     skip_bad:bool=False,     # Leave faulty records out with a warning instead of stopping
     check_images:bool=True,  # Open every image file; False only checks that it exists
+    columns:dict=None,       # Our field name -> its column here, for unusual names: dict(prompt='caption')
 )->RewardRecords:
     "Read and check pairs or labels; one `InputError` names the faulty records and fields."
     rows, base, name = _rows(source)
+    rows = _our_names(rows, columns or {}, name)
     kind = _source_kind(rows, name)
     clean = [clean_record(r, kind, folder or base) for r in rows]
     faults = [Fault(i, *f) for i,(_,fs) in enumerate(clean) for f in fs]
     good = [(i,r) for i,(r,fs) in enumerate(clean) if not fs]
-    if check_images: faults = sorted(faults + _image_faults(good, kind), key=lambda f: f.index)
-    bad = {f.index for f in faults}
-    good = [r for i,r in good if i not in bad]
-    if faults:
-        report = _report(faults, len(rows), name)
-        if not skip_bad: raise InputError(report + "\nmend them, or leave them out with skip_bad=True")
-        if not good: raise InputError(report + "\nnone is left")
-        warnings.warn(report + "\nthey are left out", stacklevel=2)
-    return RewardRecords(good, kind, name, faults)
+    if check_images: faults = sorted(faults + _image_faults(good, kind, name), key=lambda f: f.index)
+    found = RewardRecords([r for _,r in good], kind, name, places=[i for i,_ in good])
+    return _without(found, faults, len(rows), skip_bad)
+
+def _without(records, faults, n, skip_bad):
+    "Records without a fault, of n in the source; `InputError`, or a warning when bad ones are skipped."
+    if not faults: return records
+    bad,report = {f.index for f in faults},_report(faults, n, records.name)
+    keep = [(p,r) for p,r in zip(records.places, records.rows) if p not in bad]
+    if not skip_bad: raise InputError(report + "\nmend them, or leave them out with skip_bad=True")
+    if not keep: raise InputError(report + "\nnone is left")
+    warnings.warn(report + "\nthey are left out", stacklevel=3)
+    places,good = zip(*keep)
+    return RewardRecords(list(good), records.kind, records.name, records.faults+faults, places)
 
 # %% ../nbs/07_data.ipynb #6a23da0f
 @patch
@@ -253,8 +353,7 @@ def _groups(records):
         return k
     def keys(r):
         texts = [r['prompt']] if isinstance(r['prompt'], str) else r['prompt']
-        return ([('text', t) for t in texts if t.strip()] or
-                [('image', str(r[f]) if isinstance(r[f], Path) else id(r[f])) for f in fields])
+        return [('text', t) for t in texts if t.strip()] or [('image', image_key(r[f])) for f in fields]
     for r in records:
         first, *rest = keys(r)
         for k in rest: root[find(k)] = find(first)
@@ -277,11 +376,58 @@ def split_by_prompt(
     while len(groups)>1 and len(valid)+len(groups[-1]) <= share*len(records): valid = valid + groups.pop()
     return records[sorted(i for g in groups for i in g)], records[sorted(valid)]
 
+# %% ../nbs/07_data.ipynb #c4eac4fa
+@patch
+def identity(self:RewardRecords)->str: # number, kind and hash
+    "What is the same for equal records in equal order, and else differs."
+    def content(x):
+        if isinstance(x, Mapping): x = x['bytes']
+        if isinstance(x, (str, os.PathLike)): return file_hash(x)
+        if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16]
+        return pixels_hash(load_image(x))
+    uses = _uses(list(enumerate(self.rows)), self.kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TransparencyWarning)
+        known = _over(content, {image_key(x):x for _,_,x,_ in uses}, 'hashing images')
+    key,digest = 'target' if self.kind=='pair' else 'label',hashlib.blake2b(digest_size=8)
+    for i,f,x,prompt in uses:
+        digest.update(json.dumps([i, f, prompt, float(self.rows[i][key]), known[image_key(x)]]).encode())
+    return f"{len(self)} {self.kind}s, hash {digest.hexdigest()}"
+
+# %% ../nbs/07_data.ipynb #90d3c99a
+def check_fit(
+    records:RewardRecords, # checked
+    processor,             # of the backbone; has `check(sizes, prompts)`
+    skip_bad:bool=False,   # leave out what does not fit, with a warning
+)->RewardRecords: # those that fit
+    "Records that a model can take; one `InputError` names the others."
+    limits = (id(processor), getattr(getattr(processor, 'image_processor', None), 'num_crops', None))
+    if getattr(records, 'limits', None)==limits: return records # asked before
+    uses = _uses(list(zip(records.places, records.rows)), records.kind)
+    def size(x):
+        try: return image_size(x)
+        except InputError as e: return str(e)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TransparencyWarning)
+        sizes = _over(size, {image_key(x):x for _,_,x,_ in uses}, 'measuring images')
+    faults = []
+    for i,f,x,prompt in uses:
+        known = sizes[image_key(x)]
+        if isinstance(known, str): faults.append(Fault(i, f, known)); continue
+        try: processor.check([known], [prompt])
+        except InputError as e:
+            why = str(e).split(' 0: ', 1)[-1] # it counts from 0 in a batch of one
+            faults.append(Fault(i, 'prompt', why) if str(e).startswith('prompt') else Fault(i, f, why))
+    faults = list({(x.index, x.field):x for x in faults}.values()) # both images of a pair have its prompt
+    fitting = _without(records, faults, len(records), skip_bad)
+    fitting.limits = limits
+    return fitting
+
 # %% ../nbs/07_data.ipynb #26515bee
 @dataclass
 class RewardCollator:
     "Load the images of some records and make one batch; `InputError` names a file that has gone bad since it was checked."
-    processor:object # Callable (list of n RGB PIL images, list of n prompts) -> dict of tensors
+    processor:object # Callable (n RGB PIL images, n prompts) -> dict of tensors; pickled for spawned workers
     def __call__(self,
         rows:list, # Records of one kind: b dicts
     )->dict: # The processor's tensors for 2b (pairs: chosen, then rejected) or b rows, and 'target' or 'label', (b,) float32
@@ -290,7 +436,10 @@ class RewardCollator:
         else:
             images = [r[f] for f in ('chosen_path', 'reject_path') for r in rows]
             prompts = [r['prompt'] if isinstance(r['prompt'], str) else r['prompt'][j] for j in (0,1) for r in rows]
-        batch = dict(self.processor([load_image(x) for x in images], prompts))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', TransparencyWarning) # `load_records` said it
+            opened = [load_image(x) for x in images]
+        batch = dict(self.processor(opened, prompts))
         key = 'target' if kind=='pair' else 'label'
         batch[key] = torch.tensor([float(r[key]) for r in rows])
         return batch

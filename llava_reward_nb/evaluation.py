@@ -21,7 +21,7 @@ from . import stats
 from .benchmarks import Benchmark, SPECS, load_benchmark
 from .core import InputError, atomic_path, load_image, progress, read_table, write_table
 from .geneval import GENEVAL_TAGS, GenEval, geneval_scores, shapes_geneval
-from .grader import BudgetSpent
+from .grader import BudgetSpent, EndpointError
 from .rewards import load_reward
 from .shapes import SHAPES
 from .store import ScoreStore, folder_lock, identity, pixels_hash, text_hash
@@ -38,7 +38,7 @@ def versions()->dict:
     return out
 
 # %% ../nbs/11_evaluation.ipynb #a26e276b
-_STOPS = (MemoryError, torch.OutOfMemoryError, BudgetSpent) # the next item will fare no better
+_STOPS = (MemoryError, torch.OutOfMemoryError, BudgetSpent, EndpointError) # the next item will fare no better
 
 class _Failure(str):
     "An error that the reward did not blame on its input."

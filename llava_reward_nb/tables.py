@@ -175,7 +175,7 @@ def to_html(self:Table)->str:
     k = len(self.df.index.names)
     head = ''.join(cell(h, 'label' if i<k else '', 'th') for i,h in enumerate(self.heads()))
     body = '\n'.join('<tr>'+''.join(cell(t,m) for t,m in row)+'</tr>' for row in self.grid())
-    title = f'<b>{html.escape(self.title)}</b>'
+    title = f'<b>{html.escape(one_line(self.title))}</b>'
     cap = f'<caption style="text-align:left;caption-side:top">{title}</caption>' if self.title else ''
     foot = ''.join(f'<div style="font-size:85%">{html.escape(l)}</div>' for l in self.foot())
     return f'<div><table>{cap}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>{foot}</div>\n'
@@ -230,7 +230,7 @@ def to_csv(self:Table)->str:
     for c,h in zip(self.df.columns, heads[k:]):
         out.append((h,self.df[c]))
         if self.low is not None and c in self.low.columns: out += [(f'{h}, low',self.low[c]), (f'{h}, high',self.high[c])]
-    if self.sources: out.append(('source',pd.Series([self.sources.get(r,'') for r in self.df.index], self.df.index)))
+    if self.sources: out.append(('source',pd.Series([one_line(self.sources.get(r,'')) for r in self.df.index], self.df.index)))
     names = heads[:k]+[h for h,_ in out]
     twice = [h for i,h in enumerate(names) if h and h in names[:i]]
     if twice: raise InputError(f"table {self.title!r}: a CSV file would have two columns {twice[0]!r}; rename one of them")
@@ -282,7 +282,8 @@ def save(self:Table,
     path = Path(path)
     forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.html':self.to_html, '.csv':self.to_csv,
              '.txt':lambda: repr(self)+'\n'}
-    if path.suffix not in forms:
+    kind = path.suffix.lower()
+    if kind not in forms:
         raise InputError(f"{path}: tables are written as {', '.join(forms)}; got {path.suffix or 'no suffix'!r}")
-    with atomic_path(path) as p: p.write_text(forms[path.suffix](), encoding='utf-8', newline='\n')
+    with atomic_path(path) as p: p.write_text(forms[kind](), encoding='utf-8', newline='\n')
     return path
