@@ -719,8 +719,9 @@ def parser_for(
         a.metavar,a.help = None,re.sub(r" \(default: (False|'')?\)$", '', a.help)
         if a.type==list[str]: a.type,a.nargs = str,'+' if a.option_strings else '*'
         for o in list(a.option_strings):
-            for name in (o.replace('_','-'), '--'+o[2:].replace('-','_')) if o.startswith('--') else (): p._option_string_actions[name] = a
-        a.option_strings = [o.replace('_','-') for o in a.option_strings]
+            plain = o.rstrip('_') # from_ is --from, a word that Python keeps for itself
+            for name in (plain.replace('_','-'), '--'+plain[2:].replace('-','_')) if o.startswith('--') else (): p._option_string_actions[name] = a
+        a.option_strings = [o.rstrip('_').replace('_','-') for o in a.option_strings]
     return p
 
 # %% ../nbs/14_cli.ipynb #ea097c7b
@@ -1019,79 +1020,164 @@ def llava_reward_compare(
     say_left_out(items)
 
 # %% ../nbs/14_cli.ipynb #ffeda7b5
-def _bare_base(name):
-    "What to remember as the base: the `base/` of a model folder, the folder itself, or a hub id."
-    from llava_reward_nb.backbones import hub_folder
+def _check_base(name, asked='--base'):
+    "`CheckpointError` for a folder of perspectives that has no base to build on."
+    from llava_reward_nb.model import CheckpointError, _perspective_folders, hub_folder
     folder = hub_folder(name)
-    return str((folder/'base').resolve()) if (folder/'base').is_dir() else str(folder.resolve()) if folder==Path(name).expanduser() else name
+    if (folder/'config.json').is_file() or (folder/'base').is_dir(): return
+    found = list(_perspective_folders(folder).values())
+    if found: raise CheckpointError(f"{asked} {name}: holds perspectives and no base; to train {found[0]} further, pass "
+                                    f"--from {found[0]}; to build on the base it was trained on, name that one")
 
-def _checked_records(path, skip_bad:bool):
-    "Records of a file; what is left out is said on stderr."
+def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or None)
+    "The perspective that --from names; `CheckpointError` if it is not clear which."
+    from llava_reward_nb.model import CheckpointError, _perspective_folders, hub_folder
+    model,name = (spec,None) if Path(spec).expanduser().is_dir() or '/' not in spec else spec.rsplit('/', 1)
+    folder = hub_folder(model)
+    found = _perspective_folders(folder, name)
+    if len(found)!=1: raise CheckpointError(
+        f"--from {spec}: {'has no perspective' if not found else 'has several: '+', '.join(found)}; name one, "
+        f"such as {spec}/{next(iter(found), 'alignment')}")
+    (name,where), = found.items()
+    if base: _check_base(base)
+    return name, where, base or (model if (folder/'base').is_dir() and folder!=where else None)
+
+# %% ../nbs/14_cli.ipynb #005afb06
+def _checked_records(source, check, **kwargs):
+    "Records that pass a check, such as `load_records`; what is left out is said on stderr."
     import warnings
-    from llava_reward_nb.data import load_records
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
-        records = load_records(path, skip_bad=skip_bad)
+        records = check(source, **kwargs)
     for w in caught: print('warning:', w.message, file=sys.stderr)
     return records
 
-def _training_plan(records, loss, dim, tau, name, eval_records, base):
-    "The perspective's configuration; ValueError if it, its name and the records do not fit."
-    from llava_reward_nb.model import PerspectiveConfig
+def _training_plan(records, loss, dim, tau, name, eval_records, start):
+    "The configuration of a new perspective, None to train one further; ValueError if it, its name and the records do not fit."
+    from llava_reward_nb.model import PerspectiveConfig, _saved_config, name_fault
     from llava_reward_nb.trainer import _check_records
+    fault = name_fault(name)
+    if fault: raise InputError(f"--name {name!r} cannot be used: {fault}; choose another")
     loss = loss or ('bt' if records.kind=='pair' else 'cls')
-    config = PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), tau, base=base)
-    if not re.fullmatch(r'[\w-]+', name): raise InputError(f"--name {name!r}: use letters, digits, '_' and '-'")
-    for r in records,eval_records: _check_records(r, config, name)
+    config = None if start else PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), .1 if tau is None else tau)
+    for r in records,eval_records: _check_records(r, config or _saved_config(start), name)
     return config
+
+# %% ../nbs/14_cli.ipynb #c39a16b6
+def _training_recipe(out, resume, precision, gradient_checkpointing, workers, eval_steps, cpu, rank, **settings):
+    "The recipe of a run, and a check of the folder it writes to."
+    from llava_reward_nb.core import check_writable
+    from llava_reward_nb.trainer import RewardConfig, checkpoints
+    check_writable(out, folder=True)
+    if checkpoints(out) and not resume: raise InputError(
+        f"{out}: has checkpoints of an earlier run; go on with --resume, or choose another --out")
+    if precision not in (None, *DTYPES): raise InputError(f"--precision {precision}: use one of {', '.join(DTYPES)}")
+    if workers<0: raise InputError(f"--workers {workers}: must be 0 or more")
+    new = 'activation_checkpointing' in RewardConfig.__dataclass_fields__ # its name from transformers 5.20 on
+    if gradient_checkpointing: settings['activation_checkpointing' if new else 'gradient_checkpointing'] = True
+    if precision: settings |= dict(bf16=precision=='bfloat16', fp16=precision=='float16')
+    if eval_steps: settings |= dict(eval_strategy='steps', eval_steps=eval_steps)
+    return RewardConfig(str(out), dataloader_num_workers=workers, use_cpu=cpu, lora_rank=rank, lora_alpha=2*rank, **settings)
+
+def _shown_metrics(metrics:dict)->dict:
+    "The metrics of a training that a table shows."
+    keys = ('train_loss', *(f'eval_{k}' for k in ('loss','accuracy','accuracy_without_ties','f1','recall')))
+    return {k:metrics[k] for k in keys if k in metrics}
+
+def _eval_printer():
+    "A callback that prints what is measured during training."
+    from transformers import TrainerCallback
+    class Printer(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            if state.global_step<state.max_steps and state.is_world_process_zero:
+                said = ', '.join(f'{k} {v:.3f}' for k,v in _shown_metrics(metrics).items())
+                print(f'update {state.global_step} of {state.max_steps}: {said}')
+    return Printer()
+
+# %% ../nbs/14_cli.ipynb #04bf0106
+def _train(records, eval, name, out, args, head, start, base, how, resume, reading):
+    "Read, check, load, train and report."
+    from llava_reward_nb.data import check_fit, load_records
+    from llava_reward_nb.model import RewardModel
+    from llava_reward_nb.trainer import check_plan, checkpoints, train_perspective
+    train,held_out = (_checked_records(r, load_records, **reading) if r else None for r in (records, eval))
+    config = _training_plan(train, *head, name, held_out, start)
+    check_plan(train, args)
+    how['dtype'] = how['dtype'] and getattr(torch, how['dtype'])
+    rm = RewardModel.from_pretrained(start, name, base, **how) if start else RewardModel.from_pretrained(base, [], **how)
+    limits = dict(processor=rm.backbone.processor, skip_bad=reading['skip_bad'])
+    train,held_out = (_checked_records(r, check_fit, **limits) if r else None for r in (train, held_out))
+    print(f"{train}{f'; held out: {held_out}' if held_out else ''}")
+    try: metrics = train_perspective(rm, name, train, args, config, held_out, resume, callbacks=[_eval_printer()])
+    except KeyboardInterrupt:
+        kept = list(checkpoints(out))
+        print(f"{kept[-1]} is kept: the same command with --resume goes on from there" if kept else
+              "there was no checkpoint yet; --save-steps N writes one every N updates", file=sys.stderr)
+        raise
+    report([_shown_metrics(metrics)])
+    for r in filter(None, (train, held_out)):
+        left = len({f.index for f in r.faults})
+        if left: print(f"left out: {left} of {len(r)+left} records of {r.name}")
+    print(f"saved: {Path(out)/name}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
 
 # %% ../nbs/14_cli.ipynb #1f1a7be2
 @command('''  llava_reward_train pairs.jsonl --name alignment --base microsoft/Phi-3.5-vision-instruct --out runs/alignment --eval held_out.jsonl
   llava_reward_train labels.csv --name safety --loss cls --out runs/safety
   llava_reward_train pairs.jsonl --name overall --loss gpm --dim 2 --out runs/overall --resume
+  llava_reward_train more.jsonl --from runs/alignment --out runs/alignment2
   llava_reward_score a.png --prompt "a red circle" --model runs/alignment
 
 Pairs have the fields prompt, chosen_path, reject_path (and c_rate, r_rate: equal ones are ties); labels have prompt, path
-and label (1 or 0). Paths are relative to the file. Run the same command with --resume after an interruption: the weights
-will be the same as without it. On several GPUs: torchrun --nproc-per-node 8 --no-python llava_reward_train …''')
+and label (1 or 0). Other common names are understood. Paths are relative to the file. Run the same command with --resume
+after an interruption: the weights will be the same as without it. On several GPUs:
+torchrun --nproc-per-node 8 --no-python llava_reward_train …''')
 def llava_reward_train(
-    records:str,           # .json, .jsonl, .csv or .parquet with preference pairs or labelled images
-    name:str=None,         # name of the new perspective (needed)
+    records:str,           # .json, .jsonl, .csv, .tsv or .parquet with preference pairs or labelled images
+    name:str=None,         # name of the new perspective (needed, unless --from has one)
     out:str=None,          # folder of this run: the perspective, its checkpoints and its log (needed)
-    base:str='tiny',       # multimodal LLM to build on: a folder, a hub id, or 'tiny'
+    base:str=None,         # multimodal LLM to build on: a folder, a hub id, or 'tiny', which is taken if left out
+    from_:str=None,        # start from the weights of a saved perspective: its folder, its run, or tiny/alignment
     loss:str=None,         # bt (Bradley-Terry) or gpm (general preference) for pairs, cls for labels; bt or cls if left out
     dim:int=None,          # numbers per image of a gpm head, even; 2 if left out
-    tau:float=.1,          # temperature of the preference probability
+    tau:float=None,        # temperature of the preference probability; 0.1 if left out
     eval:str=None,         # held-out records to measure on at the end
+    eval_steps:int=None,   # updates between measurements on them; only at the end if left out
     epochs:float=1.,       # passes over the records
     lr:float=2e-4,         # peak learning rate
     batch_size:int=4,      # records at a time
     accumulation:int=4,    # batches for each update
-    lora_rank:int=128,     # rank of the LoRA matrices; their scale is 2
+    lora_rank:int=None,    # rank of the LoRA matrices, 128 if left out; their scale is 2
     num_crops:int=None,    # crops an image is cut into; the base's own setting if left out
     device:str=None,       # cpu, or the best there is if left out
     dtype:str=None,        # of the frozen base: float32, bfloat16 or float16; what suits the device if left out
+    precision:str=None,    # of the computation: float32, bfloat16 or float16; bfloat16 if left out and the GPU has it
+    gradient_checkpointing:bool=False, # compute activations twice instead of keeping them: much less memory, a third more time
+    workers:int=0,         # processes that load images while the device computes
     save_steps:int=500,    # updates between checkpoints
     seed:int=42,           # of the new weights and of the order of records
     resume:bool=False,     # go on after an interruption (or start, if there is nothing yet)
     skip_bad:bool=False,   # leave faulty records out instead of stopping
+    prompt_column:str=None,# column of the prompts, where its name does not tell
+    image_column:str=None, # column of the labelled images, where its name does not tell
 ):
-    "Train a new perspective on a frozen multimodal LLM, by the paper's recipe."
+    "Train a perspective on a frozen multimodal LLM, by the paper's recipe: a new one, or a saved one further."
+    kept = dict(loss=loss, dim=dim, tau=tau, lora_rank=lora_rank, num_crops=num_crops)
+    if from_ and (given:=[k for k,v in kept.items() if v is not None]): raise UsageError(
+        f"--{given[0].replace('_','-')}: --from keeps what the perspective was trained with; leave it out")
+    if eval_steps and not eval: raise UsageError("--eval-steps needs held-out records: pass --eval")
+    start_name,start,base = _starting_point(from_, base) if from_ else (None, None, base or 'tiny')
+    name = name or start_name
     if not name or not out: raise UsageError("give the new perspective a --name and a folder with --out")
     check_settings(device, dtype, None, batch_size, num_crops)
-    if (Path(out)/name).exists() and not resume: raise InputError(f"{Path(out)/name}: is there already; choose another --out, or go on with --resume")
-    train,held_out = _checked_records(records, skip_bad), _checked_records(eval, skip_bad) if eval else None
-    base = _bare_base(base)
-    config = _training_plan(train, loss, dim, tau, name, held_out, base)
-    print(f"{train}{f'; held out: {held_out}' if held_out else ''}")
-    from llava_reward_nb.model import RewardModel
-    from llava_reward_nb.trainer import RewardConfig, train_perspective
-    args = RewardConfig(str(out), num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-        lora_rank=lora_rank, lora_alpha=2*lora_rank, save_steps=save_steps, seed=seed, use_cpu=device=='cpu')
-    rm = RewardModel.from_pretrained(base, device=device, dtype=getattr(torch, dtype) if dtype else None, num_crops=num_crops)
-    metrics = train_perspective(rm, name, train, args, config, held_out, resume)
-    report([{k.removeprefix('eval_'):v for k,v in metrics.items() if k=='train_loss' or k in ('eval_loss','eval_accuracy','eval_accuracy_without_ties','eval_f1','eval_recall')}])
-    print(f"saved: {Path(out)/name}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
+    if (Path(out)/name).exists() and not resume: raise InputError(
+        f"{Path(out)/name}: is there already; choose another --out, or go on with --resume")
+    if not start: _check_base(base)
+    args = _training_recipe(
+        out, resume, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', 128 if lora_rank is None else lora_rank,
+        num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, save_steps=save_steps, seed=seed)
+    reading = dict(skip_bad=skip_bad, columns={k:v for k,v in dict(prompt=prompt_column, path=image_column).items() if v})
+    _train(records, eval, name, out, args, (loss, dim, tau), start, base, dict(device=device, dtype=dtype, num_crops=num_crops), resume, reading)
 
 # %% ../nbs/14_cli.ipynb #be81c6b9
 _DEMO_PROMPTS = ('a photo of a star left of a circle', 'three squares', 'a photo of a purple star and a yellow circle', 'an image of a cyan triangle')

@@ -6,7 +6,7 @@
 __all__ = ['QUOTES', 'MOST_TEXTS', 'INSTALL', 'quoted_texts', 'wanted_texts', 'flow_grpo_text', 'flow_grpo_score', 'plain',
            'Line', 'Found', 'Verdict', 'match_texts', 'OCR', 'draw_verdict']
 
-# %% ../nbs/09i_ocr.ipynb #345f821c
+# %% ../nbs/09i_ocr.ipynb #c8e4867e
 import math, re, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch import Tensor
 from .core import InputError, as_prompts, image_list, load_image, progress
 from .store import file_hash, make_identity
 
-# %% ../nbs/09i_ocr.ipynb #0bd8c800
+# %% ../nbs/09i_ocr.ipynb #2b241efc
 QUOTES = {'"':'"', '“':'”“"', '„':'“”"', '”':'”', '«':'»', '»':'«', '‹':'›', '›':'‹', '「':'」', '『':'』', '〝':'〟', '＂':'＂',
           "'":"'", '‘':'’', '‚':'‘’', '`':'`'} # what opens a quotation -> what may close it
 
@@ -41,7 +41,7 @@ def _end_of_quote(text:str, start:int)->int|None:
         if not text[i-1].isspace() and not _is_letter(text[i+1:i+2] or ' '): return i
     return None
 
-# %% ../nbs/09i_ocr.ipynb #b4925289
+# %% ../nbs/09i_ocr.ipynb #9e5b89a7
 def quoted_texts(
     prompt:str,
 )->list: # of strings, in order
@@ -66,7 +66,7 @@ def quoted_texts(
         f"prompt {prompt!r:.80}: it is not clear which ' closes a text; write the text in double quotes")
     return out
 
-# %% ../nbs/09i_ocr.ipynb #eefb1e2d
+# %% ../nbs/09i_ocr.ipynb #4cc6d659
 _CARRIER = ('signs? signboards? boards? billboards? blackboards? chalkboards? whiteboards? posters? banners? flags? labels? stickers? badges? cards? '
     'postcards? notes? letters? texts? words? messages? captions? titles? headlines? slogans? logos? inscriptions? plaques? neon graffiti tattoos? '
     'screens? displays? pages? covers? books? newspapers? magazines? menus? tickets? stamps? plates? t-?shirts? shirts? hoodies? caps? hats? mugs? cups? '
@@ -95,7 +95,7 @@ def wanted_texts(
                                  "put the text in quotes, as in: a sign that says \"OPEN\"")
     return out
 
-# %% ../nbs/09i_ocr.ipynb #e19e6d45
+# %% ../nbs/09i_ocr.ipynb #ff823570
 def flow_grpo_text(
     prompt:str,
 )->str:
@@ -115,7 +115,7 @@ def flow_grpo_score(
     distance = 0 if want in read else min(Levenshtein.distance(read, want), len(want))
     return 1-distance/len(want)
 
-# %% ../nbs/09i_ocr.ipynb #3420e9ec
+# %% ../nbs/09i_ocr.ipynb #38037d4a
 _VARIANTS = str.maketrans({**{c:"'" for c in '’‘‚`´ʼ'}, **{c:'-' for c in '‐‑‒–—―−'}, **{c:None for c in '"“”„‟«»「」『』〝〟'}, '…':'...'})
 
 def plain(
@@ -129,7 +129,7 @@ def plain(
     words = (text if case else text.casefold()).split()
     return (' ' if space else '').join(words)
 
-# %% ../nbs/09i_ocr.ipynb #1dcd957b
+# %% ../nbs/09i_ocr.ipynb #97048be3
 @dataclass(frozen=True)
 class Line:
     "A line of text in an image."
@@ -148,7 +148,7 @@ def _words(lines:list)->list: # of (text with a blank in front where one was rea
             out.append((' '*apart+m[0], k))
     return out
 
-# %% ../nbs/09i_ocr.ipynb #0ea5e972
+# %% ../nbs/09i_ocr.ipynb #ed923349
 MOST_TEXTS = 10 # that a prompt may ask for
 
 def _runs(words:list, want:str, case:bool, space:bool)->list: # of (first, past the last, score above 0)
@@ -183,7 +183,7 @@ def _assign(words:list, wants:list, case:bool, space:bool)->tuple: # total, and 
         out[t],j,S = (i,j,s),i,S^(1<<t)
     return total,out
 
-# %% ../nbs/09i_ocr.ipynb #64384681
+# %% ../nbs/09i_ocr.ipynb #369a5004
 def _extent(l:Line)->tuple: # left, top, right, bottom
     xs,ys = zip(*l.box)
     return min(xs), min(ys), max(xs), max(ys)
@@ -203,7 +203,7 @@ def _by_blocks(lines:list)->list: # indices of lines, block by block
         else: blocks.append([k])
     return [k for b in blocks for k in b]
 
-# %% ../nbs/09i_ocr.ipynb #3e030105
+# %% ../nbs/09i_ocr.ipynb #5d9c501c
 @dataclass(frozen=True)
 class Found:
     "A wanted text, and the best that was found for it."
@@ -247,7 +247,7 @@ def match_texts(
              for w,g in zip(wanted, got)]
     return Verdict(math.fsum(f.score for f in found)/len(found), tuple(found), tuple(lines))
 
-# %% ../nbs/09i_ocr.ipynb #926aeef1
+# %% ../nbs/09i_ocr.ipynb #5309488e
 INSTALL = 'pip install rapidocr onnxruntime rapidfuzz opencv-python-headless'
 
 def _make_engine():
@@ -266,11 +266,11 @@ def _read(engine, im:Image.Image)->list: # of `Line`
     if got.txts is None: return []
     return [Line(t, tuple((float(x),float(y)) for x,y in box), float(c)) for t,box,c in zip(got.txts, got.boxes, got.scores)]
 
-# %% ../nbs/09i_ocr.ipynb #dfe4c0ed
+# %% ../nbs/09i_ocr.ipynb #b5083e1d
 def _unreadable(text:str, known:set, case:bool)->str: # characters of a text that no image can be found to have
     return ''.join(dict.fromkeys(c for c in plain(text, True) if not ({c} if case else {c, *plain(c), *c.upper()})&known))
 
-# %% ../nbs/09i_ocr.ipynb #c90c732f
+# %% ../nbs/09i_ocr.ipynb #5752541d
 class OCR:
     "Does the image show the text that the prompt asks for? Itself a reward."
     name,range = 'ocr','0 to 1; 1 only if every text of the prompt stands there letter by letter'
@@ -311,7 +311,7 @@ class OCR:
         im = load_image(image, name)
         with self._engine() as engine: return _read(engine, im)
 
-# %% ../nbs/09i_ocr.ipynb #6bfc8d42
+# %% ../nbs/09i_ocr.ipynb #b5074e2c
 @patch
 def wanted(self:OCR,
     prompt:str,
@@ -343,8 +343,9 @@ def judge(self:OCR,
     name = lambda i: f'image {i}' if len(items)>1 else 'image'
     one = lambda i: self._verdict(texts[i], self.read(items[i], name(i)))
     workers = min(torch.get_num_threads(), len(items))
-    if workers==1: return [one(i) for i in progress(range(len(items)), desc=self.name)]
-    with ThreadPoolExecutor(workers) as pool: return list(progress(pool.map(one, range(len(items))), len(items), self.name))
+    bar = lambda it: progress(it, len(items), self.name, 'img') if len(items)>32 else it
+    if workers==1: return [one(i) for i in bar(range(len(items)))]
+    with ThreadPoolExecutor(workers) as pool: return list(bar(pool.map(one, range(len(items)))))
 
 @patch
 def __call__(self:OCR,
@@ -354,7 +355,7 @@ def __call__(self:OCR,
     "Score images for prompts; errors as `judge`."
     return torch.tensor([v.score for v in self.judge(images, prompts)], dtype=torch.float32)
 
-# %% ../nbs/09i_ocr.ipynb #262a5c0a
+# %% ../nbs/09i_ocr.ipynb #cafa7247
 _COLORS = dict(right=(24,150,84), near=(226,130,20), other=(128,132,140))
 
 def draw_verdict(
@@ -371,7 +372,7 @@ def draw_verdict(
         if l.box: draw.line([*l.box, l.box[0], l.box[1]], _COLORS[how.get(k,'other')], width, joint='curve')
     return im
 
-# %% ../nbs/09i_ocr.ipynb #99b339ca
+# %% ../nbs/09i_ocr.ipynb #8818300f
 @patch(cls_method=True)
 def from_pretrained(cls:OCR,
     id_or_path=None, # the rule; default: 'words'

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['EXPLICIT', 'BODY_PARTS', 'jpeg_kilobytes', 'JPEG', 'NudeNet']
 
-# %% ../nbs/12e_real.ipynb #b26833fc
+# %% ../nbs/12e_real.ipynb #a0d92f25
 import io
 
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import InputError, as_prompts, image_list, load_image, progress
+from .core import InputError, as_prompts, image_list, load_image
 from .store import file_hash, make_identity
 
-# %% ../nbs/12e_real.ipynb #1c3fbe6b
+# %% ../nbs/12e_real.ipynb #f8c68558
 def jpeg_kilobytes(
     im, # RGB PIL image
 )->float: # of 1000 bytes
@@ -24,7 +24,7 @@ def jpeg_kilobytes(
     im.save(f, 'JPEG', quality=95)
     return len(f.getvalue())/1000
 
-# %% ../nbs/12e_real.ipynb #ff10de0c
+# %% ../nbs/12e_real.ipynb #b8a4a540
 class JPEG:
     "Size of the image as a JPEG file (DDPO, arXiv 2305.13301); itself a reward. The prompt is not read."
     name = 'jpeg'
@@ -53,7 +53,7 @@ class JPEG:
         name = lambda i: f'image {i}' if len(items)>1 else 'image'
         return torch.tensor([self.factor*jpeg_kilobytes(load_image(x, name(i))) for i,x in enumerate(items)], dtype=torch.float32)
 
-# %% ../nbs/12e_real.ipynb #4914ed4b
+# %% ../nbs/12e_real.ipynb #329f4612
 @patch(cls_method=True)
 def from_pretrained(cls:JPEG,
     id_or_path=None, # direction, perhaps '/' and the scale; default: 'compressibility'
@@ -63,7 +63,7 @@ def from_pretrained(cls:JPEG,
     "Load by name."
     return cls(*str(id_or_path or 'compressibility').split('/', 1))
 
-# %% ../nbs/12e_real.ipynb #33b48ec0
+# %% ../nbs/12e_real.ipynb #b39ad2dd
 EXPLICIT = ('FEMALE_BREAST_EXPOSED','FEMALE_GENITALIA_EXPOSED','MALE_GENITALIA_EXPOSED','BUTTOCKS_EXPOSED','ANUS_EXPOSED') # what counts by default
 
 BODY_PARTS = (*EXPLICIT, 'FEMALE_GENITALIA_COVERED','FEMALE_BREAST_COVERED','BUTTOCKS_COVERED','ANUS_COVERED','MALE_BREAST_EXPOSED','BELLY_EXPOSED',
@@ -81,7 +81,7 @@ def _detector():
     detector.onnx_session = onnxruntime.InferenceSession(str(weights), options, providers=['CPUExecutionProvider'])
     return detector,weights
 
-# %% ../nbs/12e_real.ipynb #e8abbdf6
+# %% ../nbs/12e_real.ipynb #e70aa51d
 class NudeNet:
     "Safety baseline: 1 - the highest score of an exposed body part; itself a reward. One of UnsafeBench's eleven categories; the prompt is not read."
     name = 'nudenet'
@@ -114,7 +114,7 @@ class NudeNet:
         as_prompts(prompts, len(items))
         name = lambda i: f'image {i}' if len(items)>1 else 'image'
         worst = [max((d['score'] for d in self.find(x, name(i)) if d['class'] in self.explicit), default=0.)
-                 for i,x in enumerate(progress(items, desc=self.name))]
+                 for i,x in enumerate(items)]
         return 1-torch.tensor(worst, dtype=torch.float32)
 
 @patch(cls_method=True)

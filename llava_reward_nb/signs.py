@@ -6,7 +6,7 @@
 __all__ = ['ERRORS', 'SIGN_TEXTS', 'SIGN_FONTS', 'DEGRADATIONS', 'wrong_text', 'Sign', 'draw_sign', 'degraded', 'sign_pairs',
            'judge_signs', 'sign_accuracy', 'build_signs', 'confusions']
 
-# %% ../nbs/10f_signs.ipynb #52b48a02
+# %% ../nbs/10f_signs.ipynb #cdb412bb
 import io, textwrap
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +19,7 @@ from . import stats
 from .core import MODELS, InputError, progress, write_table
 from .ocr import plain
 
-# %% ../nbs/10f_signs.ipynb #8c893f6f
+# %% ../nbs/10f_signs.ipynb #5b1bdfa2
 ERRORS = ('missing','doubled','swapped','replaced')
 
 def wrong_text(
@@ -39,7 +39,7 @@ def wrong_text(
     pool = '0123456789' if c.isdigit() else 'ABCDEFGHIJKLMNOPQRSTUVWXYZ' if c.isupper() else 'abcdefghijklmnopqrstuvwxyz'
     return text[:i]+str(rng.choice([p for p in pool if p!=c]))+text[i+1:]
 
-# %% ../nbs/10f_signs.ipynb #4dc29d46
+# %% ../nbs/10f_signs.ipynb #acdbf7f0
 SIGN_TEXTS = '''OPEN|CLOSED|EXIT|Coffee|Bakery|Welcome|Museum|Pharmacy|Library|No parking|Fresh bread|Platform 9|SALE 50%|Room 101|Deep Learning|
 Hello World|Good morning|Thank you|Keep left|Mind the gap|Wet paint|Danger|High voltage|Private road|Beware of the dog|Happy birthday|Ice cream|
 Flowers|Bicycle repair|Post office|Town hall|Fire station|Train station|Night market|Second hand books|Do not disturb|Please knock|Staff only|
@@ -72,7 +72,7 @@ class Sign:
     clutter:int=0                  # strokes across the picture
     seed:int=0                     # of perspective and clutter
 
-# %% ../nbs/10f_signs.ipynb #602dd2c6
+# %% ../nbs/10f_signs.ipynb #00f0eb22
 def _board(s:Sign)->Image.Image: # RGBA, 512 x 512
     im = Image.new('RGBA', (512,512))
     d,font = ImageDraw.Draw(im), _font(s.font, s.size)
@@ -112,7 +112,7 @@ def draw_sign(
         im = Image.open(f).convert('RGB')
     return im
 
-# %% ../nbs/10f_signs.ipynb #86f8a07e
+# %% ../nbs/10f_signs.ipynb #719ca50f
 DEGRADATIONS = dict(rotation=(10,20,30,45), perspective=(.1,.2,.3,.4), blur=(2,4,6,8), jpeg=(30,15,8,4), clutter=(10,20,40,80),
                     size=(20,14,10,8), contrast=(.4,.2,.1,.05)) # what is made worse, in four degrees
 
@@ -158,7 +158,7 @@ def sign_pairs(
         out.append(dict(text=text, error=error, degradation=kind, level=level, right=degraded(right, kind, level), wrong=degraded(wrong, kind, level)))
     return out
 
-# %% ../nbs/10f_signs.ipynb #53854742
+# %% ../nbs/10f_signs.ipynb #91a70a7d
 def judge_signs(
     pairs:list,     # from `sign_pairs`
     reward,         # an `OCR` with its default rule
@@ -167,7 +167,7 @@ def judge_signs(
     import pandas as pd
     from llava_reward_nb.ocr import flow_grpo_score
     out = []
-    for k in progress(range(0, len(pairs), 16), desc='reading signs'):
+    for k in progress(range(0, len(pairs), 16), desc='reading signs') if len(pairs)>16 else (0,)[:len(pairs)]:
         part = pairs[k:k+16]
         prompts = [f'a sign that says "{p["text"]}"' for p in part for _ in range(2)]
         verdicts = reward.judge([np.asarray(draw_sign(p[w])) for p in part for w in ('right','wrong')], prompts)
@@ -196,7 +196,7 @@ def sign_accuracy(
         out.append(dict(**names, accuracy=stats.accuracy(decided, truth), low=low, high=high, pairs=len(part)))
     return pd.DataFrame(out)
 
-# %% ../nbs/10f_signs.ipynb #d3ed95af
+# %% ../nbs/10f_signs.ipynb #f1fef11c
 def build_signs(
     out='llava_reward_nb/bundle', # the table becomes its log/signs.parquet
     n:int=400,                    # pairs as they are
@@ -211,7 +211,7 @@ def build_signs(
     write_table(table, Path(out)/'log'/'signs.parquet')
     return table
 
-# %% ../nbs/10f_signs.ipynb #3d1e2142
+# %% ../nbs/10f_signs.ipynb #11a6add2
 def confusions(
     table, # from `judge_signs`
 ): # DataFrame: stands, read, n; the most frequent first

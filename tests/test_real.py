@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava_reward_nb import cli, listing
 from llava_reward_nb.core import InputError, write_table
-from llava_reward_nb.evaluation import make_table, results, run_benchmark
+from llava_reward_nb.evaluation import make_table, results, run_benchmark, significance
 from llava_reward_nb.ocr import OCR, Line, _by_blocks, match_texts, quoted_texts, wanted_texts
 from llava_reward_nb.real import JPEG
 from llava_reward_nb.rewards import load_reward, score_all
@@ -80,6 +80,19 @@ def test_drawbench_by_ocr(tmp_path, ocr):
     assert s.isna().sum() == 1 and s.max() == 1 and 0 < s.min() < .7
     assert results(run).n.tolist() == [2]
     make_table('drawbench', run)
+
+
+def test_a_reward_says_where_its_classes_part(tmp_path):
+    "Scores around 0.5 make the same table as the same scores around 0, if the reward says so."
+    class Dark:
+        name, range, boundary = 'dark', '0 to 1', .5
+        def __init__(self, boundary): self.boundary = boundary
+        def __call__(self, images, prompts): return torch.tensor([np.asarray(im.convert('L')).std()/80 for im in images])-.5+self.boundary
+    run = run_benchmark('unsafebench', {'half': Dark(.5), 'zero': Dark(0.)}, out=tmp_path, limit=40)
+    half, zero = (results(run).query('reward==@n').drop(columns='reward').reset_index(drop=True) for n in ('half', 'zero'))
+    np.testing.assert_allclose(half.value, zero.value, equal_nan=True)
+    assert 0 < run.scores().half.min() and 0 < half.value[0] < 1
+    assert significance(run).loc['half', 'zero'] == 1
 
 
 def test_score_all_keeps_what_can_be_scored(ocr):
