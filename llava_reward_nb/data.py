@@ -62,9 +62,12 @@ def _from_numbered(row:dict)->dict:
     "A Pick-a-Pic row as a pair; what its labels say becomes c_rate and r_rate."
     out = {k:v for k,v in row.items() if k not in _NUMBERED}
     images,rates = [row.get('jpg_0'), row.get('jpg_1')],[row.get('label_0'), row.get('label_1')]
-    try: second = number(rates[1])>number(rates[0])
-    except (InputError, TypeError): second = False # the fault shows later
-    c,r = (1,0) if second else (0,1)
+    try: known = [number(x) for x in rates]
+    except InputError: known = [None, None]
+    if None in known or sum(known)!=1: # clean_record will say so
+        rates = [f'label_0 {rates[0]!r} with label_1 {rates[1]!r}, which do not add up to 1']*2
+        known = [0, 0]
+    c,r = (1,0) if known[1]>known[0] else (0,1)
     return out | dict(chosen_path=images[c], reject_path=images[r], c_rate=rates[c], r_rate=rates[r])
 
 # %% ../nbs/07_data.ipynb #41f5409a
@@ -401,7 +404,8 @@ def check_fit(
     skip_bad:bool=False,   # leave out what does not fit, with a warning
 )->RewardRecords: # those that fit
     "Records that a model can take; one `InputError` names the others."
-    limits = (id(processor), getattr(getattr(processor, 'image_processor', None), 'num_crops', None))
+    tiles,words = (getattr(processor, k, None) for k in ('image_processor', 'tokenizer'))
+    limits = (id(processor), getattr(tiles, 'num_crops', None), getattr(words, 'model_max_length', None))
     if getattr(records, 'limits', None)==limits: return records # asked before
     uses = _uses(list(zip(records.places, records.rows)), records.kind)
     def size(x):

@@ -317,7 +317,9 @@ def _send(client, request:dict):
 
 def _remedy(code, url:str)->str: # '' if the next question may fare better
     "What to do about a status that every question would get."
-    lost = "check the name of the model" if re.search(r'/v\d', url) else f"the address has no /v1; try base_url={url.rstrip('/')+'/v1'!r}"
+    url,ending = url.rstrip('/'),'/chat/completions'
+    lost = "check the name of the model" if re.search(r'/v\d', url) else f"the address has no /v1; try base_url={url+'/v1'!r}"
+    if url.endswith(ending): lost = f"the client adds {ending} itself; try base_url={url.removesuffix(ending)!r}"
     return {401:"check the key: OPENAI_API_KEY or api_key=", 402:"the account has no credit left",
             403:"the key may not use this model or this address", 404:lost, 405:lost, 'insufficient_quota':"the account has no credit left",
             'page':lost.replace('name of the model','address')}.get(code, '')

@@ -53,7 +53,7 @@ def clusters(
     if groups is None: return np.arange(n)
     groups = [tuple(g) if isinstance(g,list) else g for g in np.asarray(groups, object).tolist()]
     if len(groups)!=n: raise ValueError(f"{len(groups)} groups for {n} items; give the cluster of each item")
-    lost = [i for i,g in enumerate(groups) if g is None or g!=g]
+    lost = [i for i,g in enumerate(groups) if g is None or type(g).__name__ in ('NAType','NaTType') or g!=g]
     if lost: raise ValueError(f"{len(lost)} of {n} items have no group (first: item {lost[0]}); give the cluster of each item")
     number = {}
     return np.array([number.setdefault(g,len(number)) for g in groups], int)

@@ -5,7 +5,8 @@ from pathlib import Path
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import hypothesis, pytest
 
-hypothesis.settings.register_profile('steady', derandomize=True, deadline=None) # the same examples every time, however slow the machine
+hypothesis.settings.register_profile('steady', derandomize=True, deadline=None, # the same examples every time, however slow the machine
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile('steady')
 
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored, and children would inherit that

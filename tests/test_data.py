@@ -126,7 +126,7 @@ def test_collate_in_workers(home):
 
 text = st.text(st.characters(codec='utf-8', exclude_categories=('Cc', 'Zl', 'Zp')), max_size=30)
 texts = st.lists(text, min_size=1, max_size=5)
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 @pytest.mark.parametrize('suffix', FORMATS)
 @quick
@@ -151,3 +151,55 @@ def test_kind_depends_on_fields_never_on_their_number(row):
     kind = record_kind(row)
     assert kind==record_kind(row | {f'extra{i}': i for i in range(5)})
     if kind is None: assert not {'chosen_path','reject_path'}<=set(row) and not {'path','label'}<=set(row)
+
+# what a stranger's files hold
+
+@pytest.mark.parametrize('suffix,cell', [('csv', ','), ('tsv', '\t')])
+@pytest.mark.parametrize('row', [4, 2])
+def test_ragged_rows_are_refused_and_never_shifted(home, suffix, cell, row):
+    lines = [['prompt', 'chosen_path', 'reject_path'], ['x', 'red.png', 'blue.png'], (['y', 'blue.png', 'red.png', 'green.png'])[:row]]
+    (home/f'ragged.{suffix}').write_text('\n'.join(map(cell.join, lines))+'\n')
+    with pytest.raises(InputError, match=rf'row 2 \(line 3\): {row} cells under 3'): load_records(home/f'ragged.{suffix}')
+
+def test_a_list_that_csv_made_text_is_refused(home):
+    with pytest.raises(InputError, match='CSV holds no lists'): load_records(write_table([pair(prompt=['a', 'b'])], home/'two.csv'))
+
+@pytest.mark.parametrize('names', [dict(prompt='caption', chosen_path='chosen', reject_path='rejected'), dict(prompt='text', reject_path='rejected_path')])
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_names_of_common_sources(home, names, suffix):
+    rows = [{names.get(k, k): v for k, v in pair().items()}]
+    assert load_records(write_table(rows, home/f'names.{suffix}')).rows[0]['reject_path'] == home/'blue.png'
+    rows = [dict(image='red.png', caption='x', label=1), dict(image='blue.png', caption='', label=0)]
+    assert [r['label'] for r in load_records(write_table(rows, home/f'names.{suffix}'))] == [1, 0]
+
+@pytest.mark.parametrize('more', [dict(caption='another'), dict(chosen='green.png'), dict(rejected='green.png'),
+                                  dict(jpg_0='red.png', jpg_1='blue.png', label_0=1, label_1=0)])
+def test_two_candidates_for_a_field_are_refused_by_name(home, more):
+    with pytest.raises(InputError, match=f'both .*{next(iter(more))}'): load_records([pair() | more], folder=home)
+
+def test_labels_may_be_truth_values(home):
+    values = [True, False, np.True_, np.False_, 'True', 'false', 1, 0, '1', '0', 1., np.int64(0)]
+    recs = load_records([label(label=v) for v in values], folder=home)
+    assert [r['label'] for r in recs] == [1, 0]*6 and {type(r['label']) for r in recs} == {int}
+
+def test_pictures_are_upright_through_every_door(home):
+    upright = Image.new('RGB', (40, 20), 'red')
+    upright.paste('blue', (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(home/'phone.jpg', quality=98, exif=exif)
+    raw = (home/'phone.jpg').read_bytes()
+    doors = [home/'phone.jpg', raw, dict(bytes=raw, path='x.jpg'), dict(bytes=None, path='phone.jpg'), Image.open(home/'phone.jpg'), upright, np.asarray(upright)]
+    recs = load_records([label(path=x) for x in doors], folder=home)
+    seen = RewardCollator(lambda images, prompts: dict(size=torch.tensor([im.size for im in images]), left=torch.tensor([im.getpixel((5, 10)) for im in images])))(list(recs))
+    assert seen['size'].tolist() == [[40, 20]]*len(doors)
+    assert (seen['left'][:, 0] > 200).all() and (seen['left'][:, 2] < 60).all() # red is on the left
+
+def test_identity_is_of_content_and_order(home, tmp_path):
+    for f in 'red', 'blue': (tmp_path/f'{f}.png').write_bytes((home/f'{f}.png').read_bytes())
+    rows = [pair(), pair(prompt='b', chosen_path='blue.png', reject_path='red.png')]
+    was = load_records(rows, folder=home).identity()
+    assert load_records(rows, folder=tmp_path).identity() == was != load_records(rows[::-1], folder=home).identity()
+    assert load_records([pair(chosen_path=(home/'red.png').read_bytes()), rows[1]], folder=home).identity() == was
+    (tmp_path/'red.png').write_bytes((home/'green.png').read_bytes())
+    assert load_records(rows, folder=tmp_path).identity() != was

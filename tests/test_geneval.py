@@ -165,3 +165,37 @@ def test_color_classifier_follows_the_recipe(tmp_path):
             e = torch.stack(es).mean(0)
             sims.append(float(100*(img/img.norm())@(e/e.norm())))
     assert got == [COLOR_NAMES[int(np.argmax(sims))]]*2
+
+
+# ---- decisions that do not hang on the last bit; who judged
+
+@pytest.mark.parametrize('least, tag', [(.3, 'single_object'), (.9, 'counting')])
+def test_a_confidence_at_the_threshold_does_not_count(least, tag):
+    "In whatever precision, and a rounding above it."
+    up = np.float32(1)
+    for s in (least, float(np.float32(least)), float(np.nextafter(np.float32(least), up)), np.nextafter(least, 1.)):
+        assert keep_detections([Detection('dog', (0, 0, 5, 5), float(s))], tag) == {}
+    assert keep_detections([Detection('dog', (0, 0, 5, 5), least+1e-5)], tag)
+
+
+def test_equal_confidences_but_for_noise_keep_their_order():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        noise = 1e-8*rng.normal(size=5)
+        found = [Detection('dog', (0, 0, 5, 5), .7+e, color=str(i)) for i, e in enumerate(noise)]
+        assert [d.color for d in keep_detections(found, 'colors')['dog']] == list('43210')
+
+
+def test_an_offset_of_exactly_half_is_no_relation():
+    "Boxes of 50 by 0, 10 apart from a point: shortened by 5 of 10."
+    for scale in np.geomspace(.01, 1e4, 400):
+        for a, b in (((0, 0, 50, 0), (35, 0, 35, 0)), ((0, 0, 0, 50), (0, 35, 0, 35))):
+            assert box_relations(scale*np.array(a), scale*np.array(b)) == []
+
+
+def test_identity_covers_the_rules():
+    from llava_reward_nb.store import identity
+    one = shapes_geneval()
+    assert identity(one) and identity(one) == identity(shapes_geneval())
+    assert len({identity(one), *(identity(GenEval(one.detector, one.colors, Rules(**{k: .5}))) for k in ('threshold', 'counting_threshold', 'position_threshold'))}) == 4
+    assert identity(GenEval(lambda images: [], one.colors)) is None

@@ -22,6 +22,7 @@ FAST = dict(n_particles=2, num_inference_steps=4, steps=[1, 2], guidance_scale=2
 
 def bright(images, prompts): return torch.tensor([np.asarray(im, dtype=np.float32).mean()/255 for im in images])
 def red(images, prompts): return torch.tensor([np.asarray(im, dtype=np.float32)[..., 0].mean()/255 for im in images])
+bright.identity, red.identity = 'brightness', 'red channel'
 
 
 @pytest.fixture(scope='session')
@@ -73,7 +74,8 @@ def test_neighbours_do_not_matter(pipe, tmp_path):
 
 def test_lost_rows_are_made_again(pipe, tmp_path, monkeypatch):
     whole = compared(pipe, tmp_path, PROMPTS[:3])
-    write_table(whole[~((whole.prompt == PROMPTS[1]) & (whole.guidance == 'FK by red'))], tmp_path/'scores.parquet')
+    table = pd.DataFrame(read_table(tmp_path/'scores.parquet'))
+    write_table(table[~((table.prompt == PROMPTS[1]) & (table.guidance == 'FK by red'))], tmp_path/'scores.parquet')
     seen, fk_steer = [], guidance.fk_steer
     monkeypatch.setattr(guidance, 'fk_steer', lambda pipe, prompts, *a, **k: (seen.append(prompts), fk_steer(pipe, prompts, *a, **k))[1])
     again = compared(pipe, tmp_path, PROMPTS[:3])
