@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'PassLock', 'evaluating', 'pad_visual', 'Phi3VBackbone', 'same_base', 'load_backbone']
 
 # %% ../nbs/03_backbones.ipynb #52952f4c
-import threading
+import re, threading
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from .core import CheckpointError, hub_folder
-from .phi3v import Phi3VModel, Phi3VProcessor, blame, read_json
+from .phi3v import Phi3VModel, Phi3VProcessor, blame, read_json, tokenizer_hash
 
-# %% ../nbs/03_backbones.ipynb #31043e32
+# %% ../nbs/03_backbones.ipynb #78496eb6
 class PassLock:
-    "A re-entrant lock around the passes of one model; a copy of it, or what comes out of a pickle, is a lock of its own."
+    "A re-entrant lock around the passes of one model; a copy of it, pickled or not, is a lock of its own."
     def __init__(self): self._lock = threading.RLock()
     def __enter__(self):
         self._lock.acquire()
@@ -26,7 +26,7 @@ class PassLock:
     def __exit__(self, *exc): self._lock.release()
     def __reduce__(self): return type(self),()
 
-# %% ../nbs/03_backbones.ipynb #fbc0df24
+# %% ../nbs/03_backbones.ipynb #b9bc04af
 @contextmanager
 def evaluating(
     model:nn.Module, # put into eval mode inside
@@ -114,19 +114,23 @@ def prompt_embedding(self:Phi3VBackbone,
 
 # %% ../nbs/03_backbones.ipynb #96629874
 @patch
-def fingerprint(self:Phi3VBackbone)->list: # 64 floats
-    "A few weights that tell this base from any other, even a finetuned or merged relative; adapters beside it do not touch them."
+def fingerprint(self:Phi3VBackbone)->list: # floats, always as many for one architecture
+    "A few weights that tell this base from any other, even a merged relative; adapters leave them alone."
     lm = self.model.language_model
     w = torch.cat([lm.embed_tokens.weight[-1,:8], lm.norm.weight[:4], next(self.model.vision_tower.parameters()).flatten()[:4]])
-    tensors = {n.replace('.base_layer.', '.'):p for n,p in self.model.named_parameters() if 'lora_' not in n and self.projector not in n}
-    spread = [tensors[n].flatten() for n in sorted(tensors)]
-    spread = [spread[len(spread)*i//48] for i in range(48)]
-    middle = torch.stack([p[len(p)//2].float() for p in spread])
+    tensors = {n.replace('.base_layer.', '.'):p for n,p in self.model.named_parameters() if 'lora_' not in n}
+    by_number = lambda n: [int(s) if s.isdigit() else s for s in re.split(r'(\d+)', n)]
+    kinds = {}
+    for n in sorted(tensors, key=by_number):
+        if self.projector not in n: kinds.setdefault(re.sub(r'\d+', 'N', n), []).append(n)
+    ends = lambda names: dict.fromkeys((names[0], names[len(names)//2], names[-1]))
+    chosen = [n for kind in sorted(kinds) for n in ends(kinds[kind])]
+    middle = torch.stack([tensors[n].flatten()[tensors[n].numel()//2].float() for n in chosen])
     return [round(x, 6) for x in w.float().tolist()]+[float(f'{x:.4g}') for x in middle.tolist()]
 
-# %% ../nbs/03_backbones.ipynb #0ff0d9e5
+# %% ../nbs/03_backbones.ipynb #2fffd793
 def same_base(
-    a:list, # a fingerprint, as remembered: 16 or 64 floats
+    a:list, # a fingerprint, as remembered; of 16 floats if it is old
     b:list, # another
 )->bool:
     "Whether two fingerprints are of one base, whatever dtypes it was loaded in."
@@ -135,6 +139,14 @@ def same_base(
     a,b = (torch.tensor(x[:n], dtype=torch.float64) for x in (a,b))
     close = lambda part,atol: torch.allclose(a[part], b[part], rtol=1e-2, atol=atol)
     return close(slice(16), 1e-3) and close(slice(16,n), 1e-6)
+
+# %% ../nbs/03_backbones.ipynb #1fe34acc
+@patch
+def facts(self:Phi3VBackbone)->dict: # JSON-able
+    "How images and prompts become what the model reads, which decides a score as the weights do."
+    p,tokenizer = self.processor.image_processor,self.processor.tokenizer
+    cut = [p.num_crops, p.crop_size, p.merged, p.mean, p.std]
+    return dict(images=cut, tokenizer=tokenizer_hash(tokenizer), longest=tokenizer.model_max_length)
 
 # %% ../nbs/03_backbones.ipynb #360a0e3e
 @patch
@@ -149,17 +161,18 @@ BACKBONES = {'phi3_v': Phi3VBackbone} # model_type -> class
 
 # %% ../nbs/03_backbones.ipynb #578a6156
 def load_backbone(
-    name,                          # folder, short name or hub id of a multimodal LLM, or of rewards with their `base/` beside them
+    name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
     dtype:torch.dtype=torch.float32, # what they are stored as
     num_crops:int=None,            # most crops an image is cut into (Phi-3.5-vision); None: the model's own setting
 ): # a backbone in eval mode, all weights frozen
     "Load a base by the `model_type` of its config.json; `CheckpointError` if there is none that we know."
     folder = hub_folder(name)
-    if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # a model with its base beside it, such as 'tiny'
+    if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # 'tiny'
     if not (folder/'config.json').is_file(): raise CheckpointError(f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal LLM")
     kind = read_json(folder/'config.json').get('model_type')
-    if not isinstance(kind, str) or kind not in BACKBONES: raise CheckpointError(f"{folder}: model_type is {kind!r}; known: {', '.join(BACKBONES)}")
+    if not isinstance(kind, str) or kind not in BACKBONES: raise CheckpointError(
+        f"{folder/'config.json'}: model_type is {kind!r}; known: {', '.join(BACKBONES)}")
     with blame(folder): backbone = BACKBONES[kind].load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()
 

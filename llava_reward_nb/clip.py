@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from fastcore.basics import patch
 from .backbones import PassLock, evaluating
-from .core import (CheckpointError, InputError, MAX_PIXELS, as_prompts, atomic_path, default_device, hub_folder, image_list,
-                                  image_size, load_weights, open_image, read_tensors, resolve_model)
+from .core import (CheckpointError, InputError, MAX_PIXELS, as_prompts, atomic_path, default_device,
+    hub_folder, image_list, image_size, load_weights, open_image, read_tensors, resolve_model)
 from .phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from .store import make_identity
 
@@ -195,8 +195,9 @@ class ClipReward:
     @property
     def identity(self)->str:
         with self.lock:
-            return make_identity(type(self).__name__, dict(model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer),
-                rule=self.rule, cleaned=self.cleaned), [self.model])
+            facts = dict(model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer))
+            facts |= dict(rule=self.rule, cleaned=self.cleaned)
+            return make_identity(type(self).__name__, facts, [self.model])
     def preprocess(self, images): return normalise(to_floats([crop_image(im, self.size, self.rule) for im in images]))
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, self.rule))
     def __repr__(self): return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
@@ -269,7 +270,8 @@ def embed_prompts(self:ClipReward,
     row = {t:i for i,t in enumerate(dict.fromkeys(texts))}
     with self.lock, evaluating(self.model):
         ids = token_ids(self.tokenizer, list(row), self.context).to(self.device)
-        e = torch.cat([self.model.get_text_features(input_ids=b).pooler_output.float() for b in ids.split(batch_size)])
+        text = lambda b: self.model.get_text_features(input_ids=b).pooler_output.float()
+        e = torch.cat([text(b) for b in ids.split(batch_size)])
     return F.normalize(e, dim=-1)[[row[t] for t in texts]]
 
 # %% ../nbs/09_clip.ipynb #101570d9
@@ -497,13 +499,15 @@ class AestheticScore:
         rule:str='down',   # see `crop_start`: 'down' for the hub's layout, 'even' for LAION's
         device=None,       # where to compute; None: the best there is
     ):
-        self.device,self.size,self.rule,self.lock = torch.device(device or default_device()), config.image_size, rule, PassLock()
+        self.device,self.lock = torch.device(device or default_device()), PassLock()
+        self.size,self.rule = config.image_size, rule
         self.config,self.model = config, exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.model.layers.float()
         self.dtype = model.visual_projection.weight.dtype
     @property
     def identity(self)->str:
-        with self.lock: return make_identity('AestheticScore', dict(model=config_facts(self.config), rule=self.rule), [self.model])
+        settings = dict(model=config_facts(self.config), rule=self.rule)
+        with self.lock: return make_identity('AestheticScore', settings, [self.model])
     def __repr__(self): return f"AestheticScore({self.range}; {self.size} px, on {self.device})"
 
 # %% ../nbs/09_clip.ipynb #79d535e2
@@ -520,7 +524,9 @@ def from_pretrained(cls:AestheticScore,
     base = (clip or CLIPScore.default) if alone else name
     file = find_file(base, 'config.json')
     d = read_config(file)
-    with blame(file): config = CLIPConfig.from_dict(d).vision_config if 'vision_config' in d else CLIPVisionConfig.from_dict(d)
+    with blame(file):
+        if 'vision_config' in d: config = CLIPConfig.from_dict(d).vision_config
+        else: config = CLIPVisionConfig.from_dict(d)
     path = find_file(base, 'model.safetensors', 'pytorch_model.bin')
     files, unused = [path], r'.*\.position_ids'
     if alone:

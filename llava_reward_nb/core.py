@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_COLUMNS', 'PROMPT_COLUMNS', 'TABLES', 'MODELS', 'InputError', 'CheckpointError',
-           'TransparencyWarning', 'open_image', 'load_image', 'image_list', 'image_key', 'as_images', 'image_size',
-           'as_prompts', 'reward_inputs', 'Reward', 'default_device', 'default_dtype', 'atomic_path', 'check_writable',
-           'table_kind', 'read_table', 'write_table', 'find_column', 'number', 'progress', 'resolve_model',
-           'hub_folder', 'weight_files', 'read_tensors', 'tensor_shapes', 'load_weights', 'check_loaded',
-           'load_pretrained']
+           'TransparencyWarning', 'as_path', 'open_image', 'load_image', 'image_list', 'image_key', 'as_images',
+           'image_size', 'as_prompts', 'reward_inputs', 'Reward', 'default_device', 'default_dtype', 'atomic_path',
+           'check_writable', 'table_kind', 'read_table', 'write_table', 'find_column', 'number', 'progress',
+           'resolve_model', 'hub_folder', 'weight_files', 'read_tensors', 'tensor_shapes', 'load_weights',
+           'check_loaded', 'load_pretrained']
 
 # %% ../nbs/00_core.ipynb #87966c70
 import csv, io, json, math, os, re, shutil, sys, tempfile, warnings
@@ -76,6 +76,13 @@ def _plain_mode(im:Image.Image, name:str)->Image.Image:
         f"{name}: mode {im.mode!r} has no fixed brightness range; save it as 8-bit RGB or grey first")
     if im.mode.startswith('I;16'): return Image.fromarray((np.asarray(im, dtype=np.uint32)//257).astype(np.uint8))
     return im
+
+# %% ../nbs/00_core.ipynb #400669c5
+def as_path(
+    x, # a string or path
+)->Path: # with the home directory in place of ~
+    "A path as the reader means it."
+    return Path(os.path.expanduser(x))
 
 # %% ../nbs/00_core.ipynb #bb142c61
 def _decode(
@@ -159,7 +166,7 @@ _BYTES = (bytes, bytearray, memoryview)
 
 def _read_image(x, name:str)->Image.Image:
     "Decode by type."
-    if isinstance(x, (str, os.PathLike)): return _open_file(Path(x).expanduser())
+    if isinstance(x, (str, os.PathLike)): return _open_file(as_path(x))
     if isinstance(x, _BYTES): return _decode(io.BytesIO(x), name)
     if isinstance(x, Image.Image): return _loaded(x, name)
     if isinstance(x, (np.ndarray, Tensor)): return _from_array(x, name)
@@ -215,7 +222,7 @@ def image_size(
     if isinstance(x, Mapping): x = x.get('bytes') or x.get('path')
     if not isinstance(x, (str, os.PathLike, *_BYTES)): return open_image(x, name).size
     try:
-        with Image.open(io.BytesIO(x) if isinstance(x, _BYTES) else Path(x).expanduser()) as im:
+        with Image.open(io.BytesIO(x) if isinstance(x, _BYTES) else as_path(x)) as im:
             _check_size(im.size, name or (f'image of {len(x)} bytes' if isinstance(x, _BYTES) else str(x)))
             known = im.format=='TIFF' or im.format=='PNG' and 'exif' not in im.info # upright by itself; would decode
             return im.size if known or _orientation(im)<5 else im.size[::-1]
@@ -302,7 +309,7 @@ def check_writable(
     folder:bool=False,  # it is to be a folder
 ):
     "`InputError` if nothing could be written at a path; leaves nothing behind."
-    path = Path(path).expanduser()
+    path = as_path(path)
     if path.is_dir() and not folder: raise InputError(f"{path}: is a folder; name a file in it")
     if path.is_file() and folder: raise InputError(f"{path}: is a file; name a folder")
     places = [path.absolute(), *path.absolute().parents] if folder else path.absolute().parents
@@ -417,7 +424,7 @@ def read_table(
     text=(), # columns of CSV and TSV that stay text besides those of images and prompts; True: all
 )->list: # of dicts
     "Read rows; `InputError` names the file, and the row or line, that cannot be read."
-    path = Path(path).expanduser()
+    path = as_path(path)
     kind = table_kind(path)
     if not path.is_file(): raise InputError(
         f"{path}: no such file; check the path (relative paths start at {os.getcwd()})")
@@ -486,7 +493,7 @@ def write_table(
     path, # one of `TABLES`; .json is a list, .jsonl one object a line
 )->Path: # the file
     "Write rows atomically; they read back as they were. `InputError` for an unknown suffix, or for what that format cannot hold."
-    path = Path(path).expanduser()
+    path = as_path(path)
     kind = table_kind(path)
     plain = _rows_of(rows, math.nan if kind=='.parquet' else None)
     dump = lambda o, **kw: json.dumps(o, ensure_ascii=False, default=_json_default, **kw)
@@ -546,7 +553,7 @@ def resolve_model(
     if not isinstance(name, (str, os.PathLike)) or not str(name): raise CheckpointError(
         f"{name!r:.60} is no model; pass a model folder, a hub id such as 'owner/name', or one of {', '.join(MODELS)}")
     if str(name) in MODELS: return MODELS[str(name)]
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.is_dir(): return path
     if path.is_file(): raise CheckpointError(f"{name}: is a file; name the folder it lies in")
     looks_like_path = isinstance(name, os.PathLike) or str(name).startswith(('.','/','~')) or str(name).count('/')!=1

@@ -124,8 +124,8 @@ def open_comparison(
     named = {**settings.get('metrics',{}), **settings.get('rewards',{})}
     nobody = [n for n,i in named.items() if i is None]
     if nobody and frame is not None: raise SteeringError(
-        f"{out}: nobody knows whether {nobody[0]!r} is the reward that scored here, it has no `identity`; give "
-        "it one (an attribute, text that changes with the reward), choose another folder, or delete this one")
+        f"{out}: nobody knows whether {nobody[0]!r} is the reward that scored here, it has no `identity`; "
+        "give it one (an attribute, text that changes with it), choose another folder, or delete this one")
     return frame
 
 # %% ../nbs/12d_guidance.ipynb #b6280e00

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from fastcore.basics import patch
 from .backbones import PassLock, evaluating
-from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, normalise, opened_batches, reward_mlp,
-                                  to_floats)
-from .core import (CheckpointError, as_prompts, atomic_path, default_device, image_list, load_weights, resolve_model,
-                                  tensor_shapes)
+from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, normalise,
+                                  opened_batches, reward_mlp, to_floats)
+from .core import (CheckpointError, as_prompts, atomic_path, default_device, image_list, load_weights,
+                                  resolve_model, tensor_shapes)
 from .phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from .store import make_identity
 
@@ -132,14 +132,16 @@ class ImageReward:
         if len(tokenizer)!=rows: raise CheckpointError(
             f"imagereward: the tokenizer has {len(tokenizer)} entries, the model {rows}; pass tokenizer= the folder or hub id of its own")
         check_vocabulary(tokenizer, rows, 'imagereward')
-        self.device,self.size,self.lock = torch.device(device or default_device()), model.vision.config.image_size, PassLock()
+        self.device,self.lock = torch.device(device or default_device()), PassLock()
+        self.size = model.vision.config.image_size
         self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.model.layers.float()
     def preprocess(self, images): return normalise(to_floats([crop_image(im, self.size, 'even') for im in images]))
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, 'even'))
     @property
     def identity(self)->str:
-        parts = dict(vision=config_facts(self.model.vision.config), text=config_facts(self.model.text.config), tokenizer=tokenizer_hash(self.tokenizer))
+        vision,text = config_facts(self.model.vision.config), config_facts(self.model.text.config)
+        parts = dict(vision=vision, text=text, tokenizer=tokenizer_hash(self.tokenizer))
         with self.lock: return make_identity('ImageReward', parts, [self.model])
     def __repr__(self): return f"ImageReward({self.range}; {self.size} px, on {self.device})"
 
@@ -217,7 +219,8 @@ def _vision_sizes(t:dict, where)->dict:
             intermediate_size=t[f'{p}blocks.0.mlp.fc1.weight'][0],
             num_hidden_layers=1+max(int(m[1]) for k in t if (m := re.match(r'blip\.visual_encoder\.blocks\.(\d+)\.', k))))
     except KeyError as e: raise CheckpointError(f"{where}: lacks {e.args[0]}; is it an ImageReward checkpoint?") from None
-    except IndexError: raise CheckpointError(f"{where}: a tensor of the vision tower has too few axes; is it an ImageReward checkpoint?") from None
+    except IndexError: raise CheckpointError(
+        f"{where}: a tensor of the vision tower has too few axes; is it an ImageReward checkpoint?") from None
 
 # %% ../nbs/09b_imagereward.ipynb #8b333076
 def load_bert_tokenizer(
@@ -245,7 +248,8 @@ def from_pretrained(cls:ImageReward,
     with blame(path): v = vision_config(**_vision_sizes(t, path))
     words = 'blip.text_encoder.embeddings.word_embeddings.weight'
     if words not in t: raise CheckpointError(f"{path}: lacks {words}; is it an ImageReward checkpoint?")
-    with blame(med), torch.device('meta'): model = ImageRewardModel(v, text_config(read_config(med), t[words][0], v.hidden_size, med))
+    with blame(med), torch.device('meta'):
+        model = ImageRewardModel(v, text_config(read_config(med), t[words][0], v.hidden_size, med))
     ours = {published_name(k):k for k in model.state_dict()}
     load_weights(model, [path], rename=lambda k: ours.get(k, ''), unused=_UNUSED, dtype=dtype or torch.float32)
     beside = path.parent/'bert'

@@ -19,12 +19,30 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (MODELS, CheckpointError, InputError, as_prompts, atomic_path, default_device, default_dtype, hub_folder,
-                                  image_list, image_size, load_image, progress, read_tensors, tensor_shapes)
+from .core import (MODELS, CheckpointError, InputError, as_prompts, atomic_path, default_device,
+    default_dtype, hub_folder, image_list, image_size, load_image, progress, read_tensors, tensor_shapes)
 from .losses import make_loss
-from .phi3v import blame, read_json, tokenizer_hash
+from .phi3v import blame, read_json
 from .skipca import ValueHead
 from .store import make_identity
+
+# %% ../nbs/06_model.ipynb #e9bb9c79
+def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
+def _is_whole(n, least:int)->bool: return isinstance(n, int) and not isinstance(n, bool) and n>=least
+
+def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, what is needed)
+    mark = c.fingerprint
+    marked = isinstance(mark, list) and len(mark)>=16 and all(map(_is_number, mark))
+    return dict(loss=(isinstance(c.loss, str), "'bt', 'gpm' or 'cls'"),
+                dim=(_is_whole(c.dim, 1), 'a whole number from 1'),
+                tau=(_is_number(c.tau) and c.tau>0, 'a positive number'),
+                skipca=(isinstance(c.skipca, bool), 'true or false'),
+                gate=(isinstance(c.gate, bool), 'true or false'),
+                pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
+                layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
+                num_crops=(_is_whole(c.num_crops, 1), 'a whole number from 1'),
+                base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
+                fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
 # %% ../nbs/06_model.ipynb #0937703e
 @dataclass
@@ -43,15 +61,7 @@ class PerspectiveConfig:
     version:str=__version__ # package that wrote it
 
     def __post_init__(self):
-        whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n>=least
-        number = lambda x: isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
-        mark = self.fingerprint
-        for name,ok,need in [('loss', isinstance(self.loss, str), "'bt', 'gpm' or 'cls'"), ('dim', whole(self.dim, 1), 'a whole number from 1'),
-                ('tau', number(self.tau) and self.tau>0, 'a positive number'), ('skipca', isinstance(self.skipca, bool), 'true or false'),
-                ('gate', isinstance(self.gate, bool), 'true or false'), ('pooling', self.pooling in ('last','mean'), "'last' or 'mean'"),
-                ('layer', self.layer is None or whole(self.layer, 0), 'a layer from 0, or none'),
-                ('num_crops', whole(self.num_crops, 1), 'a whole number from 1'), ('base', self.base is None or isinstance(self.base, str), 'a text, or none'),
-                ('fingerprint', mark is None or isinstance(mark, list) and len(mark)>=16 and all(map(number, mark)), '16 numbers or more, or none')]:
+        for name,(ok,need) in _field_needs(self).items():
             if not ok: raise ValueError(f"{name} is {getattr(self, name)!r}; needed: {need}")
         self.make_loss()
 
@@ -94,8 +104,10 @@ class RewardModel(nn.Module):
             f"{'*' if n==self.active else ''}{n} ({c.loss}{c.dim if c.dim>1 else ''})" for n,c in self.configs.items()) + ')'
 
 # %% ../nbs/06_model.ipynb #3a2e8851
-_MODULES = """base_layer base_model model modules_to_save original_module weight bias vision_tower vision_model img_projection
-    language_model layers self_attn mlp qkv_proj o_proj gate_up_proj down_proj embed_tokens norm""".split() # the commonest components of paths
+_MODULES = """base_layer base_model model modules_to_save original_module weight bias vision_tower
+    vision_model img_projection language_model layers self_attn mlp qkv_proj o_proj gate_up_proj
+    down_proj embed_tokens norm""".split() # parts of paths
+_CLASH = 'modules of the base or of PEFT are called so, and an adapter is told from them by its name'
 _DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)', re.I) # no file can have these names on Windows
 _COLUMNS = ('image', 'prompt', 'error')                         # of tables of scores
 
@@ -103,11 +115,14 @@ def name_fault(
     name, # of a perspective
 )->str: # '' if it can be one
     "Why something cannot be the name of a perspective."
-    if not isinstance(name, str) or not re.fullmatch(r'\w[\w-]*', name): return "it needs letters, digits, '_' and '-', and begins with none of '-'"
-    if len(name.encode())>100: return f"it is {len(name.encode())} bytes long; files get it, so 100 is the most"
-    if hasattr(nn.ModuleDict(), name): return 'torch.nn.ModuleDict, in which PEFT keeps adapters by name, has an attribute called so'
+    if not isinstance(name, str) or not re.fullmatch(r'\w[\w-]*', name):
+        return "it may have letters, digits, '_' and '-', and does not begin with '-'"
+    size = len(name.encode())
+    if size>100: return f"it is {size} bytes long; a folder is called so, and 100 is the most"
+    if hasattr(nn.ModuleDict(), name):
+        return 'torch.nn.ModuleDict, where PEFT keeps adapters by name, has an attribute called so'
     if name in ('base', 'lora'): return 'folders beside the perspectives are called so'
-    if name in _MODULES or name.isdigit() or 'lora_' in name: return 'modules of the base or of PEFT are called so, and an adapter is told from them by its name'
+    if name in _MODULES or name.isdigit() or 'lora_' in name or name in 'lora_': return _CLASH
     if name in _COLUMNS: return 'tables of scores have a column called so'
     if _DEVICES.fullmatch(name): return 'Windows has a device called so'
     if re.fullmatch(r'checkpoint-\d+', name): return 'checkpoints of a training are called so'
@@ -120,33 +135,42 @@ def usable_name(
     name = re.sub(r'\W*[^\w-]+', '_', text).strip('_-')[:60] or 'reward'
     return f'{name}_reward' if name_fault(name) else name
 
-# %% ../nbs/06_model.ipynb #d6d353ea
+# %% ../nbs/06_model.ipynb #bf6bb193
 @patch
 def _check_name(self:RewardModel, name):
     "ValueError if a perspective of this model cannot be called so."
-    if self.merged: raise ValueError(f"{self.active!r} is merged into the base; load the model again to add a perspective")
-    if name in self.configs: raise ValueError(f"perspective name {name!r} is taken; this model has {', '.join(self.configs)}")
-    why = name_fault(name)
-    if not why and name.lower() in {n.lower() for n in self.configs}: why = 'one that differs only in case is there; some file systems take the two for one'
-    parts = {part for n,_ in [*self.backbone.model.named_modules(), *self.backbone.model.named_parameters()] for part in n.split('.')}
-    if not why and name in parts: why = 'modules of the base are called so, and an adapter is told from them by its name'
-    if why: raise ValueError(f"perspective name {name!r} is not usable: {why}; take another, such as {usable_name(str(name))!r}")
+    if self.merged: raise ValueError(
+        f"{self.active!r} is merged into the base; load the model again to add a perspective")
+    if name in self.configs: raise ValueError(
+        f"perspective name {name!r} is taken; this model has {', '.join(self.configs)}")
+    why,model = name_fault(name),self.backbone.model
+    paths = [n for n,_ in [*model.named_modules(), *model.named_parameters()]]
+    if not why and name.lower() in {n.lower() for n in self.configs}:
+        why = 'one that differs only in case is there; some file systems take the two for one'
+    if not why and name in {part for n in paths for part in n.split('.')}: why = _CLASH
+    if why: raise ValueError(
+        f"perspective name {name!r} is not usable: {why}; take another, such as {usable_name(str(name))!r}")
 
 @patch
 def _check_targets(self:RewardModel, lora):
-    "ValueError if an adapter would reach modules that perspectives share, or none, or names modules that there are not."
+    "ValueError if an adapter would reach what perspectives share, or names modules that there are not."
     from peft.tuners.tuners_utils import check_target_module_exists
     b = self.backbone
-    plain = [n.replace('.base_layer', '') for n,m in b.model.named_modules() if isinstance(m, nn.Linear) and 'lora_' not in n and b.projector not in n]
+    linear = [n for n,m in b.model.named_modules() if isinstance(m, nn.Linear) and b.projector not in n]
+    plain = [n.replace('.base_layer', '') for n in linear if 'lora_' not in n]
     hit = [n for n in plain if check_target_module_exists(lora, n)]
     far = [n for n in hit if not re.fullmatch(b.lora_targets, n)]
-    if far: raise ValueError(f"target_modules reaches {far[0]}, which all perspectives share; only the decoder's linear layers can have LoRA")
-    if not hit: raise ValueError(f"target_modules {lora.target_modules!r:.200} fits no linear layer of this base")
+    if far: raise ValueError(
+        f"target_modules reaches {far[0]}, which all perspectives share; "
+        "only the decoder's linear layers can have LoRA")
+    if not hit: raise ValueError(
+        f"target_modules {lora.target_modules!r:.200} fits no linear layer of this base")
     for option in 'rank_pattern','alpha_pattern':
         for k in getattr(lora, option) or {}:
-            if not any(re.match(rf'(.*\.)?({k})$', n) for n in hit): raise ValueError(f"{option} names {k!r}, which fits no layer that gets LoRA")
+            if not any(re.match(rf'(.*\.)?({k})$', n) for n in hit): raise ValueError(
+                f"{option} names {k!r}, which fits no layer that gets LoRA")
 
-# %% ../nbs/06_model.ipynb #d68a3568
+# %% ../nbs/06_model.ipynb #dffbdabc
 @patch
 def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->RewardModel:
     "Add a perspective with these options of `LoraConfig`; ValueError before anything is changed."
@@ -154,18 +178,24 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     b = self.backbone
     self._check_name(name)
     depth = b.model.config.num_hidden_layers
-    if config.layer is not None and config.layer>depth: raise ValueError(f"layer is {config.layer}; this base has layers 0 to {depth}")
-    lora = LoraConfig(**{**dict(target_modules=b.lora_targets, init_lora_weights='gaussian'), **options}, modules_to_save=[b.projector], bias='none')
+    if config.layer is not None and config.layer>depth: raise ValueError(
+        f"layer is {config.layer}; this base has layers 0 to {depth}")
+    usual = dict(target_modules=b.lora_targets, init_lora_weights='gaussian')
+    lora = LoraConfig(**{**usual, **options}, modules_to_save=[b.projector], bias='none')
     self._check_targets(lora)
     head = ValueHead(b.hidden_size, config.dim, config.skipca, b.eps, config.gate).to(self.device)
-    if self.peft is None: self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name) # not registered: its weights are the backbone's
+    before = set(self.modules())
+    if self.peft is None: # not registered as a module: its weights are the backbone's
+        self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
     else: self.peft.add_adapter(name, lora)
     b.model.get_submodule(b.projector).modules_to_save[name].float()
     self.heads[name] = head
-    self.configs[name] = replace(config, num_crops=b.num_crops, base=config.base or self.base, fingerprint=b.fingerprint())
+    for m in set(self.modules())-before: m.training = self.training
+    base = config.base or self.base
+    self.configs[name] = replace(config, num_crops=b.num_crops, base=base, fingerprint=b.fingerprint())
     return self.set_perspective(name)
 
-# %% ../nbs/06_model.ipynb #fb734338
+# %% ../nbs/06_model.ipynb #ae34447c
 @patch
 def add_perspective(self:RewardModel,
     name:str,                      # letters, digits, '_' and '-'; see `name_fault`
@@ -174,24 +204,25 @@ def add_perspective(self:RewardModel,
     lora_alpha:int=256,            # their scale is lora_alpha/lora_rank
     lora_dropout:float=.05,        # on the input of LoRA, in training
 )->RewardModel: # self, with the new perspective active
-    "Add fresh LoRA, projector copy and head (paper §4, published sizes); ValueError for names that are taken or not usable, and for sizes that make no sense."
+    "Add fresh LoRA, projector and head (paper §4, published sizes); ValueError for unusable names and sizes."
     options = dict(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     _check_sizes(options)
     with self.lock: return self._add(name, config or PerspectiveConfig(), options)
 
 def _check_sizes(o:dict):
     "ValueError for a rank, scale or dropout that LoRA cannot have."
-    number = lambda x: isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
-    if not isinstance(o['r'], int) or isinstance(o['r'], bool) or o['r']<1: raise ValueError(f"LoRA rank is {o['r']!r}; needed: a whole number from 1")
-    if not number(o['lora_alpha']): raise ValueError(f"lora_alpha is {o['lora_alpha']!r}; needed: a number")
-    if not number(o['lora_dropout']) or not 0<=o['lora_dropout']<=1: raise ValueError(f"lora_dropout is {o['lora_dropout']!r}; needed: a number from 0 to 1")
+    r,alpha,dropout = o['r'],o['lora_alpha'],o['lora_dropout']
+    if not _is_whole(r, 1): raise ValueError(f"LoRA rank is {r!r}; needed: a whole number from 1")
+    if not _is_number(alpha): raise ValueError(f"lora_alpha is {alpha!r}; needed: a number")
+    if not _is_number(dropout) or not 0<=dropout<=1: raise ValueError(
+        f"lora_dropout is {dropout!r}; needed: a number from 0 to 1")
 
 # %% ../nbs/06_model.ipynb #71675a7c
 @patch
 def set_perspective(self:RewardModel,
     name:str, # one of `configs`
 )->RewardModel: # self
-    "Make a perspective active, for all threads; ValueError if there is none of that name (a merged model has only one)."
+    "Make a perspective active, for all threads; ValueError if there is none of that name."
     with self.lock:
         self._known(name)
         if self.merged: return self
@@ -209,13 +240,13 @@ def _route(self:RewardModel, name:str):
     for m in self.peft.modules():
         if isinstance(m, (BaseTunerLayer,ModulesToSaveWrapper)): m._active_adapter = [name]
 
-# %% ../nbs/06_model.ipynb #8f149b03
+# %% ../nbs/06_model.ipynb #8767952c
 @patch
 @contextmanager
 def using(self:RewardModel,
     name:str, # one of `configs`
 ):
-    "Passes inside use this perspective, and other threads wait; afterwards all is as it was, after an exception too."
+    "Passes inside use this perspective, other threads wait; afterwards all is as it was, whatever happened."
     with self.lock:
         outer = self._using
         try:
@@ -260,7 +291,7 @@ def embed_all(self:RewardModel,
     perspectives:list=None, # names; default: all
     batch_size:int=8,       # images that are open at a time; memory only, scores do not depend on it
 )->dict: # name -> head vectors (n,d), float32 on the CPU
-    "Head vectors of several perspectives with one pass of the vision tower; `InputError` names the input that cannot be used, before any work if its header tells."
+    "Head vectors of several perspectives with one pass of the tower; `InputError` names an unusable input."
     names = [self._known(n) for n in perspectives or list(self.configs) or [None]]
     items,prompts,batches = self._plan(images, prompts, batch_size)
     out = {n:torch.zeros(len(items), self.configs[n].dim) for n in names}
@@ -275,7 +306,7 @@ def embed_all(self:RewardModel,
 
 @patch
 @torch.compiler.disable
-def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened images, prompts, lists of indices
+def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened images, prompts, batches
     "Check what is known before anything is opened."
     items = image_list(images)
     prompts = as_prompts(prompts, len(items))
@@ -287,7 +318,8 @@ def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened 
 @torch.compiler.disable
 def _encode(self:RewardModel, items:list, prompts:list, idx:list)->dict:
     "Open the images of a batch and make them what the backbone reads."
-    return self.backbone.encode([load_image(items[i], _called(i, items)) for i in idx], [prompts[i] for i in idx])
+    opened = [load_image(items[i], _called(i, items)) for i in idx]
+    return self.backbone.encode(opened, [prompts[i] for i in idx])
 
 def _called(i:int, items:list)->str: return f'image {i}' if len(items)>1 else 'image'
 
@@ -350,7 +382,7 @@ def rank(self:RewardModel,
     else: values = loss.score(v)
     return Ranking(values.argsort(descending=True, stable=True).tolist(), values)
 
-# %% ../nbs/06_model.ipynb #97e9eb78
+# %% ../nbs/06_model.ipynb #aefbb795
 @patch
 def _tensors(self:RewardModel, name:str)->dict: # names as in PEFT's files -> parameters
     "LoRA and projector of a perspective."
@@ -368,22 +400,24 @@ def _count(self:RewardModel, name:str)->int: # of tensors
     owners = [m for path,m in self.peft.named_modules() if path.split('.')[-1]==name]
     return sum(len(list(m.parameters())) for m in owners)
 
-# %% ../nbs/06_model.ipynb #d2668c88
+# %% ../nbs/06_model.ipynb #98ea0bb7
 _SUMS = 'checksums.json' # file name -> SHA-256
 
 def _sum(path:Path)->str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def check_sums(
     folder, # a saved perspective
 ):
-    "`CheckpointError` for a file that is not as it was saved; folders without checksums, from before there were any, pass."
+    "`CheckpointError` for a file that is not as it was saved; old folders without checksums pass."
     folder = Path(folder)
     for name,digest in (read_json(folder/_SUMS) if (folder/_SUMS).exists() else {}).items():
         path = folder/Path(name).name
-        if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy it again")
-        if _sum(path)!=digest: raise CheckpointError(f"{path}: was changed or damaged after it was saved (its checksum in {_SUMS} does not hold); copy it again, "
-                                                     f"or, if you changed it yourself, delete {folder/_SUMS}")
+        if not path.is_file(): raise CheckpointError(
+            f"{path}: no such file; the checkpoint is incomplete, copy it again")
+        if _sum(path)!=digest: raise CheckpointError(
+            f"{path}: was changed or damaged after it was saved (its checksum in {_SUMS} does not hold); "
+            f"copy it again, or, if you changed it yourself, delete {folder/_SUMS}")
 
 # %% ../nbs/06_model.ipynb #41a4631c
 @patch
@@ -392,7 +426,7 @@ def save_perspective(self:RewardModel,
     folder,                    # becomes the perspective's directory
     dtype:torch.dtype=torch.float32, # what weights are stored as
 )->Path: # the folder
-    "Write one perspective; ValueError if it is merged (its weights are no longer apart), `CheckpointError` if not all of it was written."
+    "Write one perspective; ValueError if it is merged, `CheckpointError` if not all of it would be written."
     if self.merged: raise ValueError(f"{self.active!r} is merged into the base; save it before merging")
     pack = lambda sd: {k:v.detach().to('cpu', dtype).contiguous() for k,v in sd.items()}
     with self.lock, atomic_path(folder) as tmp:
@@ -400,9 +434,12 @@ def save_perspective(self:RewardModel,
         self.peft.peft_config[self._known(name)].save_pretrained(tmp)
         save_file(pack(self._tensors(name)), tmp/'adapter_model.safetensors', metadata={'format':'pt'})
         save_file(pack(self.heads[name].state_dict()), tmp/'head.safetensors', metadata={'format':'pt'})
-        (tmp/'reward_config.json').write_text(json.dumps(asdict(self.configs[name]), indent=1)+'\n', encoding='utf-8')
+        config = json.dumps(asdict(self.configs[name]), indent=1)
+        (tmp/'reward_config.json').write_text(config+'\n', encoding='utf-8')
         saved,need = len(tensor_shapes(tmp/'adapter_model.safetensors')),self._count(name)
-        if saved!=need: raise CheckpointError(f"{folder}: {saved} of the {need} tensors of {name!r} were to be saved; nothing was written, please report this")
+        if saved!=need: raise CheckpointError(
+            f"{folder}: {saved} of the {need} tensors of {name!r} were to be saved; nothing was written, "
+            "please report this")
         sums = {f.name:_sum(f) for f in sorted(tmp.iterdir())}
         (tmp/_SUMS).write_text(json.dumps(sums, indent=1)+'\n', encoding='utf-8')
     return Path(folder)
@@ -418,24 +455,30 @@ def save_pretrained(self:RewardModel,
     for n in self.configs: self.save_perspective(n, folder/n, dtype)
     return folder
 
-# %% ../nbs/06_model.ipynb #a7af1963
+# %% ../nbs/06_model.ipynb #e87ffea7
 @patch
 def identity_of(self:RewardModel,
     perspective:str=None, # default: the active one
 )->str: # see `make_identity`
     "Who this reward is; another text for any other weight, setting or version of the package."
     with self.lock:
-        name,b = self._known(perspective or self.active),self.backbone
-        config = {k:v for k,v in asdict(self.configs[name]).items() if k not in ('base','fingerprint','version')}
-        apart = ('lora_', 'modules_to_save', 'original_module') # of perspectives; or the base's projector, which each replaces
-        base = {n.replace('.base_layer', ''):p for n,p in b.model.named_parameters() if not any(a in n for a in apart)}
+        name,model = self._known(perspective or self.active),self.backbone.model
+        apart = ('lora_', 'modules_to_save', 'original_module') # of perspectives, or replaced by theirs
+        base = {n:p for n,p in model.named_parameters() if not any(a in n for a in apart)}
+        base = {n.replace('.base_layer', ''):p for n,p in base.items()}
         own = {} if self.merged else self._tensors(name)
-        scales = {n:m.scaling[name] for n,m in b.model.named_modules() if isinstance(getattr(m, 'scaling', None), dict) and name in m.scaling}
-        p = b.processor.image_processor
-        settings = dict(config=config, model=b.model.config.to_dict(), merged=self.merged, scales=scales, dora=not self.merged and self.peft.peft_config[name].use_dora,
-                        images=[p.num_crops, p.crop_size, p.mean, p.std], tokenizer=tokenizer_hash(b.processor.tokenizer), longest=b.processor.tokenizer.model_max_length)
+        settings = dict(config=asdict(self.configs[name]), model=model.config.to_dict(), merged=self.merged,
+                        lora=self._lora_facts(name), inputs=self.backbone.facts())
+        for k in 'base','fingerprint','version': del settings['config'][k]
         weights = [*sorted(base.items()), *sorted(own.items()), *self.heads[name].state_dict().items()]
         return make_identity(type(self).__name__, settings, weights)
+
+@patch
+def _lora_facts(self:RewardModel, name:str)->list: # how LoRA is scaled in each layer, and whether it is DoRA
+    if self.merged: return []
+    scales = [(n, getattr(m, 'scaling', None)) for n,m in self.backbone.model.named_modules()]
+    mine = [(n, s[name]) for n,s in scales if isinstance(s, dict) and name in s]
+    return [*mine, self.peft.peft_config[name].use_dora]
 
 @patch(as_prop=True)
 def identity(self:RewardModel)->str:
@@ -447,7 +490,8 @@ def _read_weights(path:Path)->dict:
     "Tensors of a .safetensors or .bin file; `CheckpointError` if it is missing, damaged, or holds NaN."
     with blame(path): sd = dict(read_tensors(path))
     for k,v in sd.items():
-        if not v.is_floating_point(): raise CheckpointError(f"{path}: {k} is {v.dtype}, not floating point; the file is damaged or of another kind")
+        if not v.is_floating_point(): raise CheckpointError(
+            f"{path}: {k} is {v.dtype}, not floating point; the file is damaged or of another kind")
         if not v.isfinite().all(): raise CheckpointError(f"{path}: {k} holds NaN or infinity; the training diverged or the file is damaged")
     return sd
 
@@ -495,16 +539,23 @@ def _config_from(d:dict, where:Path, overrides:dict)->PerspectiveConfig:
 
 def _saved_config(folder:Path, overrides:dict=None)->PerspectiveConfig:
     "The configuration of a saved perspective, ours or published."
-    ours = (folder/'reward_config.json').is_file() or not (folder/'lora').is_dir() and not (folder/'reward_config.yaml').is_file()
+    published = (folder/'lora').is_dir() or (folder/'reward_config.yaml').is_file()
+    ours = (folder/'reward_config.json').is_file() or not published
     path = folder/('reward_config.json' if ours else 'reward_config.yaml')
     return _config_from(read_json(path) if ours else _published_config(path), path, overrides or {})
 
-# %% ../nbs/06_model.ipynb #39a8d78d
-_PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','lora_bias','rank_pattern','alpha_pattern','target_modules','exclude_modules',
-           'layers_to_transform','layers_pattern')                 # to LoraConfig
-_NOTES = ('peft_type','peft_version','auto_mapping','base_model_name_or_path','revision','task_type','inference_mode','megatron_core','runtime_config') # no influence
-_INITS = (None, True, False, 'gaussian', 'orthogonal')             # ways to start that leave the base's weights alone
-_THEIRS = re.compile(r'(?<![\w.])model(?=\\?\.layers)')           # the decoder's path in the published layout
+# %% ../nbs/06_model.ipynb #078f735f
+_PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','rank_pattern','alpha_pattern',
+           'target_modules','exclude_modules','layers_to_transform','layers_pattern') # to LoraConfig
+_NOTES = ('peft_version','auto_mapping','base_model_name_or_path','revision','task_type','inference_mode',
+          'megatron_core','runtime_config')            # no influence on a score
+_INITS = (None, True, False, 'gaussian', 'orthogonal') # ways to start that leave the base's weights alone
+_THEIRS = re.compile(r'(?<![\w.])model(?=\\?\.layers)') # the decoder's path in the published layout
+
+def _our_names(v): # of modules, in an option
+    if isinstance(v, dict): return {_our_names(k):n for k,n in v.items()}
+    if isinstance(v, list): return [_our_names(x) for x in v]
+    return _THEIRS.sub('language_model', v) if isinstance(v, str) else v
 
 def _adapter_options(
     path:Path,     # adapter_config.json
@@ -513,21 +564,25 @@ def _adapter_options(
     "What an adapter's file says; `CheckpointError` for options that are missing or cannot be honoured."
     from peft import LoraConfig
     d,usual = read_json(path),{f.name:f.default for f in fields(LoraConfig)}
-    if lost := [k for k in ('r','lora_alpha') if k not in d]: raise CheckpointError(f"{path}: lacks {lost[0]}; the file is incomplete, copy it again")
-    same = lambda k,v: v in (None, False, '', [], {}) or k in usual and v==usual[k]
-    ours = lambda v: isinstance(v, list) and all(isinstance(m, str) and m.split('.')[-1]==projector for m in v)
-    honoured = dict(peft_type=lambda v: v in (None,'LORA'), init_lora_weights=lambda v: v in _INITS, bias=lambda v: v=='none', modules_to_save=ours)
+    if lost := [k for k in ('r','lora_alpha') if k not in d]: raise CheckpointError(
+        f"{path}: lacks {lost[0]}; the file is incomplete, copy it again")
+    extra,init = d.get('modules_to_save') or [],d.get('init_lora_weights')
+    fine = dict(peft_type=d.get('peft_type') in (None,'LORA'), bias=d.get('bias')=='none',
+                init_lora_weights=any(init is x or init==x for x in _INITS),
+                modules_to_save=isinstance(extra, list) and
+                    {str(m).split('.')[-1] for m in extra}<={projector})
     for k,v in d.items():
-        if k in honoured and honoured[k](v) or k not in honoured and k in _NOTES or k in _PASSED or same(k, v): continue
-        raise CheckpointError(f"{path}: {k} is {v!r:.100}, which cannot be honoured here; the scores would be others than those of its training")
-    rename = lambda v: {_THEIRS.sub('language_model', k):n for k,n in v.items()} if isinstance(v, dict) else [rename(x) for x in v] if isinstance(v, list) else (
-        _THEIRS.sub('language_model', v) if isinstance(v, str) else v)
-    options = dict(lora_dropout=0.)|{k:rename(d[k]) for k in _PASSED if d.get(k) is not None}
+        off = v in (None, False, '', [], {}) or k in usual and v==usual[k]
+        if not fine.get(k, k in _NOTES or k in _PASSED or off): raise CheckpointError(
+            f"{path}: {k} is {v!r:.100}, which cannot be honoured here; "
+            "the scores would not be those of its training")
+    options = {k:_our_names(d[k]) for k in _PASSED if d.get(k) is not None}
+    options = dict(r=None, lora_alpha=None, lora_dropout=0.)|options
     try: _check_sizes(options)
     except ValueError as e: raise CheckpointError(f"{path}: {e}; copy it again") from None
     return options
 
-# %% ../nbs/06_model.ipynb #78fd3339
+# %% ../nbs/06_model.ipynb #409a1b5d
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."
@@ -535,8 +590,9 @@ def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_con
     self._check_name(name)
     try: return self._add(name, config, options)
     except CheckpointError: raise
-    except Exception as e: raise CheckpointError(f"{adapter_config}: cannot be used on this base ({str(e).strip() or type(e).__name__}); pass the base it was trained on as base=, "
-                                                 "or copy the file again") from None
+    except Exception as e: raise CheckpointError(
+        f"{adapter_config}: cannot be used on this base ({str(e).strip() or type(e).__name__}); "
+        "pass the base it was trained on as base=, or copy the file again") from None
 
 # %% ../nbs/06_model.ipynb #b6a60f59
 @patch
@@ -545,7 +601,7 @@ def load_perspective(self:RewardModel,
     name:str=None,       # default: the folder's name, or the nearest that can be one
     overrides:dict=None, # fields of `PerspectiveConfig` that the folder has wrong or lacks, e.g. dict(loss='cls')
 )->RewardModel: # self, with that perspective active
-    "Add a saved perspective; `CheckpointError` for missing or damaged files, wrong shapes, NaN, or another base than it was trained on."
+    "Add a saved perspective; `CheckpointError` for missing or damaged files, NaN, or another base."
     folder = Path(folder)
     name = name or usable_name(folder.resolve().name)
     c = _saved_config(folder, overrides)
@@ -587,13 +643,18 @@ def _published_config(path:Path)->dict:
     import yaml
     if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy it again")
     try: y = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as e: raise CheckpointError(f"{path}: not YAML ({e}); copy it again") from None
-    if not isinstance(y, dict): raise CheckpointError(f"{path}: holds a {type(y).__name__}, not fields with values; not YAML as it should be, copy it again")
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as e: raise CheckpointError(
+        f"{path}: not YAML ({e}); copy it again") from None
+    if not isinstance(y, dict): raise CheckpointError(
+        f"{path}: holds a {type(y).__name__}, not fields with values; not YAML as it should be, "
+        "copy it again")
     for k in 'is_general_preference','add_cross_attention','mean_hidden_state':
-        if y.get(k) not in (None, True, False): raise CheckpointError(f"{path}: {k} is {y[k]!r}; needed: true or false; copy it again")
+        if y.get(k) not in (None, True, False): raise CheckpointError(
+            f"{path}: {k} is {y[k]!r}; needed: true or false; copy it again")
     gpm = bool(y.get('is_general_preference'))
-    return dict(loss='gpm' if gpm else 'bt', dim=y.get('value_head_dim', 2) if gpm else 1, tau=y.get('general_preference_tau', .1),
-                skipca=bool(y.get('add_cross_attention')), pooling='mean' if y.get('mean_hidden_state') else 'last', layer=y.get('layer_id'),
+    return dict(loss='gpm' if gpm else 'bt', dim=y.get('value_head_dim', 2) if gpm else 1,
+                tau=y.get('general_preference_tau', .1), skipca=bool(y.get('add_cross_attention')),
+                pooling='mean' if y.get('mean_hidden_state') else 'last', layer=y.get('layer_id'),
                 num_crops=y.get('num_crops', 16), base=y.get('base_model'))
 
 # %% ../nbs/06_model.ipynb #4229b02f
@@ -606,7 +667,8 @@ def _published_weights(
     "Read lora/ and pytorch_model.bin and map their keys."
     lora = folder/'lora'/'adapter_model.safetensors'
     lora = _read_weights(lora if lora.is_file() else lora.with_suffix('.bin'))
-    tidy = lambda k: re.sub(r'\.(lora_[AB])\.(?:[\w-]+\.)?(weight|bias)$', r'.\1.\2', k.removeprefix('base_model.model.'))
+    bare = lambda k: k.removeprefix('base_model.model.')
+    tidy = lambda k: re.sub(r'\.(lora_[AB])\.(?:[\w-]+\.)?(weight|bias)$', r'.\1.\2', bare(k))
     adapter = {'base_model.model.'+re.sub(r'^model\.layers\.', 'language_model.layers.', tidy(k)):v for k,v in lora.items()}
     head = {}
     for k,v in _read_weights(folder/'pytorch_model.bin').items():
@@ -630,16 +692,18 @@ def _load_published(self:RewardModel, folder:Path, name:str, c:PerspectiveConfig
 
 # %% ../nbs/06_model.ipynb #6d0cf201
 def _holds_reward(folder:Path)->bool:
-    return (folder/'reward_config.json').is_file() or (folder/'reward_config.yaml').is_file() or (folder/'lora').is_dir()
+    return (folder/'lora').is_dir() or any((folder/f'reward_config.{s}').is_file() for s in ('json','yaml'))
 
 def _below(folder:Path)->dict: # folder's name -> folder
-    "Perspectives one level down, or else two: the authors' repository sorts them by subject. Checkpoints of trainings are left out."
+    "Perspectives one level down, or else two, as the authors sort them; checkpoints are left out."
+    skip = re.compile(r'\..*|checkpoint-\d+')
+    apart = lambda p: any(skip.fullmatch(part) for part in p.relative_to(folder).parts)
     for pattern in '*', '*/*':
-        found = [p for p in sorted(folder.glob(pattern)) if p.is_dir() and _holds_reward(p)]
-        found = [p for p in found if not any(part.startswith('.') or re.fullmatch(r'checkpoint-\d+', part) for part in p.relative_to(folder).parts)]
+        found = [p for p in sorted(folder.glob(pattern)) if p.is_dir() and not apart(p) and _holds_reward(p)]
         names = [p.name for p in found]
-        if twice := [n for n in names if names.count(n)>1]: raise CheckpointError(
-            f"{folder}: {twice[0]!r} is there more than once ({', '.join(str(p.relative_to(folder)) for p in found if p.name==twice[0])}); pass one of these folders")
+        twice = [str(p.relative_to(folder)) for p in found if names.count(p.name)>1]
+        if twice: raise CheckpointError(
+            f"{folder}: a name is there more than once ({', '.join(twice)}); pass one of these folders")
         if found: return dict(zip(names, found))
     return {}
 
@@ -648,21 +712,26 @@ def _perspective_folders(
     perspective=None, # name or names to load; None: all
 )->dict: # name -> folder; empty for a bare base
     "Where the perspectives lie, by names that can be used; ValueError for a name that is not there."
-    names = None if perspective is None else [perspective] if isinstance(perspective, str) else list(perspective)
+    names = [perspective] if isinstance(perspective, str) else perspective and list(perspective)
     if _holds_reward(folder):
-        if names and len(names)>1: raise ValueError(f"{folder} is one perspective, {len(names)} names were given; pass one")
+        if names and len(names)>1: raise ValueError(
+            f"{folder} is one perspective, {len(names)} names were given; pass one")
         return {names[0] if names else usable_name(folder.resolve().name): folder}
     below = _below(folder)
     found = {usable_name(n):f for n,f in below.items()}
-    if len(found)<len(below): raise CheckpointError(f"{folder}: the names of its folders ({', '.join(below)}) become the same when what cannot be a name is taken out; "
-                                                    "rename one, or load them one at a time with perspective=")
+    if len(found)<len(below): raise CheckpointError(
+        f"{folder}: the names of its folders ({', '.join(below)}) become the same "
+        "without what cannot be in a name; "
+        "rename one, or load them one at a time")
     if names is None: return found
-    if missing := [n for n in names if n not in found and n not in below]: raise ValueError(f"no perspective {missing[0]!r} in {folder}; it has {', '.join(found) or 'none'}")
-    return {(n if n in found else usable_name(n)):found[n if n in found else usable_name(n)] for n in names}
+    if missing := [n for n in names if n not in found and n not in below]: raise ValueError(
+        f"no perspective {missing[0]!r} in {folder}; it has {', '.join(found) or 'none'}")
+    asked = [n if n in found else usable_name(n) for n in names]
+    return {n:found[n] for n in asked}
 
 # %% ../nbs/06_model.ipynb #174f7cca
 def _remembered_base(said:str, near:Path):
-    "A base that a perspective in the folder `near` remembers: a short name or hub id as it is, a folder wherever it is found."
+    "A base that a perspective in the folder `near` remembers; a folder is looked for from there too."
     if said in MODELS: return said
     path = Path(said).expanduser()
     for p in path, near/path, near.parent/path, near.parent/path.name, near.parent.parent/path.name:

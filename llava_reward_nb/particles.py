@@ -256,7 +256,8 @@ def particle_summary(
     "Statistics over the particles of one prompt; SteeringError if the guidance is not among the scores."
     if guidance not in scores: raise SteeringError(f"no scores of {guidance!r}; there are {', '.join(scores)}")
     scores = {m: torch.as_tensor(v, dtype=torch.float64) for m,v in scores.items()}
-    order = scores[guidance].argsort(stable=True).flip(0).tolist()
+    guide = scores[guidance]
+    order = torch.where(torch.isfinite(guide), guide, -math.inf).argsort(stable=True).flip(0).tolist()
     stats = {m: dict(mean=v.mean().item(), max=v.max().item(), min=v.min().item(), std=v.std().item() if len(v)>1 else 0.,
                      best_particle=v[order[0]].item()) for m,v in scores.items()}
     return dict(order=order, metrics=stats)

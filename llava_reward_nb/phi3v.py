@@ -107,10 +107,11 @@ def to_dict(self:Phi3VConfig)->dict:
     return dict(model_type='phi3_v', architectures=['Phi3VForCausalLM'], **sizes, embd_layer=dict(_EMBD_LAYER), img_processor=clip)
 
 # %% ../nbs/02_phi3v.ipynb #6c65fa47
-_MOST = dict(num_hidden_layers=1000, max_position_embeddings=2**31, original_max_position_embeddings=2**31) # else 2**24
+_MOST = dict(num_hidden_layers=1000, max_position_embeddings=2**31, # other numbers: at most 2**24
+             original_max_position_embeddings=2**31)
 
 def _check_numbers(c:Phi3VConfig, name:str):
-    "`CheckpointError` for a size that is no whole number from 1 up to what could ever be built, or a constant that is not positive."
+    "`CheckpointError` for a size that no model could have, or a constant that is not positive."
     tower = CLIP_L14_336|c.clip
     clip = {f'clip.{k}':tower[k] for k,v in CLIP_L14_336.items() if isinstance(v, int)}
     whole = {f.name:getattr(c, f.name) for f in fields(c) if f.type is int and f.default is not None} | clip
@@ -120,8 +121,10 @@ def _check_numbers(c:Phi3VConfig, name:str):
         if not isinstance(n, int) or isinstance(n, bool) or not 1<=n<=most: raise CheckpointError(
             f"{name}: {k} is {n!r}; needed: a whole number from 1 to {most}; fetch the file again")
     factors = [x for k in ('short_factor','long_factor') for x in (c.rope_scaling or {}).get(k) or ()]
-    for k,x in [('rope_theta',c.rope_theta), ('rms_norm_eps',c.rms_norm_eps), *(('a factor in rope_scaling',x) for x in factors)]:
-        if not isinstance(x, (int,float)) or not 0<x<math.inf: raise CheckpointError(f"{name}: {k} is {x!r}; needed: a positive number; fetch the file again")
+    factors = [('a factor in rope_scaling',x) for x in factors]
+    for k,x in [('rope_theta',c.rope_theta), ('rms_norm_eps',c.rms_norm_eps), *factors]:
+        if not isinstance(x, (int,float)) or not 0<x<math.inf: raise CheckpointError(
+            f"{name}: {k} is {x!r}; needed: a positive number; fetch the file again")
 
 def _check_config(c:Phi3VConfig, name:str):
     "`CheckpointError` for sizes that do not fit together."
@@ -130,10 +133,14 @@ def _check_config(c:Phi3VConfig, name:str):
     kind, n = rope.get('type') or rope.get('rope_type'), {k:len(rope.get(k) or ()) for k in ('short_factor', 'long_factor')}
     checks = [(v.image_size%(2*v.patch_size)==0, f"image_size {v.image_size} is no multiple of 2 x patch_size {v.patch_size}; patches are merged 2x2"),
               (v.num_hidden_layers>=2, f"the CLIP tower has {v.num_hidden_layers} layer; 2 or more are needed, as the last is not used"),
-              (c.hidden_size%c.num_attention_heads==0, f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}"),
-              (v.hidden_size%v.num_attention_heads==0, f"the tower's hidden_size {v.hidden_size} is no multiple of num_attention_heads {v.num_attention_heads}"),
+              (c.hidden_size%c.num_attention_heads==0,
+               f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}"),
+              (v.hidden_size%v.num_attention_heads==0,
+               f"the tower's hidden_size {v.hidden_size} is no multiple of its num_attention_heads "
+               f"{v.num_attention_heads}"),
               (c.num_attention_heads%(c.num_key_value_heads or 1)==0,
-               f"num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads {c.num_key_value_heads}")]
+               f"num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads "
+               f"{c.num_key_value_heads}")]
     if rope: checks += [(kind in ('su', 'longrope'), f"rope_scaling type is {kind!r}; only 'su' and 'longrope' can be built"),
                         *((n[k]==c.head_dim//2, f"rope_scaling.{k} has {n[k]} numbers; head_dim/2 = {c.head_dim//2} are needed") for k in n)]
     for ok,message in checks:
@@ -169,36 +176,44 @@ def blame(
     try: yield
     except (CheckpointError, InputError, ImportError, MemoryError): raise
     except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # a panic of a Rust library is no `Exception`
+        panic = type(e).__name__=='PanicException' # of a Rust library; no `Exception`
+        if not isinstance(e, Exception) and not panic: raise
         said = (str(e).strip() or 'no message').splitlines()[0]
-        raise CheckpointError(f"{path}: damaged, or of another kind ({type(e).__name__}: {said:.200}); fetch or copy it again") from None
+        raise CheckpointError(
+            f"{path}: damaged, or of another kind ({type(e).__name__}: {said:.200}); "
+            "fetch or copy it again") from None
 
-# %% ../nbs/02_phi3v.ipynb #70e88999
+# %% ../nbs/02_phi3v.ipynb #b82477fe
 def read_json(
     path, # A JSON file
 )->dict:
     "A JSON object; `CheckpointError` if the file is missing, cannot be read, or holds something else."
     path = Path(path)
-    if not path.is_file(): raise CheckpointError(f"{path}: no such file; the folder is incomplete, fetch or copy it again")
+    if not path.is_file(): raise CheckpointError(
+        f"{path}: no such file; the folder is incomplete, fetch or copy it again")
     try: d = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise CheckpointError(f"{path}: not JSON ({e}); fetch or copy it again") from None
-    if not isinstance(d, dict): raise CheckpointError(f"{path}: holds a {type(d).__name__}, not a JSON object; fetch or copy it again")
+    except (OSError, ValueError, RecursionError) as e: raise CheckpointError(
+        f"{path}: not JSON ({e}); fetch or copy it again") from None
+    if not isinstance(d, dict): raise CheckpointError(
+        f"{path}: holds a {type(d).__name__}, not a JSON object; fetch or copy it again")
     return d
 
-# %% ../nbs/02_phi3v.ipynb #f180dd3d
+# %% ../nbs/02_phi3v.ipynb #5af650bc
 def read_config(
     path, # config.json of a model
 )->dict:
-    "A JSON object with the sizes of a model; `CheckpointError` as `read_json`, and for more layers than anything ever had (building them would not end)."
+    "A JSON object with the sizes of a model; `CheckpointError` as `read_json`, and for absurdly many layers."
     def check(d):
         for k,v in d.items():
             if isinstance(v, dict): check(v)
-            elif isinstance(v, int) and v>1000 and re.search(r'(layers|depth|blocks)$', k): raise CheckpointError(f"{path}: {k} is {v}; the file is damaged, fetch it again")
+            many = isinstance(v, int) and v>1000 and re.search(r'(layers|depth|blocks)$', k)
+            if many: raise CheckpointError(
+                f"{path}: {k} is {v}; the file is damaged, fetch it again") # building them would not end
     d = read_json(path)
     check(d)
     return d
 
-# %% ../nbs/02_phi3v.ipynb #cdf0a1e3
+# %% ../nbs/02_phi3v.ipynb #04c849b8
 @patch(cls_method=True)
 def from_pretrained(cls:Phi3VConfig,
     folder, # Model folder with a config.json
@@ -391,7 +406,8 @@ def _check_lengths(self:Phi3VProcessor, rows:list):
 @patch
 def _check_length(self:Phi3VProcessor, i:int, n:int):
     most = self.tokenizer.model_max_length
-    if n>most: raise InputError(f"prompt {i}: {n} tokens with its image, the model takes {most}; shorten it or lower num_crops")
+    if n>most: raise InputError(
+        f"prompt {i}: {n} tokens with its image, the model takes {most}; shorten it or lower num_crops")
 
 @patch
 def check(self:Phi3VProcessor,
@@ -428,14 +444,17 @@ def load_tokenizer(
         if (folder/f).is_file(): read_json(folder/f)
     with blame(folder/'tokenizer.json'):
         tok = PreTrainedTokenizerFast.from_pretrained(folder)
-        if tok.eos_token_id is None: raise CheckpointError(f"{folder}: the tokenizer names no eos_token; see its tokenizer_config.json")
+        if tok.eos_token_id is None: raise CheckpointError(
+            f"{folder}: the tokenizer names no eos_token; see its tokenizer_config.json")
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token
-        if not isinstance(tok.model_max_length, (int,float)) or not tok.model_max_length>=1: raise CheckpointError(
-            f"{folder/'tokenizer_config.json'}: model_max_length is {tok.model_max_length!r}; needed: a number of tokens")
+        longest = tok.model_max_length
+        if not isinstance(longest, (int,float)) or not longest>=1: raise CheckpointError(
+            f"{folder/'tokenizer_config.json'}: model_max_length is {longest!r}; needed: "
+            "a number of tokens")
         tok('a b').input_ids # a damaged one fails here and not at the first prompt
     return tok
 
-# %% ../nbs/02_phi3v.ipynb #c60dfc99
+# %% ../nbs/02_phi3v.ipynb #a7ad15ad
 def check_vocabulary(
     tokenizer,      # a fast tokenizer
     rows:int,       # of the embedding table
@@ -445,29 +464,34 @@ def check_vocabulary(
     "`CheckpointError` for token ids beyond the embedding table, and for special tokens that are none."
     vocab = tokenizer.get_vocab()
     top = max(vocab.values(), default=0)
-    if top>=rows: raise CheckpointError(f"{where}: the tokenizer has token {top}, the model {rows} embeddings; they belong to different models")
+    if top>=rows: raise CheckpointError(
+        f"{where}: the tokenizer has token {top}, the model {rows} embeddings; "
+        "they belong to different models")
     added = tokenizer.get_added_vocab()
     if lost := [t for t in needed if t not in added]: raise CheckpointError(
-        f"{where}: the tokenizer does not know {lost[0]!r} as a special token; take the tokenizer of the model itself")
+        f"{where}: the tokenizer does not know {lost[0]!r} as a special token; "
+        "take the tokenizer of the model itself")
 
-# %% ../nbs/02_phi3v.ipynb #2bcfe379
+# %% ../nbs/02_phi3v.ipynb #dbb11142
 def tokenizer_hash(
     tokenizer, # any of transformers
 )->str: # 16 hex digits
     "Hash of all that decides which ids a text gets."
     backend = getattr(tokenizer, 'backend_tokenizer', None)
-    spec = json.loads(backend.to_str())|dict(truncation=None, padding=None) if backend is not None else sorted(tokenizer.get_vocab().items())
-    template = getattr(tokenizer, 'chat_template', None)
-    return text_hash(json.dumps([spec, tokenizer.eos_token_id, tokenizer.pad_token_id, template], sort_keys=True))
+    if backend is None: spec = sorted(tokenizer.get_vocab().items())
+    else: spec = json.loads(backend.to_str())|dict(truncation=None, padding=None)
+    said = [spec, tokenizer.eos_token_id, tokenizer.pad_token_id, getattr(tokenizer, 'chat_template', None)]
+    return text_hash(json.dumps(said, sort_keys=True))
 
-# %% ../nbs/02_phi3v.ipynb #6e45c9da
+# %% ../nbs/02_phi3v.ipynb #bf86438f
 def config_facts(
     config, # a configuration of transformers, or a dict
 )->dict: # JSON-able
     "What a configuration says of the model, without where it came from and who wrote it."
     d = config if isinstance(config, dict) else config.to_dict()
     drop = ('transformers_version', 'torch_dtype', 'dtype', 'architectures', 'name_or_path')
-    kept = {k:config_facts(v) if isinstance(v, dict) else v for k,v in d.items() if not str(k).startswith('_') and k not in drop}
+    kept = {k:v for k,v in d.items() if not str(k).startswith('_') and k not in drop}
+    kept = {k:config_facts(v) if isinstance(v, dict) else v for k,v in kept.items()}
     return json.loads(json.dumps(kept, default=str, sort_keys=True))
 
 # %% ../nbs/02_phi3v.ipynb #52132383
@@ -478,11 +502,13 @@ def _image_settings(folder:Path)->tuple: # num_crops, (mean, std)
     path = folder/'preprocessor_config.json'
     d = read_json(path) if path.exists() else {}
     num_crops = d.get('num_crops', 16) if d.get('image_processor_type')==_OURS else 16
-    if not isinstance(num_crops, int) or isinstance(num_crops, bool) or not 1<=num_crops<=10_000: raise CheckpointError(
+    whole = isinstance(num_crops, int) and not isinstance(num_crops, bool)
+    if not whole or not 1<=num_crops<=10_000: raise CheckpointError(
         f"{path}: num_crops is {num_crops!r}; needed: a whole number from 1")
     mean,std = d.get('image_mean', CLIP_MEAN), d.get('image_std', CLIP_STD)
     for k,v,low in ('image_mean',mean,-math.inf), ('image_std',std,0):
-        if not isinstance(v, (list,tuple)) or len(v)!=3 or not all(isinstance(x, (int,float)) and low<x<math.inf for x in v): raise CheckpointError(
+        fits = lambda x: isinstance(x, (int,float)) and low<x<math.inf
+        if not isinstance(v, (list,tuple)) or len(v)!=3 or not all(map(fits, v)): raise CheckpointError(
             f"{path}: {k} is {v!r}; needed: three numbers{', above 0' if low==0 else ''}")
     return num_crops, (tuple(mean), tuple(std))
 
@@ -537,15 +563,15 @@ class LongRope(nn.Module):
         angle = torch.cat([angle, angle], -1)
         return (angle.cos()*self.scale).to(x.dtype), (angle.sin()*self.scale).to(x.dtype)
 
-# %% ../nbs/02_phi3v.ipynb #2bfe7594
+# %% ../nbs/02_phi3v.ipynb #2276a669
 def _matmul_patches(self, x:Tensor)->Tensor: # the `forward` of a convolution whose patches do not overlap
     k = self.kernel_size
     grid = [n//s for n,s in zip(x.shape[2:], k)]
     for d,(n,s) in enumerate(zip(grid, k), 2): x = x.narrow(d, 0, n*s)
-    x = x.reshape(len(x), x.shape[1], *(v for pair in zip(grid, k) for v in pair))          # (b, c, g1, k1, g2, k2, …)
+    x = x.reshape(len(x), x.shape[1], *(v for pair in zip(grid, k) for v in pair))    # (b, c, g1, k1, …)
     at = [2+2*i for i in range(len(k))]
-    x = x.permute(0, *at, 1, *(i+1 for i in at)).flatten(1+len(k)).flatten(1, len(k))       # (b, patches, c*k1*k2…)
-    out = torch.nn.functional.linear(x, self.weight.flatten(1), self.bias)
+    x = x.permute(0, *at, 1, *(i+1 for i in at)).flatten(1+len(k)).flatten(1, len(k)) # (b, patches, c*k1…)
+    out = F.linear(x, self.weight.flatten(1), self.bias)
     return out.transpose(1,2).unflatten(2, grid)
 
 class PatchConv2d(nn.Conv2d):
@@ -556,15 +582,16 @@ class PatchConv3d(nn.Conv3d):
     "A `Conv3d` with stride equal to its kernel, computed as a matrix product."
     forward = _matmul_patches
 
-# %% ../nbs/02_phi3v.ipynb #5329d545
+# %% ../nbs/02_phi3v.ipynb #ea31505f
 def exact_patches(
     model:nn.Module, # any model; changed in place
 )->nn.Module: # the same
-    "Compute every patch embedding of a model as a matrix product; convolutions whose windows overlap stay as they are."
+    "Compute every patch embedding of a model as a matrix product; convolutions whose windows overlap stay."
     for m in model.modules():
         if type(m) not in (nn.Conv2d, nn.Conv3d): continue
-        plain = m.stride==m.kernel_size and m.groups==1 and set(m.dilation)=={1} and m.padding in ('valid', (0,)*len(m.kernel_size))
-        if plain: m.__class__ = PatchConv2d if isinstance(m, nn.Conv2d) else PatchConv3d
+        bare = m.padding in ('valid', (0,)*len(m.kernel_size)) and set(m.dilation)=={1}
+        if not bare or m.stride!=m.kernel_size or m.groups!=1: continue
+        m.__class__ = PatchConv2d if isinstance(m, nn.Conv2d) else PatchConv3d
     return model
 
 # %% ../nbs/02_phi3v.ipynb #b0521160
@@ -591,7 +618,7 @@ def _inner(tower:nn.Module)->nn.Module:
     "The module that holds the CLIP layers: some versions of transformers wrap it once more."
     return getattr(tower, 'vision_model', tower)
 
-def _own_dtype(module:nn.Module, args:tuple)->tuple: # a forward pre-hook: input in the precision of the weights
+def _own_dtype(module:nn.Module, args:tuple)->tuple: # forward pre-hook: input in the precision of the weights
     dtype = next(module.parameters()).dtype
     return tuple(a.to(dtype) for a in args)
 
@@ -616,7 +643,8 @@ def crop_features(self:Phi3VModel,
     "Features of the next-to-last CLIP layer, class token dropped, each 2x2 block of patches side by side."
     tower, m = self.vision_tower, self.config.merged
     weights = list(tower.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in [*weights, pixel_values])):
+    wanted = any(p.requires_grad for p in [*weights, pixel_values])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
         chunks = pixel_values.to(weights[0].device, weights[0].dtype).split(VISION_CHUNK)
         x = torch.cat([tower(pixel_values=c).last_hidden_state[:,1:] for c in chunks])
     return x.view(len(x),m,2,m,2,-1).permute(0,1,3,2,4,5).flatten(3)
@@ -664,10 +692,11 @@ def forward(self:Phi3VModel,
     embeds = self.language_model.embed_tokens(input_ids.clamp(min=0))
     embeds = embeds.masked_scatter(place[...,None], visual.to(embeds.dtype))
     position_ids = (attention_mask.long().cumsum(-1)-1).clamp(min=0)
-    states = [embeds]
+    states,layers = [embeds],self.language_model.layers if output_hidden_states else ()
     keep = lambda layer, args, out: states.append(out[0] if isinstance(out, tuple) else out)
-    hooks = [layer.register_forward_hook(keep) for layer in self.language_model.layers if output_hidden_states]
-    try: last = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    fed = dict(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids)
+    try: last = self.language_model(**fed, use_cache=False).last_hidden_state
     finally:
         for hook in hooks: hook.remove()
     return (last, (*states[:-1], last)) if output_hidden_states else last

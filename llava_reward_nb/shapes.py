@@ -1024,7 +1024,8 @@ def __call__(self:Checker,
     items = image_list(images)
     asked = [parse_prompt(p) for p in as_prompts(prompts, len(items))]
     called = [f'image {i}' if len(items)>1 else 'image' for i in range(len(items))]
-    return torch.tensor([_grade(self.pieces(load_image(x, n)), p.facts) for x,n,p in zip(items, called, asked)])
+    seen = (self.pieces(load_image(x, n)) for x,n in zip(items, called))
+    return torch.tensor([_grade(pieces, p.facts) for pieces,p in zip(seen, asked)])
 
 def _grade(pieces:list, facts:tuple)->float:
     seen = [p for p in pieces if p.shape]

@@ -25,6 +25,8 @@ class Trace:
     rewards:Tensor=None                         # guidance reward of the returned images, (p,k)
     held_out:dict=field(default_factory=dict)   # held-out rewards of the returned images, name -> (p,k)
     seconds:dict=field(default_factory=lambda: dict(decode=0., score=0.)) # spent on previews
+    stopped:str=''                              # '' for a whole run, else after how many steps it ended, and why
+    rescored:int=0                              # images that were changed after the last look and scored again
 
     @property
     def ancestors(self)->list: # of (p,k) long, one for each look
@@ -34,7 +36,7 @@ class Trace:
     @property
     def roots(self)->Tensor: # (p,k) long
         "The initial slot from which each returned image descends"
-        return trace_roots(self.ancestors)
+        return trace_roots(self.ancestors) if self.looks else torch.arange(self.rewards.shape[1]).expand(self.rewards.shape)
 
 # %% ../nbs/09g_traces.ipynb #a1be4009
 @patch
@@ -54,18 +56,21 @@ def merge_traces(
     traces:list, # of runs with the same settings and number of steps
 )->Trace: # of all their prompts
     "One trace for several batches of prompts; SteeringError if their looks differ."
-    first = traces[0]
-    if any([l['step'] for l in t.looks]!=[l['step'] for l in first.looks] for t in traces): raise SteeringError("runs with different schedules cannot be merged")
+    first, stops = traces[0], [t.stopped for t in traces]
+    common = min(len(t.looks) for t in traces) if any(stops) else None
+    steps = [[l['step'] for l in t.looks[:common]] for t in traces]
+    if any(s!=steps[0] for s in steps): raise SteeringError("runs with different schedules cannot be merged")
     cat = lambda f: None if f(first) is None else torch.cat([f(t) for t in traces])
     looks = []
-    for ls in zip(*[t.looks for t in traces]):
+    for ls in zip(*[t.looks[:common] for t in traces]):
         tensors = {n: torch.cat([l[n] for l in ls]) for n,v in ls[0].items() if isinstance(v, Tensor)}
         held = {n: torch.cat([l['held_out'][n] for l in ls]) for n in ls[0]['held_out']}
         looks.append(dict(ls[0], **tensors, held_out=held, thumbs=sum([l['thumbs'] for l in ls], [])))
     return Trace(sum([t.prompts for t in traces], []), first.settings, first.n_steps, looks,
                  cat(lambda t: t.log_z), cat(lambda t: t.log_w), cat(lambda t: t.rewards),
                  {n: torch.cat([t.held_out[n] for t in traces]) for n in first.held_out},
-                 {n: sum(t.seconds[n] for t in traces) for n in first.seconds})
+                 {n: sum(t.seconds[n] for t in traces) for n in first.seconds},
+                 '; '.join(dict.fromkeys(s for s in stops if s)), sum(t.rescored for t in traces))
 
 # %% ../nbs/09g_traces.ipynb #c2031b28
 def _alive(ancestors):
@@ -96,6 +101,7 @@ def plot(self:Trace,
 ): # matplotlib figure
     "Family tree, rewards and effective sample size of one prompt's particles."
     import matplotlib.pyplot as plt
+    if not self.looks: raise SteeringError(f"no looks in this trace: the run ended {self.stopped or 'before the first'}")
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(9, 2.3), dpi=72, width_ratios=(1.4, 1, 1))
     fig.colorbar(_tree(a, self.looks, prompt), ax=a, label='reward')
     steps, r = [l['step'] for l in self.looks], torch.stack([l['rewards'][prompt] for l in self.looks])

@@ -82,6 +82,7 @@ _REFUSED = dict( # arguments of `TrainingArguments` that this trainer does not h
     batch_eval_metrics="the metrics need all predictions at once",
     include_for_metrics="the metrics are made of probabilities and targets alone",
     save_only_model="a run could not go on from its checkpoints",
+    enable_jit_checkpoint="a stopped run would end as if it were done; save_steps decides what a killed run keeps",
     ignore_data_skip="a run that goes on would see other records", push_to_hub=_UPLOAD, hub_model_id=_UPLOAD,
     resume_from_checkpoint="pass it to train(), or resume=True to train_perspective()")
 

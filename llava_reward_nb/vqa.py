@@ -26,10 +26,10 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
                           T5Config, T5Model)
 
 from .backbones import PassLock, evaluating
-from .core import (CheckpointError, InputError, as_prompts, default_device, default_dtype, hub_folder, image_list, image_size,
-                                  load_image, load_pretrained, load_weights, progress, tensor_shapes, weight_files)
-from .phi3v import (CLIP_L14_336, CLIP_MEAN, CLIP_STD, blame, check_vocabulary, config_facts, exact_patches, load_tokenizer,
-                                   plain_ids, read_config, read_json, tokenizer_hash)
+from .core import (CheckpointError, InputError, as_prompts, default_device, default_dtype, hub_folder,
+    image_list, image_size, load_image, load_pretrained, load_weights, progress, tensor_shapes, weight_files)
+from .phi3v import (CLIP_L14_336, CLIP_MEAN, CLIP_STD, blame, check_vocabulary, config_facts, exact_patches,
+    load_tokenizer, plain_ids, read_config, read_json, tokenizer_hash)
 from .store import make_identity
 
 # %% ../nbs/09c_vqa.ipynb #b665b960
@@ -50,7 +50,7 @@ class AskReward(nn.Module):
         self.lock = PassLock()
     @property
     def device(self)->torch.device: return next(self.parameters()).device
-    def check(self, sizes, prompts): "Raise `InputError` for (width, height) and prompts that cannot be scored, before any is."
+    def check(self, sizes, prompts): "`InputError` for sizes (w, h) or prompts that cannot be used."
     def settings(self)->dict: return {} # all but weights that decides a score
     @property
     def identity(self)->str:
@@ -71,7 +71,8 @@ class AskReward(nn.Module):
         starts,out = range(0, len(items), batch_size),[]
         for i in progress(starts, desc=self.name) if len(starts)>1 else starts:
             opened = [load_image(x, n) for x,n in zip(items[i:i+batch_size], called[i:i+batch_size])]
-            with self.lock, evaluating(self): out.append(self.score_batch(opened, prompts[i:i+batch_size]).float().cpu())
+            with self.lock, evaluating(self): said = self.score_batch(opened, prompts[i:i+batch_size])
+            out.append(said.float().cpu())
         out = torch.cat(out)
         bad = (~out.isfinite()).nonzero().flatten().tolist()
         if bad: raise ValueError(f"{self.name}: the score of image {bad[0]} is not finite; the model overflows in "
@@ -197,8 +198,10 @@ class VQAScore(AskReward):
         self.t5.set_input_embeddings(self.t5.shared)
         self.lm_head = nn.Linear(d, t5.vocab_size, bias=False)
 
-    def settings(self): return dict(question=self.question, style=STYLES[self.style], answer=self.labels, tokenizer=tokenizer_hash(self.tokenizer), size=self.size,
-                                    t5=config_facts(self.t5.config), vision=config_facts(self.vision_tower.config), longest=MAX_TOKENS)
+    def settings(self):
+        said = dict(question=self.question, style=STYLES[self.style], answer=self.labels, longest=MAX_TOKENS)
+        t5,vision = config_facts(self.t5.config), config_facts(self.vision_tower.config)
+        return dict(**said, tokenizer=tokenizer_hash(self.tokenizer), size=self.size, t5=t5, vision=vision)
 
 # %% ../nbs/09c_vqa.ipynb #f3bef6e6
 @patch
@@ -256,7 +259,8 @@ def score_pixels(self:VQAScore,
     check_pixels(pixels)
     x = normalize(resize_pixels(pad_square_pixels(pixels.to(self.device).float()), (self.size,)*2))
     with self.lock, evaluating(self, grad=True):
-        return answer_prob(self.answer_logits(x, as_prompts(prompts, len(x))), torch.tensor(self.labels, device=self.device))
+        logits = self.answer_logits(x, as_prompts(prompts, len(x)))
+        return answer_prob(logits, torch.tensor(self.labels, device=self.device))
 
 # %% ../nbs/09c_vqa.ipynb #4b7edd3d
 def _flant5_name(key:str)->str:
@@ -291,7 +295,8 @@ def _flant5_config(folder:Path)->dict:
 # %% ../nbs/09c_vqa.ipynb #17b668da
 def _tower_config(folder:Path, name:str)->CLIPVisionConfig:
     "Sizes of the vision tower, which config.json names relative to the model's folder or by its hub id."
-    if not isinstance(name, str): raise CheckpointError(f"{folder/'config.json'}: mm_vision_tower is {name!r}; needed: a folder or hub id")
+    if not isinstance(name, str): raise CheckpointError(
+        f"{folder/'config.json'}: mm_vision_tower is {name!r}; needed: a folder or hub id")
     if (folder/name).is_dir(): c = read_config(folder/name/'config.json')
     elif Path(name).name=='clip-vit-large-patch14-336': c = CLIP_L14_336
     else: c = read_config(hub_folder(name, ['config.json'])/'config.json')
@@ -322,7 +327,8 @@ def from_pretrained(cls:VQAScore,
     c = _flant5_config(folder)
     with blame(folder/'config.json'):
         tokenizer, vision = _t5_tokenizer(folder, c['d_model']), _tower_config(folder, c['mm_vision_tower'])
-        t5 = T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **{k:c[k] for k in _T5_SIZES if k in c})
+        sizes = {k:c[k] for k in _T5_SIZES if k in c}
+        t5 = T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes)
         check_vocabulary(tokenizer, len(tokenizer), folder)
         with torch.device('meta'): model = cls(t5, vision, tokenizer, question, answer, style)
     files = weight_files(folder)
@@ -386,9 +392,12 @@ def load_processor(
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         tok = load_tokenizer(folder)
         for f in ('chat_template.jinja', 'chat_template.json'):
-            if not tok.chat_template and (folder/f).is_file():
-                with blame(folder/f): tok.chat_template = (folder/f).read_text(encoding='utf-8') if f.endswith('jinja') else read_json(folder/f)['chat_template']
-        with blame(folder/'preprocessor_config.json'): return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
+            if tok.chat_template or not (folder/f).is_file(): continue
+            with blame(folder/f):
+                if f.endswith('jinja'): tok.chat_template = (folder/f).read_text(encoding='utf-8')
+                else: tok.chat_template = read_json(folder/f)['chat_template']
+        with blame(folder/'preprocessor_config.json'):
+            return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
     from transformers import AutoProcessor
     try: return AutoProcessor.from_pretrained(folder)
     except ImportError as e:
@@ -413,7 +422,8 @@ class PYes(AskReward):
             f"{tok.name_or_path}: is an encoder-decoder; P(yes) needs a decoder-only chat model")
         if not (getattr(processor, 'chat_template', None) or tok.chat_template): raise CheckpointError(
             f"{tok.name_or_path}: has no chat template; take an instruction-tuned model")
-        self.model,self.processor,self.question,self.against_no = exact_patches(model),processor,question,against_no
+        self.model,self.processor = exact_patches(model),processor
+        self.question,self.against_no = question,against_no
         check_vocabulary(tok, model.get_input_embeddings().num_embeddings, tok.name_or_path)
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token
         tok.padding_side = 'right'
@@ -422,9 +432,10 @@ class PYes(AskReward):
         self.commands = sorted(t for t in special|{getattr(processor, 'image_token', '')} if t and t.strip())
 
     def settings(self):
-        template = getattr(self.processor, 'chat_template', None) or self.processor.tokenizer.chat_template
-        return dict(question=self.question, against_no=self.against_no, model=config_facts(self.model.config), template=template,
-                    tokenizer=tokenizer_hash(self.processor.tokenizer), images=config_facts(self.processor.image_processor))
+        p = self.processor
+        return dict(question=self.question, against_no=self.against_no, model=config_facts(self.model.config),
+                    template=getattr(p, 'chat_template', None) or p.tokenizer.chat_template,
+                    tokenizer=tokenizer_hash(p.tokenizer), images=config_facts(p.image_processor))
 
 # %% ../nbs/09c_vqa.ipynb #e9f181e2
 @patch
@@ -562,7 +573,10 @@ class HPSv3(AskReward):
                                      nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
         exact_patches(self)
 
-    def settings(self): return dict(instruction=self.instruction, turn=_TURN, pixels=PIXELS, model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer))
+    def settings(self):
+        model = config_facts(self.model.config)
+        said = dict(instruction=self.instruction, turn=_TURN, pixels=PIXELS)
+        return dict(**said, model=model, tokenizer=tokenizer_hash(self.tokenizer))
 
 # %% ../nbs/09c_vqa.ipynb #f82d4821
 @patch
@@ -619,7 +633,8 @@ def score_pixels(self:HPSv3,
     "The mean, differentiable in the pixels; `InputError` for anything but such a tensor."
     check_pixels(pixels)
     x = normalize(resize_pixels(pixels.float(), qwen_size(*pixels.shape[-2:])))
-    with self.lock, evaluating(self, grad=True): return self.mu_sigma(list(x), as_prompts(prompts, len(x)))[:,0]
+    texts = as_prompts(prompts, len(x))
+    with self.lock, evaluating(self, grad=True): return self.mu_sigma(list(x), texts)[:,0]
 
 # %% ../nbs/09c_vqa.ipynb #b20383ca
 def hpsv3_name(

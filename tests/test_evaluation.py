@@ -12,7 +12,7 @@ from llava_reward_nb.core import InputError
 from llava_reward_nb.evaluation import *
 from llava_reward_nb.geneval import write_samples
 from llava_reward_nb.shapes import Checker
-from llava_reward_nb.store import make_identity
+from llava_reward_nb.store import identity, make_identity
 from llava_reward_nb.tables import Table
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'evaluation'/'statistics.json').read_text(encoding='utf-8'))
@@ -441,6 +441,16 @@ def test_a_trained_reward_is_noticed_on_disk(tmp_path):
     save_file({k: -v for k, v in load_file(head).items()}, head)
     after = go('re')
     np.testing.assert_allclose(after, go('new'), atol=1e-4); assert abs(after-before).max() > 1e-2
+
+
+def test_every_reward_of_ours_says_who_it_is():
+    from llava_reward_nb.geneval import shapes_geneval
+    from llava_reward_nb.rewards import load_reward
+    names = ['tiny', 'tiny/alignment', 'tiny/safety', 'tiny-clip', 'tiny-imagereward', 'checker']
+    who = [identity(load_reward(n, device='cpu')) for n in names]+[identity(shapes_geneval())]
+    assert None not in who and len(set(who)) == len(who)
+    assert [identity(load_reward(n, device='cpu')) for n in names] == who[:-1]
+    assert identity(load_reward('tiny', device='cpu', dtype=torch.bfloat16)) not in who and identity(load_reward('tiny', device='cpu', num_crops=4)) not in who
 
 
 def test_painted_over_images_are_scored_again(tmp_path):

@@ -1,17 +1,19 @@
 "Comparisons of guiding rewards: their tables, runs that go on after they were killed, and the command that steers."
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time, warnings, zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers, numpy as np, pandas as pd, pytest, torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from llava_reward_nb import commands, guidance
-from llava_reward_nb.core import CheckpointError, read_table, write_table
+from llava_reward_nb import commands, guidance, store
+from llava_reward_nb.core import CheckpointError, InputError, read_table, write_table
 from llava_reward_nb.evaluation import PARTICLE_FIELDS, panels, table9
 from llava_reward_nb.guidance import compare_guidance, guidances, paired, rises
 from llava_reward_nb.particles import SteeringError
 from llava_reward_nb.steering import load_pipeline
+from llava_reward_nb.store import make_identity
 from llava_reward_nb.tiny_diffusion import tiny_parts
 
 torch.set_num_threads(1)
@@ -94,6 +96,159 @@ def test_what_cannot_be_compared(pipe, tmp_path):
         with pytest.raises(SteeringError, match=says): compared(pipe, tmp_path/'new', prompts)
     assert not (tmp_path/'new').exists()
 
+
+# ---- what made a comparison, and who else is at it: with a sampler that costs nothing
+
+def paint(prompt, seed, way, j, size=8):
+    rng = np.random.default_rng(zlib.crc32(f'{prompt} {seed} {way} {j}'.encode()))
+    return Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8))
+
+
+def sampler(pipe, prompts, reward, seed=0, method='fk', n_particles=2, lam=10., **kw):
+    "In place of `fk_steer`: noise that depends on prompt, seed and method alone."
+    return SimpleNamespace(images=[[paint(p, seed, method if method == 'best-of-n' else getattr(reward, '__name__', ''), j) for j in range(n_particles)] for p in prompts])
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self, w): super().__init__(); self.l = torch.nn.Linear(1, 1, bias=False); self.l.weight.data[:] = w; self.seen = 0
+    @property
+    def identity(self): return make_identity('Weighted', {}, self)
+    def forward(self, images, prompts): self.seen += len(images); return bright(images, prompts)*self.l.weight.item()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    "`compare_guidance` of a pipeline of one weight with the sampler above; `asked` lists what was sampled."
+    asked = []
+    def watched(pipe, prompts, reward, **kw): asked.append(list(prompts)); return sampler(pipe, prompts, reward, **kw)
+    monkeypatch.setattr(guidance, 'fk_steer', watched)
+    def go(out, prompts=PROMPTS, rewards=None, pipe=None, **kw):
+        return compare_guidance(pipe or fake_pipe(), prompts, rewards or dict(bright=bright, red=red), out, **{**dict(lam=300., n_particles=2), **kw})
+    go.asked = asked
+    return go
+
+
+def fake_pipe(w=1., **config):
+    scheduler = diffusers.DDIMScheduler(**config)
+    return SimpleNamespace(components=dict(unet=Weighted(w), scheduler=scheduler, none=None), scheduler=scheduler)
+
+
+def test_what_made_a_comparison_may_not_change(quick, tmp_path, monkeypatch):
+    go = lambda **kw: quick(tmp_path, **{**dict(rewards=dict(w=Weighted(1.)), metrics=dict(m=Weighted(5.)), negative_prompt='blue', extra=None), **kw})
+    go(); n = len(quick.asked); go(); assert len(quick.asked) == n # all loaded again: the same
+    for kw, says in ((dict(pipe=fake_pipe(1.0001)), 'pipeline'), (dict(pipe=fake_pipe(prediction_type='v_prediction')), 'pipeline'), (dict(rewards=dict(w=Weighted(1.0001))), 'rewards.w'),
+                     (dict(metrics=dict(m=Weighted(6.))), 'metrics.m'), (dict(negative_prompt='red'), 'negative_prompt'), (dict(extra=lambda x: x), 'extra'), (dict(guidance_scale=3.), 'guidance_scale')):
+        with pytest.raises(SteeringError, match=f'other settings.*{says}'): go(**kw)
+    monkeypatch.setattr(store, '__version__', '99')
+    with pytest.raises(SteeringError, match='pipeline.*rewards.w'): go()
+    assert len(quick.asked) == n
+
+
+def test_an_argument_that_nobody_can_compare(quick, tmp_path):
+    quick(tmp_path, PROMPTS[:1], decode=lambda z: z)
+    with pytest.raises(SteeringError, match='decode: function without identity'): quick(tmp_path, PROMPTS[:1], decode=lambda z: z)
+
+
+def test_a_reward_without_identity_goes_on_with_nothing(quick, tmp_path):
+    f = lambda images, prompts: bright(images, prompts)
+    for where, kw in (('guides', dict(rewards=dict(f=f))), ('judges', dict(metrics=dict(f=f)))):
+        assert len(quick(tmp_path/where, PROMPTS[:1], **kw))
+        with pytest.raises(SteeringError, match="nobody knows whether 'f' is the reward"): quick(tmp_path/where, PROMPTS[:1], **kw)
+
+
+@pytest.mark.parametrize('kw,says', [
+    (dict(metrics=dict(reward=red)), "'reward' is the name of a column"), (dict(rewards=dict(prompt=red)), "'prompt' is the name of a column"), (dict(metrics=dict(bright=red)), "'bright' names a reward and another"),
+    (dict(negative_prompt=['a']*5), 'negative_prompt: a comparison needs one value'), (dict(latents=torch.zeros(2)), 'latents: a comparison needs'), (dict(prompt_embeds=np.zeros(2)), 'prompt_embeds: a comparison')])
+def test_collisions_and_lists_are_refused(quick, tmp_path, kw, says):
+    with pytest.raises(ValueError, match=says): quick(tmp_path/'x', **kw)
+    assert not (tmp_path/'x').exists() and not quick.asked
+
+
+def test_images_that_changed_on_disk(quick, tmp_path):
+    before = quick(tmp_path, seeds=(0, 1))
+    n = len(quick.asked)
+    fk, none = before[(before.guidance == 'FK by red') & (before.prompt == PROMPTS[1])].iloc[0], before[(before.guidance == 'none') & (before.prompt == PROMPTS[2])].iloc[0]
+    Image.new('RGB', (8, 8), 'white').save(fk.image); Path(none.image).unlink()
+    with pytest.warns(UserWarning, match='2 images are not what they were'): after = quick(tmp_path, seeds=(0, 1))
+    assert quick.asked[n:] == [[PROMPTS[2]], [PROMPTS[1]]]
+    pd.testing.assert_frame_equal(after, before); assert Image.open(fk.image).getpixel((0, 0)) != (255, 255, 255) and Path(none.image).is_file()
+    Path(none.image).write_bytes(b'no image')
+    with pytest.warns(UserWarning, match='1 images are not'): quick(tmp_path, seeds=(0, 1))
+    with warnings.catch_warnings(): warnings.simplefilter('error'); quick(tmp_path, seeds=(0, 1))
+
+
+def test_rewards_whose_names_look_alike_keep_their_images(quick, tmp_path):
+    f = lambda w: Weighted(w)
+    long = 'runs/a-very-long-name-of-a-folder-that-goes-on/'
+    df = quick(tmp_path, PROMPTS[:2], rewards={n: f(i+1.) for i, n in enumerate(('a b', 'a-b', 'A B', long+'x', long+'y'))}, ways=('none', 'fk'))
+    assert df.image.str.lower().nunique() == len(df) == len(list((tmp_path/'images').glob('*.png')))
+
+
+def test_a_judge_that_stumbles_leaves_a_gap(quick, tmp_path):
+    class Odd:
+        identity = 'odd'
+        def __init__(self, bad): self.bad = bad
+        def __call__(self, images, prompts):
+            if PROMPTS[1] in prompts and isinstance(self.bad, type): raise self.bad('this one')
+            return torch.tensor([self.bad if p == PROMPTS[1] else 1. for p in prompts])
+    for i, bad in enumerate((ValueError, KeyError, float('inf'), float('nan'))):
+        with pytest.warns(UserWarning, match='4 scores are missing.*odd'): df = quick(tmp_path/str(i), metrics=dict(odd=Odd(bad)), ways=('none', 'fk'), rewards=dict(bright=bright))
+        assert df.odd.isna().sum() == 4 and df.bright.notna().all()
+        assert any('odd: 4 of 20 particles' in n for n in table9(df).notes)
+    class Broken:
+        identity = 'broken'
+        def __call__(self, images, prompts): return images.not_there
+    with pytest.raises(InputError, match="'broken' fails on everything"): quick(tmp_path/'x', metrics=dict(broken=Broken()))
+
+
+def test_infinite_scores_rise_nowhere(quick, tmp_path):
+    df = quick(tmp_path); bad = df.copy(); bad.loc[3, 'red'] = np.inf
+    lost = df.copy(); lost.loc[3, 'red'] = np.nan
+    pd.testing.assert_frame_equal(rises(bad), rises(lost)); assert np.isfinite(rises(bad).to_numpy()).all()
+    pair = [('FK by red', 'none')]
+    pd.testing.assert_frame_equal(paired(bad, pair), paired(lost, pair))
+
+
+def test_interrupted_comparison_keeps_what_is_done(quick, tmp_path, monkeypatch):
+    calls = []
+    def tired(pipe, prompts, reward, **kw):
+        calls.append(prompts)
+        if len(calls) > 3: raise KeyboardInterrupt
+        return sampler(pipe, prompts, reward, **kw)
+    monkeypatch.setattr(guidance, 'fk_steer', tired)
+    with pytest.raises(KeyboardInterrupt): quick(tmp_path, batch_prompts=2)
+    assert len(read_table(tmp_path/'scores.parquet')) == 2*2*5 # the first two prompts: unsteered (three guidances), and steered by each reward
+    monkeypatch.setattr(guidance, 'fk_steer', sampler)
+    pd.testing.assert_frame_equal(quick(tmp_path, batch_prompts=2), quick(tmp_path/'whole', batch_prompts=5).assign(image=lambda d: d.image.str.replace('/whole/', '/')))
+
+
+BESIDE = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import test_guidance as t
+from llava_reward_nb import guidance
+def slow(*a, **k): time.sleep(.05); return t.sampler(*a, **k)
+guidance.fk_steer = slow
+guidance.compare_guidance(t.fake_pipe(), t.PROMPTS[:3]+['a circle'], dict(bright=t.bright, red=t.red), sys.argv[1], lam=300., n_particles=2, batch_prompts=1, seeds=(0, 1))
+"""
+
+
+def test_two_comparisons_in_one_folder(tmp_path, monkeypatch):
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parent.parent))
+    p = subprocess.Popen([sys.executable, '-c', BESIDE, str(tmp_path), str(Path(__file__).parent)], env=env)
+    def slow(*a, **k): time.sleep(.05); return sampler(*a, **k)
+    monkeypatch.setattr(guidance, 'fk_steer', slow)
+    while not (tmp_path/'scores.parquet').exists() and p.poll() is None: time.sleep(.01)
+    go = lambda prompts: compare_guidance(fake_pipe(), prompts, dict(bright=bright, red=red), tmp_path, lam=300., n_particles=2, batch_prompts=1, seeds=(1, 0))
+    go(PROMPTS[2::-1]+['a square'])
+    assert p.wait(timeout=300) == 0
+    df = pd.DataFrame(read_table(tmp_path/'scores.parquet'))
+    assert len(df) == 5*2*2*5 and not df.duplicated(['seed', 'prompt', 'guidance', 'particle']).any()
+    monkeypatch.setattr(guidance, 'fk_steer', None) # nothing is left to sample, and all images are those that were scored
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert len(go(PROMPTS[:3]+['a square', 'a circle'])) == len(df)
+
+
+# ---- the command
 
 def args(folder, out, *more):
     return [*PROMPTS, '--model', folder, '--reward', 'tiny/alignment', '--held-out', 'checker', '--n-particles', '2', '--steps', '6', '--batch-prompts', '1', '--device', 'cpu', '--out', out, *more]

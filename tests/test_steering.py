@@ -1,5 +1,5 @@
 "Steering of tiny random pipelines of every family, of every supported scheduler, and exactness on Gaussian mixtures."
-import copy, inspect, math
+import contextlib, copy, inspect, math, threading
 from types import SimpleNamespace
 
 import diffusers, numpy as np, pytest, torch
@@ -8,6 +8,7 @@ from scipy import stats
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from llava_reward_nb.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
+from llava_reward_nb.schedulers import FlowSDEScheduler
 from llava_reward_nb.steering import decode_latents, fk_steer, steer, stochastic
 
 torch.set_num_threads(1)
@@ -296,6 +297,163 @@ def test_published_and_beam(sd):
     assert len(set(beam.trace.looks[-1]['ancestors'][0].tolist()))==4
 
 
+# ---- what goes with a prompt ----
+
+PROMPTS, K = ['red', 'blue', 'a'], 2
+
+
+def picture(seed, size=64):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
+
+
+def mask(part):
+    m = np.zeros((64, 64), dtype=np.uint8)
+    m[:part] = 255
+    return Image.fromarray(m)
+
+
+def embeds(sd, text): return torch.cat([sd.encode_prompt(t, 'cpu', 1, False)[0] for t in text]).detach()
+
+
+def per_prompt(sd):
+    "For each case: the kind of pipeline, and arguments for all prompts."
+    pics, latents = [picture(i) for i in range(3)], torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    from_image = dict(image=pics, strength=.8)
+    tensors = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/127.5-1 for im in pics])
+    return dict(
+        negative_string=('', dict(negative_prompt='blue')), negative_list=('', dict(negative_prompt=['b', 'c', 'd'])),
+        embeddings=('', dict(prompt_embeds=embeds(sd, PROMPTS), negative_prompt_embeds=embeds(sd, ['', 'b', 'c']))),
+        latents=('', dict(latents=latents)), images=('Img2Img', from_image), one_image=('Img2Img', dict(image=pics[0], strength=.8)),
+        image_tensor=('Img2Img', dict(image=tensors, strength=.8)), image_arrays=('Img2Img', dict(image=[np.asarray(im, dtype=np.float32)/255 for im in pics], strength=.8)),
+        inpaint=('Inpaint', dict(from_image, mask_image=[mask(16), mask(32), mask(48)], height=64, width=64)),
+        inpaint_one=('Inpaint', dict(image=pics[0], mask_image=mask(32), strength=.8, height=64, width=64)))
+
+
+def tiny_pipe(sd, kind):
+    p = getattr(diffusers, f'StableDiffusion{kind}Pipeline')(**sd.components, requires_safety_checker=False)
+    p.set_progress_bar_config(disable=True)
+    return p
+
+
+@pytest.mark.parametrize('case', ['negative_string', 'negative_list', 'embeddings', 'latents', 'images', 'one_image', 'image_tensor', 'image_arrays', 'inpaint', 'inpaint_one'])
+def test_arguments_go_with_their_prompts(sd, case):
+    "One prompt at a time, two, or all: the same images; and a prompt alone with what is its own gives them too."
+    kind, kw = per_prompt(sd)[case]
+    p, common = tiny_pipe(sd, kind), dict(n_particles=K, num_inference_steps=4, guidance_scale=3., lam=50., steps=[])
+    with pytest.warns(UserWarning) if kind=='Inpaint' else contextlib.nullcontext():
+        runs = [fk_steer(p, PROMPTS, brightness, batch_prompts=b, **common, **kw) for b in (1, 2, None)]
+        own = {n: v if isinstance(v, (str, int, float, Image.Image)) else v[4:6] if n=='latents' else v[2:3] for n, v in kw.items()}
+        alone = fk_steer(p, PROMPTS[2], brightness, **common, **own)
+    for run in runs[1:]:
+        for a, b in zip(runs[0].images, run.images): assert all(same(x, y) for x, y in zip(a, b))
+        assert torch.allclose(run.rewards, runs[0].rewards, atol=2/255)
+    assert all(same(x, y) for x, y in zip(alone.images[0], runs[0].images[2]))
+    for ims, r in zip(runs[2].images, runs[2].rewards): assert torch.allclose(brightness(ims, None).double(), r, atol=2/255)
+
+
+def test_start_images_stand_with_their_prompts(sd):
+    "Almost without noise, three particles of two prompts show r r r b b b."
+    red, blue = (Image.new('RGB', (64, 64), c) for c in ('red', 'blue'))
+    p, seen = tiny_pipe(sd, 'Img2Img'), []
+    encode = p.vae.encode
+    def spy(x, *a, **kw):
+        seen.append(int(x[0, 0].mean()>x[0, 2].mean()))
+        return encode(x, *a, **kw)
+    p.vae.encode = spy
+    try: fk_steer(p, ['red', 'blue'], brightness, image=[red, blue], strength=.5, n_particles=3, num_inference_steps=4, steps=[])
+    finally: del p.vae.encode
+    assert seen==[1, 1, 1, 0, 0, 0]
+
+
+def test_wrong_lengths_are_refused_by_name(sd):
+    go = lambda kind='', **kw: fk_steer(tiny_pipe(sd, kind), ['red', 'a'], brightness, n_particles=3, num_inference_steps=4, **kw)
+    with pytest.raises(SteeringError, match='negative_prompt: 3 for 2 prompts; needed: one for each prompt, 2'): go(negative_prompt=['a']*3)
+    with pytest.raises(SteeringError, match='image: 3 for 2 prompts'): go('Img2Img', image=[picture(0)]*3)
+    with pytest.raises(SteeringError, match='latents: 2 for 2 prompts with 3 particles each; needed: one for each particle, 6'): go(latents=torch.zeros(2, 4, 8, 8))
+    with pytest.raises(SteeringError, match='prompt_embeds: 1 for 2'): go(prompt_embeds=torch.zeros(1, 16, 32))
+
+
+# ---- changed at the end, interrupted ----
+
+def test_inpainting_reports_the_returned_images(sd):
+    "A U-Net of four channels pastes the known part back after the step: the last look's image is not the one returned."
+    p = tiny_pipe(sd, 'Inpaint')
+    kw = dict(image=[picture(0), picture(1)], mask_image=mask(32), height=64, width=64, n_particles=3, num_inference_steps=5, lam=20., seed=1)
+    with pytest.warns(UserWarning, match='were changed after the last step'): res = fk_steer(p, ['red', 'a'], brightness, held_out=dict(again=brightness), **kw)
+    now = torch.stack([brightness(ims, None).double() for ims in res.images])
+    assert torch.allclose(now, res.rewards, atol=2/255) and torch.allclose(res.trace.held_out['again'], res.rewards)
+    assert res.trace.rescored and res.trace.log_w.abs().max()>0
+
+
+def test_a_callback_that_changes_latents(sd):
+    def brighter(pipe, i, t, kw): return dict(latents=kw['latents']+.5*(i==4))
+    with pytest.warns(UserWarning, match='6 of 6 images were changed'): res = fk_steer(sd, ['red', 'a'], brightness, n_particles=3, num_inference_steps=5, callback_on_step_end=brighter)
+    plain = fk_steer(sd, ['red', 'a'], brightness, n_particles=3, num_inference_steps=5)
+    assert plain.trace.rescored==0 and plain.trace.log_w.abs().max()==0
+    for ims, r in zip(res.images, res.rewards): assert torch.allclose(brightness(ims, None).double(), r, atol=2/255)
+    assert torch.allclose(res.trace.log_w, 10*(res.rewards-plain.rewards), atol=.2)
+    assert torch.allclose(res.trace.log_z, plain.trace.log_z+res.trace.log_w.logsumexp(1)-math.log(3), atol=.2)
+    for kind in ('np', 'pt', 'latent'): # other outputs are compared too
+        out = fk_steer(sd, ['red', 'a'], brightness, n_particles=3, num_inference_steps=5, output_type=kind)
+        assert out.trace.rescored==0 and torch.allclose(out.rewards, plain.rewards, atol=2/255)
+    with pytest.warns(UserWarning, match='changed latents after a step'), steer(sd, brightness, ['red', 'a'], n_particles=3) as fk:
+        sd(**fk.pipe_kwargs, num_inference_steps=5, callback_on_step_end=lambda pipe, i, t, kw: dict(latents=kw['latents']+.5))
+
+
+def test_interrupted(sd):
+    def stop(pipe, i, t, kw):
+        pipe._interrupt = i==2
+        return kw
+    with pytest.warns(UserWarning, match='stopped after 3 of 6 steps'): res = fk_steer(sd, ['red', 'a'], brightness, n_particles=2, num_inference_steps=6, callback_on_step_end=stop)
+    assert res.trace.stopped=='after 3 of 6 steps'
+    for ims, r in zip(res.images, res.rewards): assert torch.allclose(brightness(ims, None).double(), r, atol=2/255)
+    def fail(pipe, i, t, kw):
+        if i==2: raise KeyError('lost')
+        return kw
+    fk = steer(sd, brightness, 'a', n_particles=2)
+    with pytest.raises(KeyError): fk(num_inference_steps=6, callback_on_step_end=fail)
+    assert fk.trace.stopped=="after 3 of 6 steps (KeyError: 'lost')" and fk.trace.rewards.isnan().all() and 'step' not in vars(sd.scheduler)
+
+
+def test_two_threads_cannot_steer_one_pipeline(sd):
+    inside, go = threading.Event(), threading.Event()
+    def first():
+        with steer(sd, brightness, 'a', n_particles=2):
+            inside.set()
+            go.wait(20)
+    t = threading.Thread(target=first)
+    with pytest.warns(UserWarning, match='nothing was steered'):
+        t.start()
+        assert inside.wait(20)
+        with pytest.raises(SteeringError, match='being steered already'): fk_steer(sd, 'a', brightness, n_particles=2, num_inference_steps=4)
+        go.set()
+        t.join()
+    assert 'step' not in vars(sd.scheduler)
+
+
+# ---- flow models ----
+
+def test_flow_scheduler_in_pipelines(clip_tokenizer, t5_tokenizer, tmp_path):
+    "Saved and loaded with the pipeline; dynamic shift; custom sigmas."
+    p = tiny_sd3(clip_tokenizer)
+    p.scheduler = stochastic(p.scheduler)
+    assert type(p.scheduler) is FlowSDEScheduler and p.scheduler.config.shift==3.
+    p.save_pretrained(tmp_path)
+    again = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler).__name__=='FlowSDEScheduler' and again.scheduler.config.noise_level==.7
+    res = fk_steer(again, ['red', 'a'], brightness, n_particles=2, num_inference_steps=4, height=64, width=64, sigmas=[1., .7, .4, .1])
+    assert res.trace.n_steps==4
+    p = tiny_flux(clip_tokenizer, t5_tokenizer)
+    p.set_progress_bar_config(disable=True)
+    p.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(p.scheduler.config, stochastic_sampling=True)
+    go = lambda: fk_steer(p, ['red', 'a'], brightness, n_particles=2, num_inference_steps=4, **CALLS['flux'])
+    with pytest.raises(SteeringError, match='loses the model'): go()
+    p.scheduler = stochastic(p.scheduler)
+    assert type(p.scheduler) is FlowSDEScheduler and p.scheduler.config.use_dynamic_shifting
+    for ims, r in zip((res := go()).images, res.rewards): assert torch.allclose(brightness(ims, None).double(), r, atol=2/255)
+
+
 # ---- exactness ----
 
 class Mixture:
@@ -334,9 +492,12 @@ PLANE_PAIRS = list(zip(POTENTIALS, RESAMPLERS))
 
 @pytest.mark.parametrize('world,potential,resampler', [(LINE, p, r) for p in POTENTIALS for r in RESAMPLERS] + [(PLANE, p, r) for p, r in PLANE_PAIRS],
                          ids=[f'1d-{p}-{r}' for p in POTENTIALS for r in RESAMPLERS]+[f'2d-{p}-{r}' for p, r in PLANE_PAIRS])
-def test_exact(world, potential, resampler):
+def test_exact(world, potential, resampler): exact(world, potential, resampler, [150, 300])
+
+
+def exact(world, potential, resampler, steps):
     (p, a), lam = world, .7
-    fk = steer(p, lambda x, _: x@a, ['x'], decode=lambda z: z, batch_size=10**6, thumbnail=0, n_particles=20_000, lam=lam, steps=[150, 300], potential=potential,
+    fk = steer(p, lambda x, _: x@a, ['x'], decode=lambda z: z, batch_size=10**6, thumbnail=0, n_particles=20_000, lam=lam, steps=steps, potential=potential,
                resampler=resampler, ess_min=1.)
     x = fk().images
     target, Z = p.tilt(a, lam)
@@ -351,3 +512,33 @@ def test_exact(world, potential, resampler):
         d = stats.ks_2samp(y.numpy(), ref[:, c].numpy()).statistic
         assert stats.kstwobign.sf(d*math.sqrt(n*2e5/(n+2e5))) > .01
     assert abs(fk.trace.log_z.exp().item()-Z) < .05*Z
+
+
+class Flow(Mixture):
+    "Exact velocity of the same mixtures, through the Flow-SDE."
+    def __init__(self, mu, s, w):
+        super().__init__(mu, s, w)
+        self.scheduler = stochastic(diffusers.FlowMatchEulerDiscreteScheduler())
+
+    def __call__(self, prompt, num_inference_steps=300, generator=None):
+        x, g, sch = torch.randn(len(prompt), self.mu.shape[1], generator=generator[0]), generator[0], self.scheduler
+        sch.set_timesteps(num_inference_steps)
+        for t in sch.timesteps:
+            sigma = float(t)/1000
+            d, v = x[:, None]-(1-sigma)*self.mu, (1-sigma)**2*self.s**2+sigma**2
+            post = torch.softmax(self.w.log()-d.square().sum(-1)/(2*v)-.5*self.mu.shape[1]*v.log(), -1)
+            x0 = (post[..., None]*(self.mu+((1-sigma)*self.s**2/v)[:, None]*d)).sum(1)
+            x = sch.step((x-x0)/sigma, t, x, generator=g, return_dict=False)[0]
+        return SimpleNamespace(images=x)
+
+
+FLOW_LINE = Flow([[-1.5], [1.]], [.4, .6], [.7, .3]), torch.tensor([1.])
+FLOW_PLANE = Flow([[-1., -1.], [1., -.5], [0., 1.2]], [.4, .5, .3], [.5, .3, .2]), torch.tensor([.8, .6])
+
+
+FLOW_PAIRS = [(p, 'systematic') for p in POTENTIALS]+[('difference', r) for r in RESAMPLERS if r!='systematic']
+
+
+@pytest.mark.parametrize('world,potential,resampler', [(FLOW_LINE, p, r) for p, r in FLOW_PAIRS]+[(FLOW_PLANE, p, r) for p, r in PLANE_PAIRS],
+                         ids=[f'1d-{p}-{r}' for p, r in FLOW_PAIRS]+[f'2d-{p}-{r}' for p, r in PLANE_PAIRS])
+def test_exact_flow(world, potential, resampler): exact(world, potential, resampler, [90, 180])

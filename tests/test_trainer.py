@@ -1,5 +1,5 @@
 "Training against the reference's numbers; and a run that is killed and goes on, bit for bit."
-import json, math, os, shutil, signal, subprocess, sys, time
+import json, math, multiprocessing, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -293,10 +293,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
 
 def test_spawned_workers_give_the_same_weights(tmp_path):
     pairs, out = load_records(write_records(alignment_pairs(8, seed=0), tmp_path/'pairs')), {}
-    for workers in 0, 1:
-        kw = dict(dataloader_num_workers=workers, dataloader_multiprocessing_context='spawn') if workers else {}
-        train_perspective(tiny(), 'a', pairs, config(tmp_path/str(workers), max_steps=2, **kw))
-        out[workers] = weights(tmp_path/str(workers)/'a')
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method('spawn', force=True)
+    try:
+        for workers in 0, 1:
+            train_perspective(tiny(), 'a', pairs, config(tmp_path/str(workers), max_steps=2, dataloader_num_workers=workers))
+            out[workers] = weights(tmp_path/str(workers)/'a')
+    finally: multiprocessing.set_start_method(usual, force=True)
     assert out[0].keys() == out[1].keys()
     for k in out[0]: assert_close(out[0][k], out[1][k], rtol=1e-5, atol=1e-7)
 
