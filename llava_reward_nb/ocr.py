@@ -204,6 +204,8 @@ def _by_blocks(lines:list)->list: # indices of lines, block by block
     return [k for b in blocks for k in b]
 
 # %% ../nbs/09i_ocr.ipynb #5d9c501c
+_ALIKE = .4 # a score from here on is a text that was meant; below, it is another one
+
 @dataclass(frozen=True)
 class Found:
     "A wanted text, and the best that was found for it."
@@ -220,7 +222,7 @@ class Verdict:
     lines:tuple    # all that was read, of `Line`
 
     def __str__(self):
-        said = [f'{f.wanted!r} is there' if f.score==1 else f'{f.wanted!r} is missing' if f.score<.4 else
+        said = [f'{f.wanted!r} is there' if f.score==1 else f'{f.wanted!r} is missing' if f.score<_ALIKE else
                 f'{f.wanted!r} reads {f.read!r} ({f.score:.2f})' for f in self.found]
         used = {k for f in self.found for k in f.lines}
         other = [l.text for k,l in enumerate(self.lines) if k not in used]
@@ -367,7 +369,7 @@ def draw_verdict(
     from PIL import ImageDraw
     im = load_image(image).copy()
     draw,width = ImageDraw.Draw(im),width or max(2, max(im.size)//170)
-    how = {k:'right' if f.score==1 else 'near' for f in verdict.found for k in f.lines}
+    how = {k:'right' if f.score==1 else 'near' for f in verdict.found if f.score>=_ALIKE for k in f.lines}
     for k,l in enumerate(verdict.lines):
         if l.box: draw.line([*l.box, l.box[0], l.box[1]], _COLORS[how.get(k,'other')], width, joint='curve')
     return im
