@@ -202,7 +202,8 @@ def find(self:Collector,
     x, # path as written in a record
 )->Path|None:
     "Where the image lies here, if anywhere."
-    p = Path(str(x)).expanduser()
+    try: p = Path(str(x)).expanduser()
+    except RuntimeError: p = Path(str(x)) # ~ of a user that is not here
     tries = [p] if p.is_absolute() else [f/p for f in self.folders]+[p]
     tries += [g/p.name for f in self.folders for g in (f, f/'images')]
     try: return next((t for t in tries if t.is_file()), None)
@@ -566,6 +567,18 @@ def read_tifa160(
 SAMPLE_FIELDS = dict(prompt_set='', model='', seed=0, particle=0, guidance='none',
                      guidance_score=np.nan) # and what they are if not given
 
+def _sample_fields(c:Collector, fields:dict)->dict|None: # None with a fault
+    got = {}
+    for k,default in SAMPLE_FIELDS.items():
+        v = fields.get(k)
+        if v is None or v=='' or v!=v: got[k] = default
+        elif isinstance(default, str): got[k] = str(v)
+        elif _known(v) is None: return c.fault(k, f"is {v!r:.60}; it must be a number")
+        elif isinstance(default, float): got[k] = float(v)
+        elif float(v)%1: return c.fault(k, f"is {v!r:.60}; it must be a whole number")
+        else: got[k] = int(v)
+    return got
+
 def add_sample(
     c:Collector,
     image,            # path, PIL image
@@ -576,16 +589,10 @@ def add_sample(
     **fields,         # of `SAMPLE_FIELDS`
 ):
     "Add one generated image."
-    got = {}
-    for k,default in SAMPLE_FIELDS.items():
-        v = default if fields.get(k) in (None,'') else fields[k]
-        if isinstance(default, str): got[k] = str(v)
-        elif v!=v: got[k] = default
-        elif _known(v) is None or isinstance(default, int) and float(v)%1: c.fault(k, f"is {v!r:.60}; it must be a {'whole ' if isinstance(default,int) else ''}number"); return
-        else: got[k] = int(v) if isinstance(default, int) else float(v)
-    c.add('sample', c.item(image, prompt, 'image', name), part=got['prompt_set'], category=task['tag'] if task
-          else category, group=prompt,
-          task=json.dumps(task, sort_keys=True) if task else '', prompt=prompt, **got)
+    got = _sample_fields(c, fields)
+    if got:
+        c.add('sample', c.item(image, prompt, 'image', name), part=got['prompt_set'], category=task['tag'] if task else category,
+              group=prompt, task=json.dumps(task, sort_keys=True) if task else '', prompt=prompt, **got)
     c.count += 1
 
 def _sample_folders(path:Path)->list: # (folder that holds 00000 and so on, names on the way to it)

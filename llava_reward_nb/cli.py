@@ -1073,7 +1073,7 @@ def _training_recipe(out, resume, precision, gradient_checkpointing, workers, ev
         f"{out}: has checkpoints of an earlier run; go on with --resume, or choose another --out")
     if precision not in (None, *DTYPES): raise InputError(f"--precision {precision}: use one of {', '.join(DTYPES)}")
     if workers<0: raise InputError(f"--workers {workers}: must be 0 or more")
-    new = 'activation_checkpointing' in RewardConfig.__dataclass_fields__ # its name from transformers 5.20 on
+    new = 'activation_checkpointing' in RewardConfig.__dataclass_fields__ # its name in newer versions of transformers
     if gradient_checkpointing: settings['activation_checkpointing' if new else 'gradient_checkpointing'] = True
     if precision: settings |= dict(bf16=precision=='bfloat16', fp16=precision=='float16')
     if eval_steps: settings |= dict(eval_strategy='steps', eval_steps=eval_steps)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .backbones import Phi3VBackbone, evaluating
 from .clip import check_pixels
-from .core import (MODELS, CheckpointError, InputError, as_prompts, hub_folder, image_key, image_list, open_image,
-                                  progress as progress_bar)
+from .core import (MODELS, CheckpointError, InputError, as_prompts, hub_folder, image_key, image_list,
+                                  open_image, progress as progress_bar)
 from .model import RewardModel, _perspective_folders
 from .phi3v import hd_shape
 from .shapes import Checker
@@ -67,7 +67,8 @@ def _perspective_of(
     head,_,tail = str(spec).rpartition('/')
     if head in MODELS: return head,tail
     parts = str(spec).split('/')
-    if len(parts)>2 and parts[0] not in ('', '.', '..', '~'): return '/'.join(parts[:2]),parts[-1] # 'owner/name/…/perspective'
+    hub = len(parts)>2 and parts[0] not in ('', '.', '..', '~') # 'owner/name/…/perspective'
+    if hub: return '/'.join(parts[:2]),parts[-1]
     return str(spec),None
 
 def _pick_perspective(name)->str:
@@ -77,7 +78,8 @@ def _pick_perspective(name)->str:
     found = _perspective_folders(folder)
     if list(found.values())==[folder]: return None
     if not found: raise ValueError(f"{name}: has no reward_config.json and no folder with one, so it is no reward; pass a perspective's folder")
-    if len(found)>1: raise ValueError(f"{name} has the perspectives {', '.join(found)}; name one, such as '{name}/{next(iter(found))}'")
+    if len(found)>1: raise ValueError(
+        f"{name} has the perspectives {', '.join(found)}; name one, such as '{name}/{next(iter(found))}'")
     return next(iter(found))
 
 # %% ../nbs/09e_rewards.ipynb #82048c11
@@ -141,7 +143,7 @@ def encode_pixels(self:Phi3VBackbone,
 # %% ../nbs/09e_rewards.ipynb #f814c5fe
 @contextmanager
 def _only_pixels(model:RewardModel, perspective:str):
-    "Eval mode with one perspective and without gradients to weights; all is put back in the end, after an exception too."
+    "Eval mode with one perspective and without gradients to weights; all is put back, whatever happened."
     with model.using(perspective), evaluating(model, grad=True):
         trained = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -237,11 +239,12 @@ def _ask(name:str, reward, images:list, prompts:list)->Tensor:
     said = reward(images, prompts)
     try: out = torch.as_tensor(said)
     except (TypeError, ValueError, RuntimeError): out = None
+    got = 'a '+type(said).__name__ if out is None else f'shape {tuple(out.shape)}'
     if out is None or out.shape!=(len(images),): raise _BrokenReward(
-        f"reward {name!r} returned {'a '+type(said).__name__ if out is None else f'shape {tuple(out.shape)}'} for {len(images)} images; needed: one number for each")
+        f"reward {name!r} returned {got} for {len(images)} images; needed: one number for each")
     return out.detach().float().cpu()
 
-def _score(name:str, reward, images:list, prompts:list)->tuple: # scores (n,), {index: reason} where there is none
+def _score(name:str, reward, images:list, prompts:list)->tuple: # scores (n,), {index: reason} of missing ones
     "Scores of a batch; an item that the reward rejects costs no other item its score."
     try: out = _ask(name, reward, images, prompts)
     except (CheckpointError, _BrokenReward): raise
@@ -249,7 +252,8 @@ def _score(name:str, reward, images:list, prompts:list)->tuple: # scores (n,), {
         if len(images)==1: return torch.tensor([torch.nan]),{0:str(e)}
         alone = [_score(name, reward, [im], [p]) for im,p in zip(images, prompts)]
         return torch.cat([s for s,_ in alone]),{i:why[0] for i,(_,why) in enumerate(alone) if why}
-    why = {i:f"gave {out[i].item()}, which is no score" for i in (~out.isfinite()).nonzero().flatten().tolist()}
+    bad = (~out.isfinite()).nonzero().flatten().tolist()
+    why = {i:f"gave {out[i].item()}, which is no score" for i in bad}
     return torch.where(out.isfinite(), out, torch.nan),why
 
 def _open(x, called:str, opened:dict, last:dict):
@@ -268,23 +272,25 @@ def score_all(
     prompts,            # one prompt or n of them
     batch_size:int=16,  # images that are open at a time
     progress:bool=True, # show a bar
-): # DataFrame: a row for each image in the order given, a column for each reward; attrs['failed'] lists what has no score, and why
-    "Score images with several rewards, opening each image once; warns about missing scores, ValueError for rewards that return something else than n numbers."
+): # DataFrame: row by image, column by reward; attrs['failed'] says what has no score, and why
+    "Score images with several rewards, each opened once; warns of missing scores."
     import pandas as pd
     if not rewards: raise ValueError("no rewards; pass a dict such as {'tiny': load_reward('tiny')}")
     items = image_list(images)
     called = [str(x) if isinstance(image_key(x), str) else f'image {i}' for i,x in enumerate(items)]
-    prompts,scores,opened = as_prompts(prompts, len(items)),torch.full((len(items),len(rewards)), torch.nan),{}
+    prompts,opened = as_prompts(prompts, len(items)),{}
+    scores = torch.full((len(items),len(rewards)), torch.nan)
     shut,rejected,batches = [],[],_batches(items, batch_size)
     for batch in progress_bar(batches, desc='scoring') if progress else batches:
         last,opened = opened,{}
         got = {i:_open(items[i], called[i], opened, last) for i in batch}
-        shut += [dict(item=i, image=called[i], reward=None, error=e) for i,e in got.items() if isinstance(e, str)]
         good = [i for i in batch if not isinstance(got[i], str)]
+        shut += [dict(item=i, image=called[i], reward=None, error=got[i]) for i in batch if i not in good]
         for j,(name,r) in enumerate(rewards.items()):
             if not good: break
             scores[good,j],why = _score(name, r, [got[i] for i in good], [prompts[i] for i in good])
-            rejected += [dict(item=good[k], image=called[good[k]], reward=name, error=e) for k,e in why.items()]
+            why = {good[k]:e for k,e in why.items()}
+            rejected += [dict(item=i, image=called[i], reward=name, error=e) for i,e in why.items()]
     _tell(shut, f"{len(shut)} of {len(items)} images do not open and have no scores")
     _tell(rejected, f"{len(rejected)} of {scores.numel()} scores are missing")
     table = pd.DataFrame(scores.numpy(), columns=list(rewards))
@@ -293,5 +299,6 @@ def score_all(
 
 def _tell(failed:list, what:str):
     "Warn, with the first reasons."
-    said = [f"{f['reward']+', item '+str(f['item'])+': ' if f['reward'] else ''}{f['error']}" for f in failed[:3]]
+    who = lambda f: f"{f['reward']}, item {f['item']}: " if f['reward'] else ''
+    said = [who(f)+f['error'] for f in failed[:3]]
     if failed: warnings.warn(f"{what}: {'; '.join(said)}{' …' if len(failed)>3 else ''}", stacklevel=3)
