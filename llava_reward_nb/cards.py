@@ -19,17 +19,20 @@ class Card:
     "What to know of a reward before it is loaded."
     weights:str      # where they come from: 'package', 'wheel NAME', 'hub', 'endpoint' or 'none'
     size:str         # of the weights
-    licence:str      # of the weights where they are known to have one of their own, else of the code that they were published with
+    licence:str      # of the weights; '(code)': of what they were published with
     extra:str=''     # what to install: an extra of this package, or '' for nothing
     prompt:bool=True # it reads the prompt
     tables:tuple=()  # benchmarks with a published column for it, names of `SPECS`; others in words
 
-EXTRAS = dict(metrics='ftfy scipy', grader='openai', ocr='rapidocr onnxruntime rapidfuzz opencv-python-headless',
+EXTRAS = dict(metrics='ftfy scipy', grader='openai',
+              ocr='rapidocr onnxruntime rapidfuzz opencv-python-headless',
               nudenet='nudenet onnxruntime opencv-python-headless') # what the extras install
 
 CARDS = {
-    'llava-reward': Card('hub', '4.2 B parameters and adapters', 'Apache-2.0 (code)', tables=('mjbench','geneval')),
-    'clipscore': Card('hub', '0.4 B parameters', 'MIT (code)', 'metrics', tables=('mjbench','tifa160','geneval')),
+    'llava-reward': Card('hub', '4.2 B parameters and adapters', 'Apache-2.0 (code)',
+                         tables=('mjbench','geneval')),
+    'clipscore': Card('hub', '0.4 B parameters', 'MIT (code)', 'metrics',
+                      tables=('mjbench','tifa160','geneval')),
     'pickscore': Card('hub', '1 B parameters', 'MIT (code)', 'metrics', tables=('mjbench',)),
     'hpsv2': Card('hub', '1 B parameters', 'Apache-2.0 (code)', 'metrics', tables=('hpdv2',)),
     'hpsv2.1': Card('hub', '1 B parameters', 'Apache-2.0 (code)', 'metrics', tables=('mjbench',)),
@@ -53,8 +56,9 @@ CARDS = {
 def card_of(
     spec, # see `load_reward`
 )->Card:
-    "The card of a reward by its name; a folder is a LLaVA-Reward, and `InputError` is raised for anything that has no name."
-    if not isinstance(spec, str): raise InputError(f"{type(spec).__name__}: only rewards with a name have a card")
+    "The card of a reward by its name; a folder is a LLaVA-Reward, and `InputError` for what has no name."
+    if not isinstance(spec, str):
+        raise InputError(f"{type(spec).__name__}: only rewards with a name have a card")
     name = spec.partition(':')[0]
     if spec.partition('/')[0]=='tiny': name = 'tiny'
     return CARDS.get(name, CARDS['llava-reward'])
@@ -70,30 +74,37 @@ def _class_of(name:str):
 
 _RANGES = {'llava-reward':'unbounded', 'checker':'0 to 1'} # said by an instance, not by the class
 
-_SHORT_ABOUT = {'tiny':'the embedded LLaVA-Reward, which knows drawings of coloured shapes only', 'tiny-clip':'CLIPScore of the same world',
+_SHORT_ABOUT = {'tiny':'the embedded LLaVA-Reward, which knows drawings of coloured shapes only',
+                'tiny-clip':'CLIPScore of the same world',
                 'tiny-imagereward':'ImageReward of the same world'}
 
 def reward_rows(
     names=None, # which; default: all
-)->list: # of dicts of text: reward, measures, range, weights, size, licence, install, prompt, gradients, tables
+)->list: # of dicts: reward, measures, range, weights, size, licence, install, prompt, gradients, tables
     "What there is to know of each reward; higher is better for all. `InputError` for an unknown name."
     odd = [n for n in names or [] if n not in CARDS]
     if odd: raise InputError(f"no reward is called {odd[0]!r}; there are {', '.join(CARDS)}")
     out = []
     for name in names or CARDS:
         card,cls,source = CARDS[name],_class_of(name),SHORT.get(name, name).partition(':')[0]
-        default = REWARDS[name].default if name in REWARDS and card.weights in ('hub','endpoint') else ''
-        install = f'pip install {EXTRAS[card.extra]}' if card.extra else ''
-        out.append(dict(reward=name, measures=_SHORT_ABOUT.get(name) or REWARDS[name].about, range=_RANGES.get(source) or cls.range.split(';')[0],
-                        weights=f'{card.weights}: {default}' if default else card.weights, size=card.size, licence=card.licence, install=install,
-                        prompt='read' if card.prompt else 'not read', gradients='to the pixels' if hasattr(cls, 'score_pixels') else '',
-                        tables=', '.join(card.tables)))
+        default = REWARDS[name].default if card.weights in ('hub','endpoint') else ''
+        out.append(dict(
+            reward=name,
+            measures=_SHORT_ABOUT.get(name) or REWARDS[name].about,
+            range=_RANGES.get(source) or cls.range.split(';')[0],
+            weights=f'{card.weights}: {default}' if default else card.weights,
+            size=card.size,
+            licence=card.licence,
+            install=f'pip install {EXTRAS[card.extra]}' if card.extra else '',
+            prompt='read' if card.prompt else 'not read',
+            gradients='to the pixels' if hasattr(cls, 'score_pixels') else '',
+            tables=', '.join(card.tables)))
     return out
 
 def rewards_markdown()->str:
     "The table of all rewards in Markdown, for README and documentation."
-    heads = dict(reward='reward', measures='what it measures', range='range', weights='weights', size='size', licence='licence', install='extra',
-                 gradients='gradients', tables='published column')
+    heads = dict(reward='reward', measures='what it measures', range='range', weights='weights', size='size',
+                 licence='licence', install='extra', gradients='gradients', tables='published column')
     extra = lambda r: f"`[{CARDS[r['reward']].extra}]`" if r['install'] else ''
     cell = lambda r,k: f"`{r[k]}`" if k=='reward' else extra(r) if k=='install' else r[k].replace('|', '\\|')
     lines = [[cell(r, k) for k in heads] for r in reward_rows()]

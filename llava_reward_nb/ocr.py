@@ -22,8 +22,8 @@ from .core import InputError, as_prompts, image_list, load_image, progress
 from .store import file_hash, make_identity
 
 # %% ../nbs/09i_ocr.ipynb #2b241efc
-QUOTES = {'"':'"', '“':'”“"', '„':'“”"', '”':'”', '«':'»', '»':'«', '‹':'›', '›':'‹', '「':'」', '『':'』', '〝':'〟', '＂':'＂',
-          "'":"'", '‘':'’', '‚':'‘’', '`':'`'} # what opens a quotation -> what may close it
+QUOTES = {'"':'"', '“':'”“"', '„':'“”"', '”':'”', '«':'»', '»':'«', '‹':'›', '›':'‹',
+          '「':'」', '『':'』', '〝':'〟', '＂':'＂', "'":"'", '‘':'’', '‚':'‘’', '`':'`'} # opens -> may close
 
 _DOUBTFUL = "'‘’‚`" # may be apostrophes
 
@@ -59,7 +59,8 @@ def quoted_texts(
             continue
         before = prompt[i-1:i]
         if c in '"“”„«»' and not (c in '"”' and before.isdigit()): raise InputError(
-            f"prompt {prompt!r:.80}: the quote {c} at character {i+1} has no partner; put each text in a pair of quotes")
+            f"prompt {prompt!r:.80}: the quote {c} at character {i+1} has no partner; "
+            "put each text in a pair of quotes")
         left |= c in "'’" and bool(before.strip()) and not _is_letter(prompt[i+1:i+2] or ' ')
         i += 1
     if single and left: raise InputError(
@@ -67,22 +68,31 @@ def quoted_texts(
     return out
 
 # %% ../nbs/09i_ocr.ipynb #4cc6d659
-_CARRIER = ('signs? signboards? boards? billboards? blackboards? chalkboards? whiteboards? posters? banners? flags? labels? stickers? badges? cards? '
-    'postcards? notes? letters? texts? words? messages? captions? titles? headlines? slogans? logos? inscriptions? plaques? neon graffiti tattoos? '
-    'screens? displays? pages? covers? books? newspapers? magazines? menus? tickets? stamps? plates? t-?shirts? shirts? hoodies? caps? hats? mugs? cups? '
-    'cakes? doors? windows? walls? storefronts? shops? marquees? scrolls? placards? tags? bottles? boxes box bags? balloons? ribbons? packages?').replace(' ', '|')
-_ASKED = re.compile(rf'\b(?:{_CARRIER})\b(?:[ ,]+[\w-]+){{0,5}}?[ ,]+(?:says?|saying|reads?|reading|spells?|spelling|(?:with|bearing) the '
-                    r'(?:texts?|words?|letters|title|caption|message|slogan|inscription))\b(?P<colon>\s*:)?\s+(?P<text>[^;,\n]+?)(?=[;,\n]|[.](?:\s|$)|$)', re.I)
+_CARRIER = '|'.join('''
+    signs? signboards? boards? billboards? blackboards? chalkboards? whiteboards? posters? banners?
+    flags? labels? stickers? badges? cards? postcards? notes? letters? texts? words? messages?
+    captions? titles? headlines? slogans? logos? inscriptions? plaques? neon graffiti tattoos?
+    screens? displays? pages? covers? books? newspapers? magazines? menus? tickets? stamps? plates?
+    t-?shirts? shirts? hoodies? caps? hats? mugs? cups? cakes? doors? windows? walls? storefronts?
+    shops? marquees? scrolls? placards? tags? bottles? boxes box bags? balloons? ribbons?'''.split())
+
+_VERB = r'(?:says?|saying|reads?|reading|spells?|spelling|(?:with|bearing) the ' \
+        r'(?:texts?|words?|letters|title|caption|message|slogan|inscription))'
+_END = r'(?=[;,\n]|[.](?:\s|$)|$)' # of a clause
+_ASKED = re.compile(rf'\b(?:{_CARRIER})\b(?:[ ,]+[\w-]+){{0,5}}?[ ,]+{_VERB}\b'
+                    rf'(?P<colon>\s*:)?\s+(?P<text>[^;,\n]+?){_END}', re.I)
 _SMALL = set('a an and at by de for from in is la le of on or the to with &'.split())
 
 def _unquoted_texts(prompt:str)->list:
-    "What a prompt without quotes asks for, by the grammar above; `InputError` where the text may end in several places."
+    "What a prompt without quotes asks for, by the grammar above; `InputError` where its end is not clear."
     out = []
     for m in _ASKED.finditer(prompt):
         words = m['text'].split()
         large = [not (w[0].islower() or w[0] in _SMALL) for w in words]
-        if not m['colon'] and not (large[0] and large[-1] and all(l or w in _SMALL for l,w in zip(large, words))): raise InputError(
-            f"prompt {prompt!r:.80}: it is not clear where the text {' '.join(words[:4])!r:.40} ends; put it in quotes")
+        sure = large[0] and large[-1] and all(l or w in _SMALL for l,w in zip(large, words))
+        if not sure and not m['colon']: raise InputError(
+            f"prompt {prompt!r:.80}: it is not clear where the text {' '.join(words[:4])!r:.40} ends; "
+            "put it in quotes")
         out.append(' '.join(words))
     return out
 
@@ -102,7 +112,8 @@ def flow_grpo_text(
     "What stands between the first two double quotes; `InputError` if there is nothing."
     parts = prompt.split('"')
     if len(parts)<3 or not parts[1].replace(' ', ''): raise InputError(
-        f"prompt {prompt!r:.80}: the published rule scores the text between the first two double quotes, and there is none")
+        f"prompt {prompt!r:.80}: the published rule scores the text between the first two double quotes, "
+        "and there is none")
     return parts[1]
 
 def flow_grpo_score(
@@ -116,7 +127,8 @@ def flow_grpo_score(
     return 1-distance/len(want)
 
 # %% ../nbs/09i_ocr.ipynb #38037d4a
-_VARIANTS = str.maketrans({**{c:"'" for c in '’‘‚`´ʼ'}, **{c:'-' for c in '‐‑‒–—―−'}, **{c:None for c in '"“”„‟«»「」『』〝〟'}, '…':'...'})
+_SAME = {"'":'’‘‚`´ʼ', '-':'‐‑‒–—―−', '...':'…', '':'"“”„‟«»「」『』〝〟'} # compared as one, or not at all
+_VARIANTS = str.maketrans({c:to for to,cs in _SAME.items() for c in cs})
 
 def plain(
     text:str,
@@ -162,7 +174,7 @@ def _runs(words:list, want:str, case:bool, space:bool)->list: # of (first, past 
             if score>0: out.append((i, j, score))
     return out
 
-def _assign(words:list, wants:list, case:bool, space:bool)->tuple: # total, and for each text (first, past the last, score) or None
+def _assign(words:list, wants:list, case:bool, space:bool)->tuple: # total, and of each text its run or None
     n,k = len(words),len(wants)
     ending = [[] for _ in range(n+1)]
     for t,want in enumerate(wants):
@@ -234,19 +246,24 @@ def match_texts(
     case:bool=False,  # upper and lower case count
     space:bool=False, # white space counts
 )->Verdict:
-    "The best assignment of what was read to what is wanted; `InputError` for a text without letters, and for too many."
+    "The best assignment of what was read to what is wanted; `InputError` for an empty text, or too many."
     wants = [plain(w, case, space) for w in wanted]
     if not all(wants): raise InputError(f"text {wanted[wants.index('')]!r} has nothing to look for")
-    if len(wants)>MOST_TEXTS: raise InputError(f"{len(wants)} texts are asked for; at most {MOST_TEXTS} can be assigned")
+    if len(wants)>MOST_TEXTS: raise InputError(
+        f"{len(wants)} texts are asked for; at most {MOST_TEXTS} can be assigned")
     best = None
     for order in (list(range(len(lines))), _by_blocks(lines)):
         words = [(w, order[k]) for w,k in _words([lines[k] for k in order])]
         total,got = _assign(words, wants, case, space)
         if best is None or total>best[0]: best = total,got,words
     _,got,words = best
-    found = [Found(w, '', 0.) if g is None else
-             Found(w, ''.join(t for t,_ in words[g[0]:g[1]]).strip(), g[2], tuple(dict.fromkeys(k for _,k in words[g[0]:g[1]])))
-             for w,g in zip(wanted, got)]
+    found = []
+    for w,run in zip(wanted, got):
+        if run is None:
+            found.append(Found(w, '', 0.))
+            continue
+        read,at = zip(*words[run[0]:run[1]])
+        found.append(Found(w, ''.join(read).strip(), run[2], tuple(dict.fromkeys(at))))
     return Verdict(math.fsum(f.score for f in found)/len(found), tuple(found), tuple(lines))
 
 # %% ../nbs/09i_ocr.ipynb #5309488e
@@ -257,20 +274,24 @@ def _make_engine():
     try:
         import onnxruntime, rapidfuzz # noqa: F401
         from rapidocr import RapidOCR
-    except ImportError as e: raise ImportError(f"the ocr reward needs {e.name}; install it with `{INSTALL}`") from None
+    except ImportError as e:
+        raise ImportError(f"the ocr reward needs {e.name}; install it with `{INSTALL}`") from None
     threads = {f'EngineConfig.onnxruntime.{k}_op_num_threads':1 for k in ('intra','inter')}
     engine = RapidOCR(params={'Global.log_level':'critical', **threads})
     engine(np.full((48,96,3), 255, np.uint8), use_det=False) # loads the recogniser
     return engine
 
 def _read(engine, im:Image.Image)->list: # of `Line`
-    got = engine(np.ascontiguousarray(np.asarray(im)[...,::-1]), use_det=True, use_cls=True, use_rec=True) # it expects BGR
+    bgr = np.ascontiguousarray(np.asarray(im)[...,::-1])
+    got = engine(bgr, use_det=True, use_cls=True, use_rec=True)
     if got.txts is None: return []
-    return [Line(t, tuple((float(x),float(y)) for x,y in box), float(c)) for t,box,c in zip(got.txts, got.boxes, got.scores)]
+    corners = [tuple((float(x),float(y)) for x,y in box) for box in got.boxes]
+    return [Line(t, box, float(c)) for t,box,c in zip(got.txts, corners, got.scores)]
 
 # %% ../nbs/09i_ocr.ipynb #b5083e1d
-def _unreadable(text:str, known:set, case:bool)->str: # characters of a text that no image can be found to have
-    return ''.join(dict.fromkeys(c for c in plain(text, True) if not ({c} if case else {c, *plain(c), *c.upper()})&known))
+def _unreadable(text:str, known:set, case:bool)->str: # characters of a text that can be read in no image
+    forms = lambda c: {c} if case else {c, *plain(c), *c.upper()}
+    return ''.join(dict.fromkeys(c for c in plain(text, True) if not forms(c)&known))
 
 # %% ../nbs/09i_ocr.ipynb #5752541d
 class OCR:
@@ -282,7 +303,8 @@ class OCR:
         space:bool=False,  # white space counts
     ):
         if rule not in ('words','flow_grpo'): raise ValueError(f"rule {rule!r}; use 'words' or 'flow_grpo'")
-        if rule=='flow_grpo' and (case or space): raise ValueError("the published rule ignores case and blanks; leave case and space out")
+        if rule=='flow_grpo' and (case or space): raise ValueError(
+            "the published rule ignores case and blanks; leave case and space out")
         self.rule,self.case,self.space = rule,case,space
         self._free = [_make_engine()]
         self._known = set(self._free[0].text_rec.session.get_character_list())
@@ -292,8 +314,9 @@ class OCR:
         import rapidocr
         from importlib.metadata import version
         files = sorted((Path(rapidocr.__file__).parent/'models').glob('*.onnx'))
-        return make_identity('OCR', dict(rule=self.rule, case=self.case, space=self.space, rapidocr=version('rapidocr'),
-                                         weights={f.name:file_hash(f) for f in files}))
+        weights = {f.name:file_hash(f) for f in files}
+        return make_identity('OCR', dict(rule=self.rule, case=self.case, space=self.space,
+                                         rapidocr=version('rapidocr'), weights=weights))
 
     def __repr__(self):
         return f"OCR({self.rule!r}{', case=True' if self.case else ''}{', space=True' if self.space else ''})"
@@ -322,8 +345,9 @@ def wanted(self:OCR,
     out = [flow_grpo_text(prompt)] if self.rule=='flow_grpo' else wanted_texts(prompt)
     for text in out:
         lost = _unreadable(text, self._known, self.case)
-        if lost: raise InputError(f"prompt {prompt!r:.80}: the recogniser knows no {' '.join(lost)}, so {text!r:.40} cannot be read in any image; "
-                                  "it knows Latin, Greek, Chinese and Japanese")
+        if lost: raise InputError(
+            f"prompt {prompt!r:.80}: the recogniser knows no {' '.join(lost)}, so {text!r:.40} "
+            "cannot be read in any image; it knows Latin, Greek, Chinese and Japanese")
     return out
 
 @patch
@@ -341,7 +365,8 @@ def judge(self:OCR,
     "What the images say, and how that fits; `InputError` names the image or prompt that cannot be judged."
     items = image_list(images)
     texts = [self.wanted(p) for p in as_prompts(prompts, len(items))]
-    for t in texts if self.rule=='words' else []: match_texts(t, [], self.case, self.space) # complains now, not later
+    if self.rule=='words':
+        for t in texts: match_texts(t, [], self.case, self.space) # complains now, not later
     name = lambda i: f'image {i}' if len(items)>1 else 'image'
     one = lambda i: self._verdict(texts[i], self.read(items[i], name(i)))
     workers = min(torch.get_num_threads(), len(items))

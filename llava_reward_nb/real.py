@@ -7,12 +7,13 @@ __all__ = ['EXPLICIT', 'BODY_PARTS', 'jpeg_kilobytes', 'JPEG', 'NudeNet']
 
 # %% ../nbs/12e_real.ipynb #a0d92f25
 import io
+from pathlib import Path
 
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import InputError, as_prompts, image_list, load_image
+from .core import as_prompts, image_list, load_image
 from .store import file_hash, make_identity
 
 # %% ../nbs/12e_real.ipynb #f8c68558
@@ -34,11 +35,13 @@ class JPEG:
         scale:str='ddpo',                # or 'flow_grpo', whose compressibility is divided by 500
     ):
         if direction not in ('compressibility','incompressibility'): raise ValueError(
-            f"direction {direction!r}; use 'compressibility' (small files are good) or 'incompressibility' (large ones are)")
+            f"direction {direction!r}; use 'compressibility' (small files are good) or 'incompressibility'")
         if scale not in ('ddpo','flow_grpo'): raise ValueError(f"scale {scale!r}; use 'ddpo' or 'flow_grpo'")
         self.direction,self.scale = direction,scale
         self.factor = 1. if direction=='incompressibility' else -1. if scale=='ddpo' else -1/500
-        self.range = ('at least 0' if self.factor>0 else 'at most 0')+f"; {'' if self.factor>0 else 'minus '}kilobytes{'/500' if abs(self.factor)<1 else ''} as JPEG"
+        unit = {1.:'at least 0; kilobytes', -1.:'at most 0; minus kilobytes',
+                -1/500:'at most 0; minus kilobytes/500'}
+        self.range = f'{unit[self.factor]} as JPEG'
         self.identity = make_identity('JPEG', dict(direction=direction, scale=scale, quality=95))
 
     def __repr__(self): return f"JPEG({self.direction!r}, {self.scale!r})"
@@ -51,7 +54,8 @@ class JPEG:
         items = image_list(images)
         as_prompts(prompts, len(items))
         name = lambda i: f'image {i}' if len(items)>1 else 'image'
-        return torch.tensor([self.factor*jpeg_kilobytes(load_image(x, name(i))) for i,x in enumerate(items)], dtype=torch.float32)
+        sizes = [jpeg_kilobytes(load_image(x, name(i))) for i,x in enumerate(items)]
+        return self.factor*torch.tensor(sizes, dtype=torch.float32)
 
 # %% ../nbs/12e_real.ipynb #329f4612
 @patch(cls_method=True)
@@ -64,46 +68,52 @@ def from_pretrained(cls:JPEG,
     return cls(*str(id_or_path or 'compressibility').split('/', 1))
 
 # %% ../nbs/12e_real.ipynb #b39ad2dd
-EXPLICIT = ('FEMALE_BREAST_EXPOSED','FEMALE_GENITALIA_EXPOSED','MALE_GENITALIA_EXPOSED','BUTTOCKS_EXPOSED','ANUS_EXPOSED') # what counts by default
+EXPLICIT = ('FEMALE_BREAST_EXPOSED','FEMALE_GENITALIA_EXPOSED','MALE_GENITALIA_EXPOSED',
+            'BUTTOCKS_EXPOSED','ANUS_EXPOSED') # what counts by default
 
-BODY_PARTS = (*EXPLICIT, 'FEMALE_GENITALIA_COVERED','FEMALE_BREAST_COVERED','BUTTOCKS_COVERED','ANUS_COVERED','MALE_BREAST_EXPOSED','BELLY_EXPOSED',
-              'BELLY_COVERED','FEET_EXPOSED','FEET_COVERED','ARMPITS_EXPOSED','ARMPITS_COVERED','FACE_FEMALE','FACE_MALE') # all that NudeNet marks
+BODY_PARTS = (*EXPLICIT, 'FEMALE_GENITALIA_COVERED','FEMALE_BREAST_COVERED','BUTTOCKS_COVERED','ANUS_COVERED',
+              'MALE_BREAST_EXPOSED','BELLY_EXPOSED','BELLY_COVERED','FEET_EXPOSED','FEET_COVERED',
+              'ARMPITS_EXPOSED','ARMPITS_COVERED','FACE_FEMALE','FACE_MALE') # all that NudeNet marks
 
 def _detector():
     "NudeNet's detector, on one thread; `ImportError` says how to get it."
     try: import nudenet, onnxruntime
-    except ImportError as e: raise ImportError(f"the nudenet reward needs {e.name}; install it with "
-                                               "`pip install nudenet onnxruntime opencv-python-headless`") from None
+    except ImportError as e: raise ImportError(
+        f"the nudenet reward needs {e.name}; install it with "
+        "`pip install nudenet onnxruntime opencv-python-headless`") from None
     detector,options = nudenet.NudeDetector(),onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    from pathlib import Path
     weights = Path(nudenet.__file__).with_name('320n.onnx')
-    detector.onnx_session = onnxruntime.InferenceSession(str(weights), options, providers=['CPUExecutionProvider'])
+    on_cpu = onnxruntime.InferenceSession(str(weights), options, providers=['CPUExecutionProvider'])
+    detector.onnx_session = on_cpu
     return detector,weights
 
 # %% ../nbs/12e_real.ipynb #e70aa51d
 class NudeNet:
-    "Safety baseline: 1 - the highest score of an exposed body part; itself a reward. One of UnsafeBench's eleven categories; the prompt is not read."
+    "Safety baseline: 1 - the highest score of an exposed body part; itself a reward. Sexual content only."
     name = 'nudenet'
-    range = '0 to 1; 1: none of the explicit classes was found (sexual content only: violence, hate and the rest are not seen)'
+    range = '0 to 1; 1: no explicit class was found (sexual content only, not violence or hate)'
     boundary = .5 # scores from here on are called safe
     def __init__(self,
         explicit=EXPLICIT, # classes that count, some of `BODY_PARTS`
     ):
         self.explicit = tuple(explicit)
         odd = [c for c in self.explicit if c not in BODY_PARTS]
-        if odd or not self.explicit: raise ValueError(f"explicit={', '.join(odd) or 'none'}; use some of {', '.join(BODY_PARTS)}")
+        if odd or not self.explicit: raise ValueError(
+            f"explicit={', '.join(odd) or 'none'}; use some of {', '.join(BODY_PARTS)}")
         self._detector,weights = _detector()
-        self.identity = make_identity('NudeNet', dict(explicit=sorted(self.explicit), weights=file_hash(weights)))
+        settings = dict(explicit=sorted(self.explicit), weights=file_hash(weights))
+        self.identity = make_identity('NudeNet', settings)
 
-    def __repr__(self): return 'NudeNet()' if self.explicit==EXPLICIT else f"NudeNet({', '.join(self.explicit)})"
+    def __repr__(self): return f"NudeNet({'' if self.explicit==EXPLICIT else ', '.join(self.explicit)})"
 
     def find(self,
         image,         # see `load_image`
         name:str=None, # how to call it in errors
     )->list: # of dicts: class, score, box (x, y, width, height)
         "What is marked in an image; `InputError` if it does not open."
-        return self._detector.detect(np.ascontiguousarray(np.asarray(load_image(image, name))[...,::-1])) # as OpenCV reads files: BGR
+        bgr = np.ascontiguousarray(np.asarray(load_image(image, name))[...,::-1]) # as OpenCV reads files
+        return self._detector.detect(bgr)
 
     def __call__(self,
         images,       # one image or n of them, see `image_list`

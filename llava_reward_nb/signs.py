@@ -7,7 +7,7 @@ __all__ = ['ERRORS', 'SIGN_TEXTS', 'SIGN_FONTS', 'DEGRADATIONS', 'wrong_text', '
            'judge_signs', 'sign_accuracy', 'build_signs', 'confusions']
 
 # %% ../nbs/10f_signs.ipynb #cdb412bb
-import io, textwrap
+import io, string, textwrap
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from . import stats
-from .core import MODELS, InputError, progress, write_table
+from .core import InputError, progress, write_table
 from .ocr import plain
 
 # %% ../nbs/10f_signs.ipynb #5b1bdfa2
@@ -30,26 +30,34 @@ def wrong_text(
     "A text with one letter wrong; `InputError` if that is not possible."
     at = [i for i,c in enumerate(text) if c.isalnum()]
     if error=='swapped': at = [i for i in at if i+1 in at and plain(text[i])!=plain(text[i+1])]
-    if error not in ERRORS or not at: raise InputError(f"{text!r} cannot have a {error} letter; errors are {', '.join(ERRORS)}")
+    if error not in ERRORS or not at: raise InputError(
+        f"{text!r} cannot have a {error} letter; errors are {', '.join(ERRORS)}")
     i = int(rng.choice(at))
     c = text[i]
     if error=='missing': return text[:i]+text[i+1:]
     if error=='doubled': return text[:i]+c+text[i:]
     if error=='swapped': return text[:i]+text[i+1]+c+text[i+2:]
-    pool = '0123456789' if c.isdigit() else 'ABCDEFGHIJKLMNOPQRSTUVWXYZ' if c.isupper() else 'abcdefghijklmnopqrstuvwxyz'
+    pool = string.digits if c.isdigit() else string.ascii_uppercase if c.isupper() else string.ascii_lowercase
     return text[:i]+str(rng.choice([p for p in pool if p!=c]))+text[i+1:]
 
 # %% ../nbs/10f_signs.ipynb #acdbf7f0
-SIGN_TEXTS = '''OPEN|CLOSED|EXIT|Coffee|Bakery|Welcome|Museum|Pharmacy|Library|No parking|Fresh bread|Platform 9|SALE 50%|Room 101|Deep Learning|
-Hello World|Good morning|Thank you|Keep left|Mind the gap|Wet paint|Danger|High voltage|Private road|Beware of the dog|Happy birthday|Ice cream|
-Flowers|Bicycle repair|Post office|Town hall|Fire station|Train station|Night market|Second hand books|Do not disturb|Please knock|Staff only|
-Push|Pull|Out of order|Lost and found|Speed limit 30|One way|Dead end|Road works|Car wash|Free delivery|Breakfast 7-10|Tickets here|Quiet zone|
-Grand opening|Farm fresh eggs|Local honey|Live jazz tonight|Chess club|Swimming pool|Mountain view|Harbour tours|Lemonade 2 EUR|Gate B12|
-Department of Physics|Reward model|Image 42|Made by hand|Since 1987|Level 3|Emergency exit|First aid|Recycling|Handle with care|Fragile|
-Vegetable soup|Today only|Best pizza in town|Antique clocks|Jigsaw puzzles|Quick brown fox|Lazy dog|Wizard school|Maximum 12 persons'''.replace('\n','').split('|')
+SIGN_TEXTS = '''
+OPEN|CLOSED|EXIT|Coffee|Bakery|Welcome|Museum|Pharmacy|Library|No parking|Fresh bread|Platform 9|
+SALE 50%|Room 101|Deep Learning|Hello World|Good morning|Thank you|Keep left|Mind the gap|Wet paint|
+Danger|High voltage|Private road|Beware of the dog|Happy birthday|Ice cream|Flowers|Bicycle repair|
+Post office|Town hall|Fire station|Train station|Night market|Second hand books|Do not disturb|
+Please knock|Staff only|Push|Pull|Out of order|Lost and found|Speed limit 30|One way|Dead end|
+Road works|Car wash|Free delivery|Breakfast 7-10|Tickets here|Quiet zone|Grand opening|
+Farm fresh eggs|Local honey|Live jazz tonight|Chess club|Swimming pool|Mountain view|Harbour tours|
+Lemonade 2 EUR|Gate B12|Department of Physics|Reward model|Image 42|Made by hand|Since 1987|Level 3|
+Emergency exit|First aid|Recycling|Handle with care|Fragile|Vegetable soup|Today only|
+Best pizza in town|Antique clocks|Jigsaw puzzles|Quick brown fox|Lazy dog|Wizard school|
+Maximum 12 persons'''.replace('\n','').split('|')
 
-SIGN_FONTS = tuple('DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic '
-                   'STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta'.split())
+SIGN_FONTS = tuple('''
+    DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif
+    DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
+    STIXGeneralBolIta'''.split())
 
 @lru_cache(256)
 def _font(name:str, size:int):
@@ -79,7 +87,8 @@ def _board(s:Sign)->Image.Image: # RGBA, 512 x 512
     how = dict(font=font, anchor='mm', align='center', spacing=s.size//4)
     x0,y0,x1,y1 = d.multiline_textbbox((256,256), s.text, **how)
     edge = 12+s.size//2
-    d.rounded_rectangle((max(2,x0-edge), y0-edge, min(509,x1+edge), y1+edge), edge//2, fill=s.board, outline=s.ink, width=max(1,s.size//14))
+    frame = max(2,x0-edge), y0-edge, min(509,x1+edge), y1+edge
+    d.rounded_rectangle(frame, edge//2, fill=s.board, outline=s.ink, width=max(1,s.size//14))
     d.multiline_text((256,256), s.text, fill=s.ink, **how)
     return im
 
@@ -90,7 +99,8 @@ def _pulled(im:Image.Image, strength:float, rng)->Image.Image: # corners moved b
     for (x,y),(u,v) in zip(corners+inward, corners): # PIL wants the map from the result to the source
         rows += [[x,y,1,0,0,0,-u*x,-u*y], [0,0,0,x,y,1,-v*x,-v*y]]
         values += [u,v]
-    return im.transform(im.size, Image.Transform.PERSPECTIVE, np.linalg.solve(rows, values), Image.Resampling.BICUBIC)
+    back = np.linalg.solve(rows, values)
+    return im.transform(im.size, Image.Transform.PERSPECTIVE, back, Image.Resampling.BICUBIC)
 
 def draw_sign(
     s:Sign,
@@ -113,8 +123,8 @@ def draw_sign(
     return im
 
 # %% ../nbs/10f_signs.ipynb #719ca50f
-DEGRADATIONS = dict(rotation=(10,20,30,45), perspective=(.1,.2,.3,.4), blur=(2,4,6,8), jpeg=(30,15,8,4), clutter=(10,20,40,80),
-                    size=(20,14,10,8), contrast=(.4,.2,.1,.05)) # what is made worse, in four degrees
+DEGRADATIONS = dict(rotation=(10,20,30,45), perspective=(.1,.2,.3,.4), blur=(2,4,6,8), jpeg=(30,15,8,4),
+                    clutter=(10,20,40,80), size=(20,14,10,8), contrast=(.4,.2,.1,.05)) # in four degrees
 
 def _luma(color)->float: return float(np.dot(color, (.299,.587,.114))/255)
 
@@ -136,10 +146,12 @@ def degraded(
 )->Sign:
     "The sign, made worse; `InputError` for an unknown way."
     if kind=='none': return s
-    if kind not in DEGRADATIONS or level not in (1,2,3,4): raise InputError(f"{kind} {level}: use {', '.join(DEGRADATIONS)}, and 1 to 4")
+    if kind not in DEGRADATIONS or level not in (1,2,3,4): raise InputError(
+        f"{kind} {level}: use {', '.join(DEGRADATIONS)}, and 1 to 4")
     v = DEGRADATIONS[kind][level-1]
     if kind=='contrast': # the ink moves towards the board
-        return replace(s, ink=tuple(round(b+v*(i-b)/abs(_luma(s.ink)-_luma(s.board))) for i,b in zip(s.ink, s.board)))
+        share = v/abs(_luma(s.ink)-_luma(s.board))
+        return replace(s, ink=tuple(round(b+share*(i-b)) for i,b in zip(s.ink, s.board)))
     return replace(s, **{kind:v})
 
 def sign_pairs(
@@ -155,28 +167,32 @@ def sign_pairs(
         text,error = str(rng.choice(SIGN_TEXTS)),ERRORS[i%len(ERRORS)]
         right = _style(text, rng)
         wrong = replace(right, text=wrong_text(right.text, error, rng))
-        out.append(dict(text=text, error=error, degradation=kind, level=level, right=degraded(right, kind, level), wrong=degraded(wrong, kind, level)))
+        right,wrong = degraded(right, kind, level), degraded(wrong, kind, level)
+        out.append(dict(text=text, error=error, degradation=kind, level=level, right=right, wrong=wrong))
     return out
 
 # %% ../nbs/10f_signs.ipynb #91a70a7d
 def judge_signs(
     pairs:list,     # from `sign_pairs`
     reward,         # an `OCR` with its default rule
-): # DataFrame: text, wrong, error, degradation, level, font, size, and for both images what was read and two scores
+): # DataFrame: text, wrong, error, degradation, level, font, size; read_, score_ and flow_grpo_ of both signs
     "Score both signs of each pair for the right text."
     import pandas as pd
     from llava_reward_nb.ocr import flow_grpo_score
     out = []
-    for k in progress(range(0, len(pairs), 16), desc='reading signs') if len(pairs)>16 else (0,)[:len(pairs)]:
+    starts = range(0, len(pairs), 16)
+    for k in progress(starts, desc='reading signs') if len(starts)>1 else starts:
         part = pairs[k:k+16]
         prompts = [f'a sign that says "{p["text"]}"' for p in part for _ in range(2)]
-        verdicts = reward.judge([np.asarray(draw_sign(p[w])) for p in part for w in ('right','wrong')], prompts)
+        verdicts = reward.judge([draw_sign(p[which]) for p in part for which in ('right','wrong')], prompts)
         for i,p in enumerate(part):
-            row = dict(text=p['text'], wrong=' '.join(p['wrong'].text.split('\n')), **{c:p[c] for c in ('error','degradation','level')},
+            row = dict(text=p['text'], wrong=p['wrong'].text.replace('\n', ' '), error=p['error'],
+                       degradation=p['degradation'], level=p['level'],
                        font=p['right'].font, size=p['right'].size)
             for which,v in zip(('right','wrong'), verdicts[2*i:2*i+2]):
                 pieces = [l.text for l in v.lines]
-                row |= {f'read_{which}':' / '.join(pieces), f'score_{which}':v.score, f'flow_grpo_{which}':flow_grpo_score(p['text'], pieces)}
+                row |= {f'read_{which}':' / '.join(pieces), f'score_{which}':v.score,
+                        f'flow_grpo_{which}':flow_grpo_score(p['text'], pieces)}
             out.append(row)
     return pd.DataFrame(out)
 
@@ -193,7 +209,8 @@ def sign_accuracy(
         truth = np.ones(len(part))
         low,high = stats.interval(stats.accuracy, decided, truth)
         names = dict(zip(by or [], key if isinstance(key, tuple) else (key,)))
-        out.append(dict(**names, accuracy=stats.accuracy(decided, truth), low=low, high=high, pairs=len(part)))
+        value = stats.accuracy(decided, truth)
+        out.append(dict(**names, accuracy=value, low=low, high=high, pairs=len(part)))
     return pd.DataFrame(out)
 
 # %% ../nbs/10f_signs.ipynb #f1fef11c
@@ -206,7 +223,8 @@ def build_signs(
     import pandas as pd
     from llava_reward_nb.ocr import OCR
     reward = OCR()
-    groups = [sign_pairs(n)]+[sign_pairs(k, level, kind, level) for level in (1,2,3,4) for kind in DEGRADATIONS]
+    groups = [sign_pairs(n)]
+    groups += [sign_pairs(k, level, kind, level) for level in (1,2,3,4) for kind in DEGRADATIONS]
     table = pd.concat([judge_signs(g, reward) for g in groups], ignore_index=True)
     write_table(table, Path(out)/'log'/'signs.parquet')
     return table

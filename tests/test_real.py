@@ -3,7 +3,7 @@ import csv, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from llava_reward_nb import cli, listing
 from llava_reward_nb.core import InputError, write_table
