@@ -17,9 +17,8 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -27,9 +26,9 @@ from fastcore.script import anno_parser
 from PIL import Image
 
 from .core import (IMAGE_COLUMNS, MODELS, PROMPT_COLUMNS, CheckpointError, InputError, TransparencyWarning,
-                                  atomic_path, check_writable, find_column, image_key, image_size, open_image, progress,
-                                  read_table, table_kind, write_table)
-from .store import ScoreStore, folder_lock, make_identity, identity, pixels_hash, text_hash
+                                  atomic_path, check_writable, find_column, image_key, image_size, open_image,
+                                  progress, read_table, table_kind, write_table)
+from .store import ScoreStore, folder_lock, identity, pixels_hash
 
 # %% ../nbs/14_cli.ipynb #4b73dad1
 def image_name(
@@ -42,13 +41,14 @@ def image_name(
 
 def _cell(x)->str:
     if isinstance(x, float): return f'{x:.3f}'
-    if isinstance(x, (bytes, dict)) and (isinstance(x, bytes) or x.get('bytes')): return image_name(x, '(an image)')
+    if isinstance(x, bytes) or isinstance(x, dict) and x.get('bytes'): return image_name(x, '(an image)')
     text = '' if x is None else ' '.join(str(x).split())
-    return ''.join(c if unicodedata.category(c)!='Cc' else '?' for c in text) # a control character could rewrite the terminal
+    return ''.join('?' if unicodedata.category(c)=='Cc' else c for c in text) # they could rewrite the terminal
 
 def _wide(s:str)->int:
     "Columns that a text takes on a terminal."
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in s)
+    doubled = sum(unicodedata.east_asian_width(c) in 'WF' for c in s)
+    return len(s)+doubled-sum(unicodedata.combining(c)>0 for c in s)
 
 def _cut(s:str, width:int, keep_end:bool)->str:
     "The beginning of a text, or its end, in at most `width` columns."
@@ -60,8 +60,9 @@ def _cut(s:str, width:int, keep_end:bool)->str:
 def _short_error(row:dict)->str:
     "The error of a row without a name that stands beside it."
     error = row.get('error') or ''
-    named = [f'{v}: ' for k,v in row.items() if k!='error' and isinstance(v, str) and error.startswith(f'{v}: ')]
-    return error.removeprefix(named[0]) if named else error
+    for k,v in row.items():
+        if k!='error' and isinstance(v, str): error = error.removeprefix(f'{v}: ')
+    return error
 
 def text_table(
     rows:list,    # of dicts
@@ -71,7 +72,8 @@ def text_table(
     "Rows as aligned text."
     columns = columns or list(dict.fromkeys(k for r in rows for k in r))
     if 'error' in columns: rows = [r|dict(error=_short_error(r)) for r in rows]
-    cells = [[_cut(_cell(r.get(c)), 200 if c=='error' else widest, c.startswith('image')) for c in columns] for r in rows]
+    most = {c:200 if c=='error' else widest for c in columns}
+    cells = [[_cut(_cell(r.get(c)), most[c], c.startswith('image')) for c in columns] for r in rows]
     right = [any(isinstance(r.get(c), (int,float)) for r in rows) for c in columns]
     heads = [_cell(c) for c in columns]
     width = [max(_wide(h), *(_wide(line[j]) for line in cells)) for j,h in enumerate(heads)]
@@ -135,7 +137,7 @@ def _say_left_out(folder:Path, files:list, hidden:int):
 def find_images(
     paths, # files and folders, or one of them
 )->list: # of paths, as strings
-    "Files as named, and the images in folders at any depth, sorted; `InputError` for a folder without images."
+    "Files as named, and the images in folders at any depth, sorted; `InputError` for a folder without any."
     out = []
     for p in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         p = Path(p).expanduser()
@@ -144,7 +146,8 @@ def find_images(
             continue
         files,hidden = _inside(p)
         images = [f for f in files if f.suffix.lower() in image_suffixes()]
-        if not images: raise InputError(f"{p}: a folder without images (.png, .jpg and whatever else Pillow reads); name another")
+        if not images: raise InputError(
+            f"{p}: a folder without images (.png, .jpg and whatever else Pillow reads); name another")
         _say_left_out(p, [f for f in files if f not in set(images)], hidden)
         out += sorted(map(str, images))
     return out
@@ -158,12 +161,13 @@ def image_items(
     return [Item((p,), prompt, dict(image=p, prompt=prompt)) for p in find_images(paths)]
 
 # %% ../nbs/14_cli.ipynb #916b3604
-PAIR_COLUMNS = (('image_a','image_b'), ('a','b'), ('jpg_0','jpg_1'), ('image_0','image_1'), # names of two images to compare
-                ('chosen_path','reject_path'), ('chosen','rejected'))
+PAIR_COLUMNS = (('image_a','image_b'), ('a','b'), ('jpg_0','jpg_1'), ('image_0','image_1'),
+                ('chosen_path','reject_path'), ('chosen','rejected')) # names of two images to compare
 
 def _pick(found:list, what:str, option:str, path):
     "The only candidate; `InputError` if there are several."
-    if len(found)>1: raise InputError(f"{path}: the {what} may be in {' or in '.join(map(str, found))}; say where with {option}")
+    if len(found)>1: raise InputError(
+        f"{path}: the {what} may be in {' or in '.join(map(str, found))}; say where with {option}")
     return found[0]
 
 def _column(
@@ -182,8 +186,9 @@ def _pair(rows:list, path)->tuple:
     "The two columns of images to compare; errors as `_column`."
     have = {k for r in rows for k in r}
     found = [p for p in PAIR_COLUMNS if have.issuperset(p)]
-    if not found: raise InputError(f"{path}: no columns {' or '.join(' and '.join(map(repr, p)) for p in PAIR_COLUMNS[:3])}; "
-                                   f"it has {', '.join(map(str, have))}; name two with --image-column A B")
+    needed = ' or '.join(' and '.join(map(repr, p)) for p in PAIR_COLUMNS[:3])
+    if not found: raise InputError(
+        f"{path}: no columns {needed}; it has {', '.join(map(str, have))}; name two with --image-column A B")
     return _pick(found, 'two images', '--image-column A B', path)
 
 # %% ../nbs/14_cli.ipynb #6a616e42
@@ -207,14 +212,17 @@ def table_items(
     image_column=(),    # names of their columns; default: found by `IMAGE_COLUMNS` or `PAIR_COLUMNS`
     prompt_column=None, # default: found by `PROMPT_COLUMNS`
 )->list: # of `Item`
-    "One item for each row; `InputError` for files that cannot be read and columns that are missing or not clear."
-    path,named = Path(path).expanduser(),[image_column] if isinstance(image_column, str) else list(image_column or ())
+    "One item for each row; `InputError` for files that cannot be read, columns that are missing or not clear."
+    path = Path(path).expanduser()
+    named = [image_column] if isinstance(image_column, str) else list(image_column or ())
     rows = read_table(path, text=[*named, prompt_column])
     if not rows: raise InputError(f"{path}: has no rows")
     for c in named: find_column(rows, [c], path)
-    if not named: named = _pair(rows, path) if images==2 else [_column(rows, IMAGE_COLUMNS, 'image', '--image-column', path)]
+    if not named and images==2: named = _pair(rows, path)
+    if not named: named = [_column(rows, IMAGE_COLUMNS, 'image', '--image-column', path)]
     asked = [prompt_column] if prompt_column else PROMPT_COLUMNS
-    if prompt and any(n in r for r in rows for n in asked): raise InputError(f"{path}: has prompts of its own; leave --prompt out")
+    if prompt and any(n in r for r in rows for n in asked):
+        raise InputError(f"{path}: has prompts of its own; leave --prompt out")
     words = None if prompt else _column(rows, asked, 'prompt', '--prompt-column', path)
     out = []
     for i,r in enumerate(rows, 1):
@@ -227,7 +235,8 @@ def table_items(
 
 # %% ../nbs/14_cli.ipynb #11550806
 def _prompt_error(prompt)->str|None:
-    if not isinstance(prompt, str): return f"prompt {prompt!r:.60} is a {type(prompt).__name__}; it must be text ('' if there is none)"
+    if not isinstance(prompt, str):
+        return f"prompt {prompt!r:.60} is a {type(prompt).__name__}; it must be text ('' if there is none)"
     if _sound(prompt)!=prompt: return f"prompt {prompt!r:.60} is not valid Unicode; remove lone surrogates"
 
 def _sound(x):
@@ -270,7 +279,8 @@ def stop_if_bad(
     bad = [i for i in items if i.error]
     if not bad or skip_bad and len(bad)<len(items): return
     more = '' if len(bad)==1 else f" (and {len(bad)-1} more of {len(items)} cannot be used)"
-    raise InputError(_placed(bad[0])+more+('' if skip_bad or len(bad)==len(items) else '; --skip-bad leaves them out'))
+    hint = '' if skip_bad or len(bad)==len(items) else '; --skip-bad leaves them out'
+    raise InputError(_placed(bad[0])+more+hint)
 
 # %% ../nbs/14_cli.ipynb #c29e4466
 def _reason(item:Item)->str:
@@ -306,7 +316,7 @@ def perspective_kinds(
     model,             # see `RewardModel.from_pretrained`
     perspectives=None, # names; None: all
 )->dict: # name -> 'bt', 'gpm' or 'cls'
-    "The kinds of a model's perspectives; ValueError for one that it does not have, `CheckpointError` for a folder without any."
+    "The kinds of a model's perspectives; `InputError` for one that it lacks, `CheckpointError` if it has none."
     from llava_reward_nb.model import _perspective_folders, _published_config, _read_json, hub_folder
     folder = hub_folder(model)
     one = perspectives[0] if perspectives and len(perspectives)==1 else perspectives
@@ -315,9 +325,13 @@ def perspective_kinds(
     except ValueError as e:
         near = [did_you_mean(n, _perspective_folders(folder)) for n in perspectives or () if n in str(e)]
         raise InputError(str(e)+(near[0] if near and 'did you mean' not in str(e) else '')) from None
-    if not found: raise CheckpointError(f"{folder}: has no perspectives; train one with llava_reward_train, or pass another --model")
-    read = lambda f: _read_json(f/'reward_config.json') if (f/'reward_config.json').is_file() else _published_config(f/'reward_config.yaml')
-    return {n:read(f).get('loss', 'bt') for n,f in found.items()}
+    if not found: raise CheckpointError(
+        f"{folder}: has no perspectives; train one with llava_reward_train, or pass another --model")
+    def kind(f):
+        ours = f/'reward_config.json'
+        said = _read_json(ours) if ours.is_file() else _published_config(f/'reward_config.yaml')
+        return said.get('loss', 'bt')
+    return {n:kind(f) for n,f in found.items()}
 
 # %% ../nbs/14_cli.ipynb #c194943d
 def scorable(
@@ -326,19 +340,23 @@ def scorable(
 )->list: # names of those that score a single image
     "Perspectives with scores; `InputError` if one without was asked for, or none is left."
     none = [n for n,k in kinds.items() if k=='gpm']
-    if none and (asked or len(none)==len(kinds)): raise InputError(f"perspective {none[0]!r} is a general preference: it has no score for one image, only "
-        "preferences between images; use llava_reward_compare"+(f", or {', '.join(n for n in kinds if n not in none)} here" if len(none)<len(kinds) else ''))
-    return [n for n in kinds if n not in none]
+    some = [n for n in kinds if n not in none]
+    if none and (asked or not some): raise InputError(
+        f"perspective {none[0]!r} is a general preference: it has no score for one image, only preferences between "
+        "images; use llava_reward_compare"+(f", or {', '.join(some)} here" if some else ''))
+    return some
 
 def mark_empty_prompts(
     items:list, # of `Item`; errors are filled in
     kinds:dict, # name -> kind, of the perspectives to use
 ):
     "An empty prompt is an error unless every perspective is a classifier."
-    need = [n for n,k in kinds.items() if k!='cls']; free = [n for n,k in kinds.items() if k=='cls']
-    for i in items if need else []:
-        if i.error is None and not i.prompt.strip(): i.error = (f"{i.images[0]}: no prompt, and {', '.join(need)} judge{'s' if len(need)==1 else ''} "
-            "an image for its prompt; give one with --prompt or in the table"+(f", or choose --perspective {free[0]}, which needs none" if free else ''))
+    need,free = [n for n,k in kinds.items() if k!='cls'],[n for n,k in kinds.items() if k=='cls']
+    more = f", or choose --perspective {free[0]}, which needs none" if free else ''
+    why = (f"no prompt, and {', '.join(need)} judge{'s' if len(need)==1 else ''} an image for its prompt; "
+           f"give one with --prompt or in the table{more}")
+    for i in items:
+        if need and i.error is None and not i.prompt.strip(): i.error = f'{i.names[0]}: {why}'
 
 # %% ../nbs/14_cli.ipynb #35afd014
 def _say(text:str): print(f'{text} …', file=sys.stderr, flush=True)
@@ -367,27 +385,28 @@ def heartbeat(
     over = threading.Event()
     def beat():
         while not over.wait(every): _say(say())
-    threading.Thread(target=beat, daemon=True).start()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
     try: yield
-    finally: over.set()
+    finally:
+        over.set()
+        thread.join()
 
 # %% ../nbs/14_cli.ipynb #b6311e39
 @dataclass
 class Judge:
     "What turns images and prompts into numbers."
+    names:list      # what the numbers are called
     run:Callable    # (images, prompts) -> dict: name -> tensor (n,d)
-    made_by:dict    # name -> what decides its numbers (see `identity`), or None if nobody says
+    made_by:Callable # name -> what decides these numbers (see `identity`), None if nobody says
 
 def perspective_judge(
     rm,         # reward model
     names:list, # perspectives
 )->Judge:
     "Some perspectives of a model as one judge of head vectors."
-    settings = dict(num_crops=rm.backbone.num_crops, loaded=list(rm.configs), merged=rm.merged)
-    if rm.peft is not None: settings['adapters'] = {n:repr(sorted(c.to_dict().items())) for n,c in rm.peft.peft_config.items()}
-    everything = make_identity('RewardModel', settings, [rm])
-    made_by = {n:f"{everything}-{text_hash(f'{n} {rm.configs[n]}')}" for n in names}
-    return Judge(lambda images,prompts: rm.embed_all(images, prompts, names, len(images)), made_by)
+    run = lambda images,prompts: rm.embed_all(images, prompts, names, len(images))
+    return Judge(names, run, rm.identity_of)
 
 def reward_judge(
     name:str, # what to call it
@@ -396,12 +415,13 @@ def reward_judge(
     "A reward as a judge of vectors with one element; ValueError for anything but one number for each image."
     def run(images, prompts):
         out = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
-        if out.shape!=(len(images),): raise ValueError(f"gave the shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
+        if out.shape!=(len(images),): raise ValueError(
+            f"gave the shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
         return {name:out[:,None]}
-    return Judge(run, {name:identity(reward)})
+    return Judge([name], run, lambda name: identity(reward))
 
 # %% ../nbs/14_cli.ipynb #6f184481
-def _answers(judge:Judge, images:list, prompts:list)->list: # for each image a dict name -> tuple of numbers, or what is wrong
+def _answers(judge:Judge, images:list, prompts:list)->list: # for each image name -> numbers, or what is wrong
     try: got = {n:v.tolist() for n,v in judge.run(images, prompts).items()}
     except CheckpointError: raise
     except ValueError as e:
@@ -412,16 +432,19 @@ def _answers(judge:Judge, images:list, prompts:list)->list: # for each image a d
     return [f'the score is {o[0]}' if o else r for r,o in zip(rows, odd)]
 
 # %% ../nbs/14_cli.ipynb #7fa2b373
-def _remembered(store, judges:list)->dict: # (pixels, prompt) -> {name: tuple of numbers}
-    "What these judges, unchanged, have said before."
-    made_by,out = {n:m for j in judges for n,m in j.made_by.items()},{}
+def _remembered(store, made_by:dict)->dict: # (pixels, prompt) -> {name: tuple of numbers}
+    "What the judges of these names, unchanged, have said before."
+    out = {}
     for (_,n,made,pixels,prompt),(score,said) in (store.known() if store else {}).items():
-        if made_by.get(n)==made: out.setdefault((pixels,prompt), {})[n] = tuple(json.loads(said)) if said else (score,)
+        if made_by.get(n)!=made: continue
+        out.setdefault((pixels,prompt), {})[n] = tuple(json.loads(said)) if said else (score,)
     return out
 
-def _keep(store:ScoreStore, judge:Judge, name:str, pixels:str, prompt:str, numbers:dict):
-    store.add([dict(key=name, reward=n, identity=judge.made_by[n] or '', pixels=pixels, prompt=prompt,
-                    score=v[0], note=json.dumps(v) if len(v)>1 else '') for n,v in numbers.items()])
+def _keep(store:ScoreStore, made_by:dict, look, numbers:dict):
+    "Put what a judge said of an image into a store."
+    about = dict(key=look.name, pixels=look.pixels, prompt=look.prompt)
+    for n,v in numbers.items():
+        store.add([dict(about, reward=n, identity=made_by[n] or '', score=v[0], note=json.dumps(v) if len(v)>1 else '')])
 
 @dataclass
 class _Look:
@@ -444,21 +467,21 @@ def _looks(jobs:list)->list: # of `_Look`; jobs are (image, name, prompt), the s
 # %% ../nbs/14_cli.ipynb #c56a736b
 PIECE = 32 # images held in memory at a time, or as many as are run at a time
 
-def _ask(judge:Judge, looks:list, batch_size:int, known:dict, store)->dict: # (pixels, prompt) -> what is wrong
+def _ask(judge:Judge, looks:list, batch_size:int, known:dict, keep)->dict: # (pixels, prompt) -> what is wrong
     "Add to what is known, images of like shape together."
-    lacks = lambda l: any(n not in known.get((l.pixels,l.prompt), {}) for n in judge.made_by)
+    lacks = lambda l: any(n not in known.get((l.pixels,l.prompt), {}) for n in judge.names)
     todo = {(l.pixels,l.prompt):l for l in looks if not l.error and lacks(l)}
-    order,errors = sorted(todo, key=lambda k: todo[k].image.width/todo[k].image.height),{}
+    order,errors = sorted(todo.values(), key=lambda l: l.image.width/l.image.height),{}
     for i in range(0, len(order), batch_size):
         part = order[i:i+batch_size]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', TransparencyWarning) # was said when the image was opened
-            said = _answers(judge, [todo[k].image for k in part], [todo[k].prompt for k in part])
-        for k,numbers in zip(part, said):
-            if isinstance(numbers, str): errors[k] = numbers
+            said = _answers(judge, [l.image for l in part], [l.prompt for l in part])
+        for l,numbers in zip(part, said):
+            if isinstance(numbers, str): errors[l.pixels,l.prompt] = numbers
             else:
-                known.setdefault(k, {}).update(numbers)
-                if store: _keep(store, judge, todo[k].name, *k, numbers)
+                known.setdefault((l.pixels,l.prompt), {}).update(numbers)
+                keep(l, numbers)
     return errors
 
 # %% ../nbs/14_cli.ipynb #fd1a676f
@@ -466,7 +489,8 @@ def _wrong(look:_Look, judges:list, errors:list)->str|None:
     "What is wrong with an image and a prompt, by what `_ask` gave for each judge."
     if look.error: return look.error
     key,several = (look.pixels,look.prompt),len(judges)>1
-    said = [f"{', '.join(j.made_by)}: {e[key]}" if several else e[key] for j,e in zip(judges, errors) if key in e]
+    who = lambda j: f"{', '.join(j.names)}: " if several else ''
+    said = [who(j)+e[key] for j,e in zip(judges, errors) if key in e]
     return f"{look.name}: {'; '.join(said)}" if said else None
 
 # %% ../nbs/14_cli.ipynb #50bad69a
@@ -477,21 +501,26 @@ def judge_items(
     store=None,          # `ScoreStore` of an earlier run and of this one
     skip_bad:bool=True,  # go on after an error
 )->list: # for each item a list with, for each image, a dict name -> tuple of numbers
-    "Ask all judges about all items, a few images in memory at a time; `InputError` for the first that fails, unless `skip_bad`."
-    uses,known,size,done = {},_remembered(store, judges),max(PIECE, batch_size),[0]
+    "Ask all judges about all items, a few images in memory at a time; `InputError` for a failure, unless `skip_bad`."
+    made_by = {n:j.made_by(n) for j in judges for n in j.names} if store else {}
+    keep = partial(_keep, store, made_by) if store else lambda look,numbers: None
+    uses,known,size,done = {},_remembered(store, made_by),max(PIECE, batch_size),[0]
+    if known: note(f'going on where an earlier run stopped: {len(known):,} images are done')
     for k,i in enumerate(items):
         for side,(x,name) in enumerate(zip(i.images, i.names)):
             if not i.error: uses.setdefault(image_key(x), []).append((x,name,i.prompt,k,side))
     flat,out = [u for us in uses.values() for u in us],[[{}]*len(i.images) for i in items]
-    with progress(None, len(flat), 'scoring', 'img') as bar, heartbeat(lambda: f'{done[0]:,} of {len(flat):,} images'):
+    how_far = lambda: f'{done[0]:,} of {len(flat):,} images'
+    with progress(None, len(flat), 'scoring', 'img') as bar, heartbeat(how_far):
         for start in range(0, len(flat), size):
             part = flat[start:start+size]
             looks = _looks([u[:3] for u in part])
-            errors = [_ask(j, looks, batch_size, known, store) for j in judges]
+            errors = [_ask(j, looks, batch_size, known, keep) for j in judges]
             for look,(*_,k,side) in zip(looks, part):
                 items[k].error = items[k].error or _wrong(look, judges, errors)
                 out[k][side] = known.get((look.pixels,look.prompt), {})
-                if items[k].error and not skip_bad: raise InputError(f'{_placed(items[k])}; --skip-bad leaves it out and goes on')
+                if items[k].error and not skip_bad: raise InputError(
+                    f'{_placed(items[k])}; --skip-bad leaves it out and goes on')
             done[0] += len(part)
             bar.update(len(part))
     return out
@@ -499,7 +528,7 @@ def judge_items(
 # %% ../nbs/14_cli.ipynb #a647abf4
 def _num(x)->float: return round(float(x), 6)
 
-def _with(name:str, items:list, numbers:list)->tuple: # the items that have numbers of that name, and those (n,d) or (n,2,d)
+def _with(name:str, items:list, numbers:list)->tuple: # items that have numbers of that name, those (n,d) or (n,2,d)
     have = [(i,[x[name] for x in xs]) for i,xs in zip(items, numbers) if all(name in x for x in xs)]
     return [i for i,_ in have], torch.tensor([v if len(v)>1 else v[0] for _,v in have])
 
@@ -515,7 +544,8 @@ def score_items(
     numbers = judge_items([perspective_judge(rm, names)], items, batch_size, store, skip_bad)
     for n in names:
         good,v = _with(n, items, numbers)
-        for i,x in zip(good, rm.configs[n].make_loss().score(v) if good else ()):
+        if not good: continue
+        for i,x in zip(good, rm.configs[n].make_loss().score(v)):
             i.row[n] = _num(x)
             if kinds[n]=='cls': i.row[f'{n}_prob'] = _num(torch.sigmoid(x))
     return _rows(items)
@@ -523,7 +553,8 @@ def score_items(
 def _rows(items:list)->list:
     "Rows of all items, with an `error` column if there are errors."
     bad = any(i.error for i in items)
-    return [{k:_sound(v) for k,v in (i.row|dict(error=i.error or '') if bad else i.row).items()} for i in items]
+    rows = [i.row|dict(error=i.error or '') if bad else i.row for i in items]
+    return [{k:_sound(v) for k,v in r.items()} for r in rows]
 
 # %% ../nbs/14_cli.ipynb #e654eb04
 def compare_items(
@@ -537,7 +568,8 @@ def compare_items(
     numbers = judge_items([perspective_judge(rm, names)], items, batch_size, store, skip_bad)
     for n in names:
         good,v = _with(n, items, numbers)
-        for i,p in zip(good, rm.configs[n].make_loss().prob(v[:,0], v[:,1]) if good else ()): i.row[n] = _num(p)
+        if not good: continue
+        for i,p in zip(good, rm.configs[n].make_loss().prob(v[:,0], v[:,1])): i.row[n] = _num(p)
     return _rows(items)
 
 # %% ../nbs/14_cli.ipynb #77865b1c
@@ -555,7 +587,8 @@ def rank_items(
         if not good: continue
         loss,general = rm.configs[n].make_loss(),rm.configs[n].loss=='gpm'
         value = (loss.prob(v[:,None], v[None]).sum(1)-.5)/max(1, len(good)-1) if general else loss.score(v)
-        for place,j in enumerate(value.argsort(descending=True, stable=True).tolist(), 1): good[j].row |= {n:_num(value[j]), f'{n}_rank':place}
+        order = value.argsort(descending=True, stable=True).tolist()
+        for place,j in enumerate(order, 1): good[j].row |= {n:_num(value[j]), f'{n}_rank':place}
     return _rows(items)
 
 # %% ../nbs/14_cli.ipynb #3ef6ba0c
@@ -575,8 +608,9 @@ def check_settings(
     if num_crops is not None and num_crops<1: raise InputError(f"--num-crops {num_crops}: must be at least 1")
     if device is not None:
         try: torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as e: raise InputError(
-            f"--device {device}: cannot be used here ({str(e).splitlines()[0]:.100}); leave it out for the best there is") from None
+        except (RuntimeError, AssertionError, NotImplementedError) as e:
+            why = str(e).splitlines()[0][:100]
+            raise InputError(f"--device {device}: cannot be used here ({why}); leave it out for the best there is") from None
     if out is not None:
         try:
             table_kind(out)
@@ -591,16 +625,14 @@ def load(
     "Load some perspectives of a model; a single one is merged."
     from llava_reward_nb.model import RewardModel
     with waiting(f'loading {model}'):
-        rm = RewardModel.from_pretrained(model, names if len(names)>1 else names[0], base, device, getattr(torch, dtype) if dtype else None, num_crops)
-        return rm.merge() if len(names)==1 else rm
+        dtype = getattr(torch, dtype) if dtype else None
+        if len(names)==1: return RewardModel.from_pretrained(model, names[0], base, device, dtype, num_crops).merge()
+        return RewardModel.from_pretrained(model, names, base, device, dtype, num_crops)
 
 # %% ../nbs/14_cli.ipynb #0c67ae4d
-def _misfit(processor, x, name:str, prompt:str)->str|None:
+def _misfit(backbone, x, name:str, prompt:str)->str|None:
     "Why this image and prompt do not fit the model, if they do not."
-    try:
-        header = SimpleNamespace(size=image_size(x, name))
-        size = processor.image_processor.sizes([header])[0]
-        processor._check_lengths([processor.prompt_ids(prompt, processor.image_processor.num_tokens(size))])
+    try: backbone.check([image_size(x, name)], [prompt])
     except InputError as e: return f"{name}: {str(e).split(': ', 1)[-1]}" # it counts from 0 in a batch of one
 
 def mark_misfits(
@@ -610,7 +642,7 @@ def mark_misfits(
     "Find images too thin and prompts too long for the model."
     for i in items:
         if i.error: continue
-        found = [_misfit(rm.backbone.processor, x, n, i.prompt) for x,n in zip(i.images, i.names)]
+        found = [_misfit(rm.backbone, x, n, i.prompt) for x,n in zip(i.images, i.names)]
         i.error = next((e for e in found if e), None)
 
 # %% ../nbs/14_cli.ipynb #567d0c46
@@ -632,13 +664,14 @@ def report(
     hide=(),       # columns not shown
 ):
     "Write all rows and print the first `MOST`; a prompt common to all is printed once, above."
-    written = write_table(rows, out) if out else None # first: who prints into a closed pipe still has the file
+    written = write_table(rows, out) if out else None # first: who prints into a closed pipe has the file
     prompts = {_cell(r['prompt']) for r in rows if 'prompt' in r}
     if len(prompts)==1:
         print('prompt:', *prompts if any(prompts) else ['(none)'])
         hide = {*hide, 'prompt'}
     print(text_table(rows[:MOST], [c for c in dict.fromkeys(k for r in rows for k in r) if c not in hide]))
-    if len(rows)>MOST: print(f"… and {len(rows)-MOST} more rows{'' if out else '; write all of them with --out'}")
+    hint = '' if out else '; write all of them with --out'
+    if len(rows)>MOST: print(f"… and {len(rows)-MOST} more rows{hint}")
     for n in notes: print(n)
     if written: print(f"written to {written}")
 
@@ -647,9 +680,10 @@ def clear_columns(
     items:list,   # of `Item`
     written:list, # columns that are going to be written, besides `error`
 ):
-    "Empty the columns that are going to be written; `InputError` for a name that is needed for something else."
+    "Empty the columns that are going to be written; `InputError` for a name that has another use."
     taken = [c for c in written if c in (*items[0].own,'error') or written.count(c)>1]
-    if taken: raise InputError(f"{taken[0]!r} would be the name of two columns of the result; rename the perspective (its folder) or the column")
+    if taken: raise InputError(f"{taken[0]!r} would be the name of two columns of the result; rename the perspective "
+                               "(its folder) or the column")
     old = [c for c in (*written,'error') if any(c in i.row for i in items)]
     if old: note(f"the table has {', '.join(old)} already; written anew")
     for i in items: i.row = {k:v for k,v in i.row.items() if k not in old}|dict.fromkeys(written)
@@ -677,7 +711,7 @@ def check_rows(
 def kept_scores(
     out, # file to write in the end, or None: nothing is kept
 ): # `ScoreStore` or None
-    "A store of scores beside a file; it vanishes when the block succeeds. `InputError` if another process has it."
+    "A store of scores beside a file; it goes when the block succeeds. `InputError` if another process has it."
     if out is None:
         yield None
         return
@@ -687,7 +721,8 @@ def kept_scores(
         try:
             with ScoreStore(folder, every=5.) as store: yield store
             shutil.rmtree(folder, ignore_errors=True)
-        except KeyboardInterrupt: raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
         finally:
             if not any(folder.glob('*.parquet')): shutil.rmtree(folder, ignore_errors=True)
 
@@ -697,7 +732,8 @@ class UsageError(ValueError):
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     "Help as wide as the terminal, with the examples as they are written."
-    def __init__(self, prog): super().__init__(prog, max_help_position=26, width=min(110, shutil.get_terminal_size((110,30)).columns))
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=min(110, shutil.get_terminal_size((110,30)).columns))
     def _expand_help(self, action): return action.help
 
 def _suggesting(p:argparse.ArgumentParser):
@@ -712,15 +748,15 @@ def parser_for(
     func,         # function with docments
     examples:str, # shown at the end of the help
 )->argparse.ArgumentParser:
-    "The parser of a command: `list[str]` takes several values, options have dashes (underscores are understood)."
+    "The parser of a command: `list[str]` takes several values, options have dashes (or underscores)."
     p = anno_parser(func, prog=func.__name__)
     p.formatter_class,p.epilog,p.allow_abbrev,p.error = _Help,'examples:\n'+examples,False,_suggesting(p)
     for a in p._actions:
         a.metavar,a.help = None,re.sub(r" \(default: (False|'')?\)$", '', a.help)
         if a.type==list[str]: a.type,a.nargs = str,'+' if a.option_strings else '*'
-        for o in list(a.option_strings):
+        for o in [o for o in a.option_strings if o.startswith('--')]:
             plain = o.rstrip('_') # from_ is --from, a word that Python keeps for itself
-            for name in (plain.replace('_','-'), '--'+plain[2:].replace('-','_')) if o.startswith('--') else (): p._option_string_actions[name] = a
+            for name in (plain.replace('_','-'), '--'+plain[2:].replace('-','_')): p._option_string_actions[name] = a
         a.option_strings = [o.rstrip('_').replace('_','-') for o in a.option_strings]
     return p
 
@@ -743,11 +779,11 @@ def _as_notes():
         try: yield
         finally:
             n,first = len(clear),next(iter(clear), '')
-            if clear: note(f"{n} image{'s have' if n>1 else ' has'} transparent pixels, judged by the colours behind them as if opaque "
-                           f"({'first: ' if n>1 else ''}{first})")
+            if clear: note(f"{n} image{'s have' if n>1 else ' has'} transparent pixels, judged by the colours behind "
+                           f"them as if opaque ({'first: ' if n>1 else ''}{first})")
 
 # %% ../nbs/14_cli.ipynb #8b1ab7fd
-_PACKAGES = dict(PIL='pillow', yaml='pyyaml', sklearn='scikit-learn', cv2='opencv-python') # where pip's name is another
+_PACKAGES = dict(PIL='pillow', yaml='pyyaml', sklearn='scikit-learn', cv2='opencv-python') # other names for pip
 
 def _missing(e:ImportError)->str:
     "How to install what an import lacks; '' if that is not the trouble."
@@ -793,13 +829,14 @@ def command(
     examples:str,       # shown at the end of the help
     interrupted:str='', # what to do after Ctrl-C
 ): # decorator
-    "Make a function with docments a console command (its parser is `.parser()`); called with arguments, or not from a script, it stays a function."
+    "Make a function with docments a console command, with a `.parser()`; with arguments it stays a function."
     def decorate(func):
         @wraps(func)
         def run(*args, **kwargs):
             caller = sys._getframe(1).f_globals
             with _as_notes():
-                if args or kwargs or caller.get('__name__')!='__main__' or 'get_ipython' in caller: return func(*args, **kwargs)
+                started = caller.get('__name__')=='__main__' and 'get_ipython' not in caller
+                if args or kwargs or not started: return func(*args, **kwargs)
                 for stream in sys.stdout,sys.stderr:
                     if stream is not None: stream.reconfigure(errors='replace')
                 given = {k:v for k,v in vars(run.parser().parse_args()).items() if k not in ('pdb','xtra')}
@@ -813,8 +850,8 @@ def command(
 # %% ../nbs/14_cli.ipynb #9d302ce5
 def _is_tiny(name)->bool:
     "Whether a model or reward is one of the embedded bundle."
-    name = str(name)
-    return name=='tiny' or name.startswith(('tiny/','tiny-')) or name.endswith(':tiny') or ':tiny/' in name or str(MODELS['tiny']) in name
+    name = str(name).partition(':')[2] or str(name)
+    return name=='tiny' or name.startswith(('tiny/','tiny-')) or str(MODELS['tiny']) in name
 
 def tiny_doubts(
     names:list,   # of models or rewards
@@ -825,12 +862,12 @@ def tiny_doubts(
     from llava_reward_nb.shapes import SIZE, VOCAB
     tiny = [str(n) for n in names if _is_tiny(n)]
     if not tiny: return
-    words = dict.fromkeys(w for p in dict.fromkeys(prompts) if isinstance(p, str) for w in re.findall(r'\w+', p.lower()))
-    strange = [w for w in words if w not in VOCAB]
-    said = [f"{', '.join(map(repr, strange[:3]))}{f' and {len(strange)-3} more words are' if len(strange)>3 else ' are' if len(strange)>1 else ' is'} unknown"]*bool(strange)
-    said += [f"pictures larger than {4*SIZE}x{4*SIZE} are unknown"]*any(max(image_size(x))>4*SIZE for x in images)
-    if said: note(f"{', '.join(tiny)}: knows only drawings of coloured shapes; {', and '.join(said)} to it, and its numbers there mean nothing. "
-                  "For real images name another model or reward")
+    asked = ' '.join(dict.fromkeys(p.lower() for p in prompts if isinstance(p, str)))
+    strange = [repr(w) for w in dict.fromkeys(re.findall(r'\w+', asked)) if w not in VOCAB]
+    unknown = [', '.join(strange[:3])+(f' and {len(strange)-3} more words' if len(strange)>3 else '')]*bool(strange)
+    unknown += [f'pictures larger than {4*SIZE}x{4*SIZE}']*any(max(image_size(x))>4*SIZE for x in images)
+    if unknown: note(f"{', '.join(tiny)}: knows only drawings of coloured shapes; its numbers for {' and '.join(unknown)} "
+                     "mean nothing. For real images name another model or reward")
 
 # %% ../nbs/14_cli.ipynb #9f8f22be
 def check_names(
@@ -844,16 +881,24 @@ def check_names(
     for r in rewards:
         head,_,perspective = r.partition('/')
         if head=='tiny' and perspective: perspective_kinds('tiny', [perspective])
-        elif r.partition(':')[0] not in REWARDS and r not in SHORT and not Path(r).expanduser().is_dir(): load_reward(r) # says what there is
+        elif r.partition(':')[0] in REWARDS or r in SHORT or Path(r).expanduser().is_dir(): continue
+        else: load_reward(r) # says what there is
 
 # %% ../nbs/14_cli.ipynb #1645797c
-def _items_of(images, prompt, table, image_column, prompt_column, n:int=1)->list:
+def _items_of(images, prompt, table, image_column, prompt_column, out, n:int=1)->list:
     "Items from the command line; UsageError if there are none or two sources."
-    if bool(images)==bool(table): raise UsageError("name images or folders, or a table with --table"+(", not both" if table else ''))
+    if bool(images)==bool(table): raise UsageError(
+        "name images or folders, or a table with --table"+(", not both" if table else ''))
     named = [image_column] if isinstance(image_column, str) else list(image_column or ())
     if not table and (named or prompt_column): raise UsageError("--image-column and --prompt-column are of a --table")
-    if named and len(named)!=n: raise UsageError(f"--image-column {' '.join(named)}: name {'one column' if n==1 else 'two columns, of the two images'}")
-    return table_items(table, prompt, n, named, prompt_column) if table else image_items(images, prompt)
+    if named and len(named)!=n: raise UsageError(
+        f"--image-column {' '.join(named)}: name {'one column' if n==1 else 'two columns, of the two images'}")
+    if not table: return image_items(images, prompt)
+    items = table_items(table, prompt, n, named, prompt_column)
+    onto_itself = out and Path(out).expanduser().resolve()==Path(table).expanduser().resolve()
+    if onto_itself and any(not isinstance(x, (str, type(None))) for i in items for x in i.images): raise InputError(
+        f"--out {out}: would overwrite the images that the table holds; name another file")
+    return items
 
 def _check(items:list, needs:dict, written:list, out, skip_bad:bool, doubtful:list):
     "All checks that need no weights, and room for what will be written."
@@ -865,9 +910,9 @@ def _check(items:list, needs:dict, written:list, out, skip_bad:bool, doubtful:li
     good = [i for i in items if not i.error]
     tiny_doubts(doubtful, [i.prompt for i in good], [x for i in good for x in i.images])
 
-def _ready(items, used, model, base, device, dtype, num_crops, skip_bad):
+def _ready(items, used, model, how, skip_bad):
     "Load the model and make the checks that need it."
-    rm = load(model, list(used), base, device, dtype, num_crops)
+    rm = load(model, list(used), **how)
     mark_misfits(rm, items)
     stop_if_bad(items, skip_bad)
     return rm
@@ -882,12 +927,36 @@ def reward_items(
 )->list: # rows: the items' own, a score for each reward, and `error` if any item has one
     "Score items with any rewards; what one of them rejects keeps the scores of the others."
     from llava_reward_nb.rewards import load_reward
-    judges = []
+    judges,dtype = [],getattr(torch, dtype) if dtype else None
     for n in names:
-        with waiting(f'loading {n}'): judges.append(reward_judge(n, load_reward(n, device, getattr(torch, dtype) if dtype else None)))
+        with waiting(f'loading {n}'): judges.append(reward_judge(n, load_reward(n, device, dtype)))
     numbers = judge_items(judges, items, batch_size, store, skip_bad)
     for i,(x,) in zip(items, numbers): i.row |= {n:_num(v[0]) for n,v in x.items()}
     return _rows(items)
+
+# %% ../nbs/14_cli.ipynb #c48b586a
+def _score_by_rewards(items, reward, how, batch_size, out, skip_bad):
+    check_names(reward)
+    from llava_reward_nb.cards import card_of
+    needs = {n:'' for n in reward if card_of(n).prompt}
+    _check(items, needs, reward, out, skip_bad, reward)
+    with kept_scores(out) as store:
+        rows = reward_items(reward, items, batch_size, **how, store=store, skip_bad=skip_bad)
+        stop_if_bad(items, skip_bad)
+        report(rows, out)
+
+def _score_by_model(items, model, perspective, how, batch_size, out, skip_bad):
+    kinds = perspective_kinds(model, perspective)
+    used = {n:kinds[n] for n in scorable(kinds, bool(perspective))}
+    columns = [c for n,k in used.items() for c in ((n, f'{n}_prob') if k=='cls' else (n,))]
+    _check(items, used, columns, out, skip_bad, [model])
+    notes = [f"not shown: {n}, a general preference, which has no score for one image; use llava_reward_compare"
+             for n in kinds if n not in used]
+    with kept_scores(out) as store:
+        rm = _ready(items, used, model, how, skip_bad)
+        rows = score_items(rm, used, items, batch_size, store, skip_bad)
+        stop_if_bad(items, skip_bad)
+        report(rows, out, notes)
 
 # %% ../nbs/14_cli.ipynb #cf8f69a9
 @command('''  llava_reward_score a.png b.jpg --prompt "a red circle"
@@ -898,16 +967,17 @@ def reward_items(
   llava_reward_score a.png --prompt "a red circle" --model me/my-rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
 
-A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts, found by the
-usual names: image, file_name, …; prompt, text, caption. All columns are kept, and the scores added to them.
-Scores of different perspectives are not comparable with each other, only within a column. `<name>_prob`, beside a
-classifier's score, is its probability: for safety, of being safe.
-With --out, finished scores are kept as they come: after an interruption the same command goes on. Exit codes: 0 done
-(with --skip-bad also if rows were left out), 1 something given cannot be used, 2 wrong usage, 130 interrupted.''')
+A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts,
+found by the usual names: image, file_name, …; prompt, text, caption. All columns are kept; scores are added.
+Scores of different perspectives are not comparable with each other, only within a column. `<name>_prob`,
+beside a classifier's score, is its probability: for safety, of being safe.
+With --out, finished scores are kept as they come: after an interruption the same command goes on.
+Exit codes: 0 done (with --skip-bad also if rows were left out), 1 something given cannot be used, 2 wrong usage,
+130 interrupted.''')
 def llava_reward_score(
     images:list[str],           # image files and folders (all images inside)
     prompt:str='',              # the prompt that the images were made for
-    table:str=None,             # .csv, .tsv, .json, .jsonl or .parquet with a column of images and one of prompts, instead of images
+    table:str=None,             # .csv, .tsv, .json, .jsonl or .parquet of images and prompts, in place of images
     model:str='tiny',           # reward model: a folder, a hub id, or 'tiny', which knows coloured shapes only
     perspective:list[str]=None, # which perspectives; all that have scores if left out
     reward:list[str]=None,      # any rewards by name or folder, in place of --model and --perspective
@@ -923,39 +993,21 @@ def llava_reward_score(
 ):
     "Score images for prompts, in one or several perspectives. Higher is better."
     if reward and (perspective or base or num_crops):
-        raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base and --num-crops out")
-    items = _items_of(images, prompt, table, image_column, prompt_column)
+        raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base and "
+                         "--num-crops out")
+    items = _items_of(images, prompt, table, image_column, prompt_column, out)
     check_settings(device, dtype, out, batch_size, num_crops)
-    if reward: _score_by_rewards(items, list(reward), device, dtype, batch_size, out, skip_bad)
-    else: _score_by_model(items, model, perspective, base, device, dtype, num_crops, batch_size, out, skip_bad)
+    how = dict(device=device, dtype=dtype)
+    if reward: _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
+    else: _score_by_model(items, model, perspective, dict(how, base=base, num_crops=num_crops), batch_size, out, skip_bad)
     say_left_out(items)
-
-def _score_by_rewards(items, reward, device, dtype, batch_size, out, skip_bad):
-    check_names(reward)
-    from llava_reward_nb.cards import card_of
-    needs = {n:'' for n in reward if card_of(n).prompt}
-    _check(items, needs, reward, out, skip_bad, reward)
-    with kept_scores(out) as store:
-        rows = reward_items(reward, items, batch_size, device, dtype, store, skip_bad)
-        stop_if_bad(items, skip_bad)
-        report(rows, out)
-
-def _score_by_model(items, model, perspective, base, device, dtype, num_crops, batch_size, out, skip_bad):
-    kinds = perspective_kinds(model, perspective)
-    used = {n:kinds[n] for n in scorable(kinds, bool(perspective))}
-    _check(items, used, [c for n,k in used.items() for c in ((n, f'{n}_prob') if k=='cls' else (n,))], out, skip_bad, [model])
-    notes = [f"not shown: {n}, a general preference, which has no score for one image; use llava_reward_compare" for n in kinds if n not in used]
-    with kept_scores(out) as store:
-        rm = _ready(items, used, model, base, device, dtype, num_crops, skip_bad)
-        rows = score_items(rm, used, items, batch_size, store, skip_bad)
-        stop_if_bad(items, skip_bad)
-        report(rows, out, notes)
 
 # %% ../nbs/14_cli.ipynb #be136fbf
 def _pair_report(row:dict, names:list, out):
     "One comparison, with bars."
     written = write_table([row], out) if out else None
-    print('prompt:', _cell(row['prompt']) or '(none)', f"\nA: {_cell(row['image_a'])}\nB: {_cell(row['image_b'])}\n\nP(A is preferred)")
+    print('prompt:', _cell(row['prompt']) or '(none)')
+    print(f"A: {_cell(row['image_a'])}\nB: {_cell(row['image_b'])}\n\nP(A is preferred)")
     wide = max(map(len, names))
     for n in names: print(f"{n:{wide}}  A {bar(row[n])} B  {row[n]:.3f}")
     if written: print(f"written to {written}")
@@ -963,9 +1015,10 @@ def _pair_report(row:dict, names:list, out):
 def _rank_report(rows:list, names:list, notes, out):
     "A ranking, the best on average first."
     written = write_table(rows, out) if out else None
-    good = sorted((r for r in rows if r.get(names[0]) is not None), key=lambda r: sum(r[f'{n}_rank'] for n in names))
-    cell = lambda r,n: f"{r[n]:.3f} ({r[f'{n}_rank']})"
-    report([dict(image=r['image'], prompt=r['prompt'], **{n:cell(r,n) for n in names}) for r in good], notes=notes)
+    good = [r for r in rows if r.get(names[0]) is not None]
+    good.sort(key=lambda r: sum(r[f'{n}_rank'] for n in names))
+    cells = lambda r: {n:f"{r[n]:.3f} ({r[f'{n}_rank']})" for n in names}
+    report([dict(image=r['image'], prompt=r['prompt'], **cells(r)) for r in good], notes=notes)
     for r in rows:
         if r.get('error'): print('left out:', _cell(r['error']))
     if written: print(f"written to {written}")
@@ -974,18 +1027,19 @@ def _rank_report(rows:list, names:list, notes, out):
 @command('''  llava_reward_compare a.png b.png --prompt "a red circle"
   llava_reward_compare renders/ --prompt "a red circle" --perspective overall --out ranking.csv
   llava_reward_compare --table pairs.csv --out preferences.csv
-  llava_reward_compare --table pickapic.parquet --image-column jpg_0 jpg_1 --prompt-column caption --out preferences.csv
+  llava_reward_compare --table pickapic.parquet --image-column jpg_0 jpg_1 --prompt-column caption --out p.csv
 
-Two images: the probability that the first is preferred, in each perspective. More: a ranking, best first, by score or,
-for a general preference, by the mean probability of being preferred to the others. A table has two columns of images
-(image_a and image_b, jpg_0 and jpg_1, …; paths, relative to the table, or the images themselves) and one of prompts; all
-columns are kept, and P(a preferred) for each perspective is added.
-With --out, finished work is kept as it comes: after an interruption the same command goes on. Exit codes: 0 done (with
---skip-bad also if some were left out), 1 something given cannot be used, 2 wrong usage, 130 interrupted.''')
+Two images: the probability that the first is preferred, in each perspective. More: a ranking, best first, by
+score or, for a general preference, by the mean probability of being preferred to the others. A table has two
+columns of images (image_a and image_b, jpg_0 and jpg_1, …; paths, relative to the table, or the images
+themselves) and one of prompts; all columns are kept, and P(a preferred) for each perspective is added.
+With --out, finished work is kept as it comes: after an interruption the same command goes on.
+Exit codes: 0 done (with --skip-bad also if some were left out), 1 something given cannot be used, 2 wrong usage,
+130 interrupted.''')
 def llava_reward_compare(
     images:list[str],           # two or more image files or folders
     prompt:str='',              # the prompt that the images were made for
-    table:str=None,             # .csv, .tsv, .json, .jsonl or .parquet with two columns of images and one of prompts, instead of images
+    table:str=None,             # .csv, .tsv, .json, .jsonl or .parquet of image pairs and prompts
     model:str='tiny',           # reward model: a folder, a hub id, or 'tiny', which knows coloured shapes only
     perspective:list[str]=None, # which perspectives; all if left out
     base:str=None,              # folder or hub id of the base model, if the reward model does not say
@@ -995,24 +1049,26 @@ def llava_reward_compare(
     batch_size:int=8,           # images at a time; more is faster on a GPU and needs more memory
     out:str=None,               # write all rows to this .csv, .tsv, .json, .jsonl or .parquet
     skip_bad:bool=False,        # leave unusable images and pairs out, and say so in their rows
-    image_column:list[str]=None,# the two columns of the table that have the images, if their names do not tell
+    image_column:list[str]=None,# the two columns of the table that have the images, if not clear
     prompt_column:str=None,     # column of the table that has the prompts
 ):
     "Compare two images for a prompt, rank more, or compare all pairs of a table."
-    items = _items_of(images, prompt, table, image_column, prompt_column, 2)
+    items = _items_of(images, prompt, table, image_column, prompt_column, out, 2)
     if len(items)==1 and not table: raise UsageError("one image cannot be compared; name two or more")
     pair = len(items)==2 and not table
     if pair:
         a,b = (i.images[0] for i in items)
-        items = [Item((a,b), prompt, dict(image_a=a, image_b=b, prompt=prompt), own=('image_a','image_b','prompt'))]
+        row = dict(image_a=a, image_b=b, prompt=prompt)
+        items = [Item((a,b), prompt, row, own=tuple(row))]
     check_settings(device, dtype, out, batch_size, num_crops)
     used = perspective_kinds(model, perspective)
     names = list(used)
     written = names if pair or table else [c for n in names for c in (n, f'{n}_rank')]
     _check(items, used, written, out, skip_bad, [model])
     with kept_scores(out) as store:
-        rm = _ready(items, used, model, base, device, dtype, num_crops, skip_bad)
-        judged = (compare_items if pair or table else rank_items)(rm, names, items, batch_size, store, skip_bad)
+        rm = _ready(items, used, model, dict(base=base, device=device, dtype=dtype, num_crops=num_crops), skip_bad)
+        judge = compare_items if pair or table else rank_items
+        judged = judge(rm, names, items, batch_size, store, skip_bad)
         stop_if_bad(items, skip_bad)
         if pair: _pair_report(judged[0], names, out)
         elif table: report(judged, out, ['numbers are P(a is preferred)'])
@@ -1356,7 +1412,8 @@ def llava_reward_demo(
     from llava_reward_nb.guidance import demo_steering
     from llava_reward_nb.tiny import evaluate_tiny
     if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")
-    folder,t0 = Path(out),time.perf_counter()
+    folder,t0 = Path(out).expanduser(),time.perf_counter()
+    check_writable(folder, folder=True)
     rm = load('tiny', list(perspective_kinds('tiny')))
     rows = demo_scores(folder, rm)
     print(f"1. {len(rows)} scenes rendered to {folder/'images'} and scored from there in all perspectives ({_seconds(t0)})\n")

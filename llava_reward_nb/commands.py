@@ -11,9 +11,10 @@ from itertools import count
 from pathlib import Path
 
 from .benchmarks import SPECS
-from .cli import (UsageError, check_names, check_settings, command, did_you_mean, find_images, heartbeat, note,
-                                 tiny_doubts, waiting)
-from .core import PROMPT_COLUMNS, TABLES, InputError, atomic_path, check_writable, find_column, read_table, write_table
+from .cli import (UsageError, check_names, check_settings, command, did_you_mean, find_images,
+                                 heartbeat, note, tiny_doubts, waiting)
+from .core import (PROMPT_COLUMNS, TABLES, InputError, atomic_path, check_writable, find_column,
+                                  read_table, write_table)
 from .evaluation import Run, latency, make_table, metric_columns, panels, run_benchmark, table9
 from .guidance import WAYS, compare_guidance
 from .particles import resample_steps
@@ -32,14 +33,14 @@ def _folder(name:str, out:str, several:bool)->Path:
   llava_reward_eval tifa160 --reward imagereward vqascore --data ~/tifa --out runs/tifa
   llava_reward_eval geneval --reward hpsv2.1 --data my/generated/images
 
-What a local copy of each benchmark looks like is said when it is not found. A run that was interrupted goes on when the same
-command is given again; a further --reward is added to it. Exit codes: 0 done, 1 something given cannot be used, 2 wrong
-usage, 130 interrupted.''', 'the same command goes on')
+What a local copy of each benchmark looks like is said when it is not found. A run that was interrupted goes on
+when the same command is given again; a further --reward is added to it.
+Exit codes: 0 done, 1 something given cannot be used, 2 wrong usage, 130 interrupted.''', 'the same command goes on')
 def llava_reward_eval(
     benchmark:str,         # mjbench, tifa160, unsafebench, smid, imagereward, pickapic, hpdv2, geneval, drawbench, or all
     reward:list[str]=None, # rewards to evaluate, by name or folder; all in one pass over the images
     data:str='tiny',       # hub id, folder or file of the benchmark; hub: the published one; tiny: its offline twin
-    out:str='',            # folder for the scores; of several benchmarks a folder in it for each [default: runs/<benchmark>]
+    out:str='',            # folder for the scores, or of all benchmarks' folders [default: runs/<benchmark>]
     limit:int=None,        # rows of each part, for a quick look
     batch_size:int=16,     # images at a time
     images:str='',         # folder of the images, where they do not lie beside the data (unsafebench, smid, tifa160)
@@ -48,18 +49,22 @@ def llava_reward_eval(
     "Score a benchmark with one or more rewards; every score is kept, and the table is printed."
     names = list(SPECS) if benchmark=='all' else [benchmark]
     if benchmark not in (*SPECS,'all'):
-        raise UsageError(f"benchmark {benchmark!r}; use one of {', '.join(SPECS)}, or all{did_you_mean(benchmark, SPECS)}")
-    if benchmark=='all' and data!='tiny': raise UsageError("'all' evaluates the offline twins; on real data name one benchmark and its --data")
-    if batch_size<1 or limit is not None and limit<1: raise UsageError(f"--batch-size {batch_size} --limit {limit}: must be at least 1")
+        guess = did_you_mean(benchmark, SPECS)
+        raise UsageError(f"benchmark {benchmark!r}; use one of {', '.join(SPECS)}, or all{guess}")
+    if benchmark=='all' and data!='tiny':
+        raise UsageError("'all' evaluates the offline twins; on real data name one benchmark and its --data")
+    if batch_size<1 or limit is not None and limit<1:
+        raise UsageError(f"--batch-size {batch_size} --limit {limit}: must be at least 1")
     if not (benchmark=='geneval' and not reward): check_names(reward or [])
     folders = {n:_folder(n, out, len(names)>1) for n in names}
     for f in folders.values(): check_writable(f, folder=True)
-    more = dict(images=images) if images else {}
+    rewards,more = {r:r for r in reward or []},dict(images=images) if images else {}
     for name,folder in folders.items():
-        with heartbeat(_so_far(name, folder)), waiting(f'reading {name}'):
-            run = run_benchmark(name, {r:r for r in reward or []}, data, folder, limit, batch_size, skip_bad, **more)
-        if data!='tiny': tiny_doubts(reward or [], list(run.items.prompt))
-        print(f"\n{make_table(name, run)!r}\n{run.meta['items']} images, {run.meta['left_out']} records left out; scores in {run.folder}")
+        with heartbeat(_so_far(name, folder)):
+            run = run_benchmark(name, rewards, data, folder, limit, batch_size, skip_bad, **more)
+        if data!='tiny': tiny_doubts(list(rewards), list(run.items.prompt))
+        print(f"\n{make_table(name, run)!r}\n{run.meta['items']} images, {run.meta['left_out']} records left out; "
+              f"scores in {run.folder}")
 
 def _so_far(name:str, folder:Path):
     "How far an evaluation is, as a function for `heartbeat`."
@@ -75,19 +80,32 @@ FORMS = ('.md', '.tex', '.html', '.csv', '.txt') # what a finished table is writ
 def _check_form(out):
     "`InputError` for a table that could not be written."
     suffix = Path(out).suffix
-    if suffix not in FORMS: raise InputError(f"--out {out}: tables are written as {', '.join(FORMS)}; got {suffix or 'no suffix'!r}")
+    if suffix not in FORMS: raise InputError(
+        f"--out {out}: tables are written as {', '.join(FORMS)}; got {suffix or 'no suffix'!r}")
     check_writable(out)
+
+# %% ../nbs/14b_commands.ipynb #cc0c1a42
+_MADE_BY = dict(table9=('steered','llava_reward_steer'), latency=('runs/latency.parquet','llava_reward_latency'))
+
+def _tabled(table:str, given:list)->list: # of paths
+    "What a table is made from: as given, or where the commands put it; `InputError` if it is not there."
+    usual,command = _MADE_BY.get(table, (f'runs/{table}', f'llava_reward_eval {table}'))
+    found = [Path(r).expanduser() for r in given or [usual]]
+    for r in found:
+        if not r.exists(): raise InputError(f"{r}: no such folder or file; make it with {command}")
+    inner = [r/'scores.parquet' for r in found]
+    return [i if table=='table9' and i.is_file() else r for r,i in zip(found, inner)]
 
 # %% ../nbs/14b_commands.ipynb #d9222714
 @command('''  llava_reward_table tifa160
   llava_reward_table mjbench runs/mjbench runs/other --by category --intervals --out mjbench.tex
-  llava_reward_table table9 steered/scores.parquet --out table9.md
+  llava_reward_table table9 steered --out table9.md
   llava_reward_table latency runs/latency.parquet
 
 The suffix of --out says which form: .md, .tex, .html, .csv or .txt.''')
 def llava_reward_table(
     table:str,                 # a benchmark, or table9 or latency
-    runs:list[str],            # folders that llava_reward_eval wrote, or tables of particles or times [default: runs/<benchmark>]
+    runs:list[str],            # folders or tables that the other commands wrote [default: where they write]
     out:str='',                # file to write: .md, .tex, .html, .csv or .txt
     by:str='',                 # split the columns by a column of the records, such as category
     threshold:float=0.,        # pairs whose scores are no further apart are ties
@@ -95,13 +113,10 @@ def llava_reward_table(
     no_published:bool=False,   # leave out the numbers from the literature
 ):
     "Make a table of stored scores, without scoring again."
-    if table not in (*SPECS,'table9','latency'): raise UsageError(
-        f"table {table!r}; use one of {', '.join(SPECS)}, table9, latency{did_you_mean(table, [*SPECS, 'table9', 'latency'])}")
-    if not runs and table in ('table9','latency'): raise UsageError(f"{table}: name the file of {'particles' if table=='table9' else 'times'}")
+    names = [*SPECS, 'table9', 'latency']
+    if table not in names: raise UsageError(f"table {table!r}; use one of {', '.join(names)}{did_you_mean(table, names)}")
     if out: _check_form(out)
-    found = list(runs or [f'runs/{table}'])
-    missing = [r for r in found if not Path(r).expanduser().exists()]
-    if missing: raise InputError(f"{missing[0]}: no such folder or file; make it with llava_reward_eval {table}")
+    found = _tabled(table, runs)
     if table=='latency':
         import pandas as pd
         found = pd.DataFrame([r for f in found for r in read_table(f)])
@@ -120,15 +135,17 @@ def llava_reward_latency(
     repeats:int=5,         # timed passes over all images
     out:str='runs/latency.parquet', # table to write
 ):
-    "Seconds per sample of each reward, one after the other in one run: synchronised, after warm-up, images decoded before."
+    "Seconds per sample of each reward, one after the other: synchronised, after warm-up, images decoded before."
     check_names(reward or [])
-    if batch_size<1 or repeats<1: raise UsageError(f"--batch-size {batch_size} --repeats {repeats}: must be at least 1")
+    if batch_size<1 or repeats<1:
+        raise UsageError(f"--batch-size {batch_size} --repeats {repeats}: must be at least 1")
     check_settings(out=out)
     if images: found = find_images(images)
     else:
         import numpy as np
         from llava_reward_nb.shapes import render, sample_prompt, scene_for
-        rng = np.random.default_rng(0); found = [render(scene_for(sample_prompt(rng), rng)) for _ in range(16)]
+        rng = np.random.default_rng(0)
+        found = [render(scene_for(sample_prompt(rng), rng)) for _ in range(16)]
     rewards = {}
     for r in reward:
         with waiting(f'loading {r}'): rewards[r] = load_reward(r)
@@ -148,7 +165,8 @@ def _prompts_of(given:str)->list:
         rows = read_table(path)
         return [r.get(find_column(rows, PROMPT_COLUMNS, given)) for r in rows]
     try: return [l for l in path.read_text(encoding='utf-8-sig').split('\n') if l.strip()]
-    except UnicodeDecodeError as e: raise InputError(f"{given}: is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{given}: is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
 
 # %% ../nbs/14b_commands.ipynb #19aff850
 def read_prompts(
@@ -160,23 +178,28 @@ def read_prompts(
         rows = _prompts_of(g)
         for i,r in enumerate(rows, 1):
             where = 'prompt' if r==g else f'{g}, row {i}'
-            if not isinstance(r, str) or not r.strip(): raise InputError(f"{where}: {r!r:.60} is no prompt; it must be text")
-            if any('\ud800'<=c<='\udfff' for c in r): raise InputError(f"{where}: {r!r:.60} is not valid Unicode; remove lone surrogates")
+            if not isinstance(r, str) or not r.strip():
+                raise InputError(f"{where}: {r!r:.60} is no prompt; it must be text")
+            if any('\ud800'<=c<='\udfff' for c in r):
+                raise InputError(f"{where}: {r!r:.60} is not valid Unicode; remove lone surrogates")
         if not rows: raise InputError(f"{g}: holds no prompts")
         out += [r.strip() for r in rows]
     if not out: raise UsageError("give one or more prompts, or a file of them")
     once = list(dict.fromkeys(out))
-    if len(once)<len(out): note(f"{len(out)-len(once)} of {len(out)} prompts occur before and are left out; for more images of one prompt raise --n-particles, or use another --seed")
+    if len(once)<len(out): note(f"{len(out)-len(once)} of {len(out)} prompts occur before and are left out; "
+                                "for more images of one prompt raise --n-particles, or use another --seed")
     return once
 
 # %% ../nbs/14b_commands.ipynb #d4a2f5ee
-def _steer_settings(model, reward, held_out, method, n_particles, lam, potential, steps, batch_prompts)->tuple: # (id, keywords for `fk_steer`)
-    "Check the numbers; UsageError or ValueError"
-    check_names(reward); check_names([*reward, *held_out])
+def _steer_settings(model, reward, held_out, method, n_particles, lam, potential, steps, batch_prompts)->tuple:
+    "Check the numbers; the pipeline's id and keywords for `fk_steer`. UsageError or ValueError"
+    check_names([*reward, *held_out])
     if method not in WAYS or method=='none': raise UsageError(
         f"--method {method}: use one of {', '.join(w for w in WAYS if w!='none')}{did_you_mean(method, WAYS)}")
-    if steps<1 or batch_prompts<1: raise UsageError(f"--steps {steps} --batch-prompts {batch_prompts}: must be at least 1")
-    SteerConfig(n_particles=n_particles, lam=lam, potential=potential, method=method); resample_steps(steps)
+    if steps<1 or batch_prompts<1:
+        raise UsageError(f"--steps {steps} --batch-prompts {batch_prompts}: must be at least 1")
+    SteerConfig(n_particles=n_particles, lam=lam, potential=potential, method=method)
+    resample_steps(steps)
     where,recipe = RECIPES.get(model, (model,{}))
     return where, {**{k:v for k,v in recipe.items() if k in ('guidance_scale','height','width','batch_size')},
                    'n_particles':n_particles, 'potential':potential, 'num_inference_steps':steps}
@@ -184,27 +207,33 @@ def _steer_settings(model, reward, held_out, method, n_particles, lam, potential
 def _hush():
     "No advice and no bars from the libraries that load pipelines"
     import diffusers, transformers
-    for lib in (diffusers, transformers): lib.utils.logging.set_verbosity_error(); lib.utils.logging.disable_progress_bar()
+    for lib in (diffusers, transformers):
+        lib.utils.logging.set_verbosity_error()
+        lib.utils.logging.disable_progress_bar()
 
 def _can_read(rewards:dict, prompts:list):
-    "Each reward on a grey image for each prompt; InputError from the first that refuses, or answers with something else than numbers"
+    "Each reward on a grey image for each prompt; InputError for one that rejects it, or gives no number"
     from PIL import Image
     scores = score_all(rewards, [Image.new('RGB', (64,64), (128,)*3)]*len(prompts), prompts, progress=False)
     for n in rewards:
         bad = scores[n].isna().to_numpy().nonzero()[0]
-        if len(bad): raise InputError(f"reward {n!r} gives NaN for a grey image and the prompt {prompts[bad[0]]!r}; it cannot guide")
+        if not len(bad): continue
+        raise InputError(f"reward {n!r} gives NaN for a grey image and the prompt {prompts[bad[0]]!r}; it cannot guide")
 
 # %% ../nbs/14b_commands.ipynb #bfc26875
 def _show(frame, out:Path, ways:list): # prints, and writes best/ and panels.png
     "What a steered run leaves besides its table"
-    metrics = metric_columns(frame); guided = frame[frame.guidance!='none']
-    for key,g in guided[~guided.guidance.str.startswith('best-of-n') | (ways==['best-of-n'])].groupby(['guidance','prompt','seed'], sort=False):
+    metrics,steered = metric_columns(frame),frame[frame.guidance!='none']
+    if ways!=['best-of-n']: steered = steered[~steered.guidance.str.startswith('best-of-n')]
+    for _,g in steered.groupby(['guidance','prompt','seed'], sort=False):
         file = Path(g.image[g.guidance_score.idxmax()])
         with atomic_path(out/'best'/(file.stem.rpartition('_')[0]+'.png')) as f: shutil.copyfile(file, f)
     shown = frame[frame.seed==frame.seed.iloc[0]]
-    with atomic_path(out/'panels.png') as f: panels(shown, n=8, metrics=metrics).savefig(f, format='png', dpi=110)
+    figure = panels(shown, n=8, metrics=metrics)
+    with atomic_path(out/'panels.png') as f: figure.savefig(f, format='png', dpi=110)
     print(table9(frame, metrics))
-    print(f"\nimages of all particles in {out/'images'}, the best of each prompt in {out/'best'}, scores in {out/'scores.parquet'}; look at {out/'panels.png'}")
+    print(f"\nimages of all particles in {out/'images'}, the best of each prompt in {out/'best'}, "
+          f"scores in {out/'scores.parquet'}; look at {out/'panels.png'}")
 
 # %% ../nbs/14b_commands.ipynb #ae371b3f
 def _steered(
@@ -228,9 +257,9 @@ def _steered(
   llava_reward_steer prompts.txt --model sdxl --reward llava-reward:me/my-rewards/overall --steps 100 --batch-prompts 1
   llava_reward_steer prompts.csv --model my/pipeline --reward imagereward clipscore --lam 10 --out runs/steered
 
-A run that was interrupted goes on when the same command is given again; further prompts are added to it. Tables of the scores:
-llava_reward_table table9 DIR/scores.parquet. Rewards of a small range need a larger --lam (a CLIP score some hundreds).
-Without --out, runs of other settings get folders of their own: steered, steered-2, and so on.''', 'the same command goes on')
+A run that was interrupted goes on when the same command is given again; further prompts are added to it. Without
+--out, runs of other settings get folders of their own: steered, steered-2, and so on. Tables of the scores:
+llava_reward_table table9 DIR. Rewards of a small range need a larger --lam (a CLIP score some hundreds).''', 'the same command goes on')
 def llava_reward_steer(
     prompts:list[str],        # prompts, or files of them: .txt with one in each line, or a table with a column prompt
     model:str='tiny',         # pipeline to steer: tiny, sd21, sdxl, or any folder or hub id of a diffusers pipeline
@@ -247,18 +276,20 @@ def llava_reward_steer(
     batch_prompts:int=4,      # prompts in the pipeline at once; memory only, images do not depend on it
     device:str=None,          # where to run [default: the best there is]
 ):
-    "Steer a diffusion model by a reward: its particles are compared on the way, and the promising take the places of the others."
+    "Steer a diffusion model by a reward: particles are compared on the way, the promising replace the others."
     reward,held_out,todo = list(reward or ['tiny/alignment']),list(held_out or []),read_prompts(prompts)
     where,how = _steer_settings(model, reward, held_out, method, n_particles, lam, potential, steps, batch_prompts)
     check_settings(device)
     check_writable(out or 'steered', folder=True)
     tiny_doubts(list(dict.fromkeys([model, *reward, *held_out])), todo)
     _hush()
-    with waiting('loading the rewards'): rewards,judges = ({n:load_reward(n, device=device) for n in names} for names in (reward, held_out))
-    _can_read({**rewards, **judges}, todo)
+    with waiting('loading the rewards'): loaded = {n:load_reward(n, device=device) for n in [*reward, *held_out]}
+    rewards,judges = ({n:loaded[n] for n in names} for names in (reward, held_out))
+    _can_read(loaded, todo)
     with waiting(f'loading {model}'): pipe = load_pipeline(where, device=device)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     ways = (['none','best-of-n'] if compare else [])+[method]*(method!='best-of-n' or not compare)
-    run = lambda folder: compare_guidance(pipe, todo, rewards, folder, judges, ways, 'prompts', model, (seed,), lam, batch_prompts, **how)
+    run = lambda folder: compare_guidance(pipe, todo, rewards, folder, judges, ways, 'prompts', model, (seed,), lam,
+                                          batch_prompts, **how)
     with heartbeat(lambda: 'still steering'): folder,frame = _steered(out, run)
     _show(frame, folder, ways)

@@ -292,7 +292,7 @@ def stochastic(
     theirs = type(scheduler).__module__.split('.')[0]=='diffusers' or name=='FlowSDEScheduler'
     if name in CONSISTENCY: raise SteeringError(
         f"{name} draws all noise anew at each step, which is right for a consistency model only. "
-        "If yours is one, leave it in place: it can be steered as it is; if not, load the scheduler the model was trained with")
+        "If yours is one, leave it in place: it can be steered as it is. If not, load the model's own scheduler")
     known = theirs and name in DIFFUSION+MULTISTEP+EDM+FLOW
     try:
         check_scheduler(scheduler)
@@ -301,7 +301,7 @@ def stochastic(
     else: reason = f"{name} is not among those whose law is known"
     if not known: raise SteeringError(
         f"{name} cannot be steered or exchanged ({str(reason).partition(';')[0]}); "
-        "use another scheduler of the model, such as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler")
+        "use another scheduler of the model, such as DDIMScheduler or FlowMatchEulerDiscreteScheduler")
     tried = []
     for make in _candidates(scheduler):
         try:

@@ -79,7 +79,8 @@ def read_seeds(
     seeds = [s.tolist() if hasattr(s, 'tolist') else s for s in seed] if many else [seed]
     for s in seeds:
         if isinstance(s, bool) or not isinstance(s, int) or not -2**63<=s<2**64:
-            raise SteeringError(f"seed {s!r} is a {type(s).__name__}; pass a whole number of up to 64 bits, or a list with one for each prompt")
+            raise SteeringError(f"seed {s!r} is a {type(s).__name__}; "
+                                "pass a whole number of up to 64 bits, or a list with one for each prompt")
     return seeds if many else seeds[0]
 
 # %% ../nbs/10_steering.ipynb #4c004faa
@@ -131,7 +132,8 @@ def prompt_seeds(
     if published: return [seed]*len(prompts)
     before = [prompts[:i].count(p) for i,p in enumerate(prompts)]
     texts = [f'{seed} {p}' + (f'\0{n}' if n else '') for p,n in zip(prompts, before)]
-    return [zlib.crc32(s.encode('utf-8', 'surrogatepass')) for s in texts] # 32 bits: a CPU generator ignores the others
+    # 32 bits: a CPU generator ignores the others
+    return [zlib.crc32(s.encode('utf-8', 'surrogatepass')) for s in texts]
 
 def prompt_generators(
     prompts:list,         # p strings
@@ -186,7 +188,7 @@ def _is_picture(v)->bool:
     return isinstance(v, Image.Image) or getattr(v, 'ndim', 0)>=2
 
 def _kind_of_argument(name, v)->str|None:
-    "'text', 'embeds', 'picture', 'adapter' or 'latents' for what goes with a prompt; None for what stays whole"
+    "'text', 'embeds', 'picture', 'adapter' or 'latents' if it goes with a prompt; None if it stays whole"
     if v is None: return None
     if name=='latents': return 'latents'
     if name.startswith('ip_adapter'): return 'adapter'
@@ -198,7 +200,7 @@ def _single_picture(name, v)->bool:
     "Whether v is one picture for all"
     if isinstance(v, (list, tuple)): return False
     if isinstance(v, Image.Image): return True
-    if v.ndim==4 or v.ndim==3 and 'mask' in name: return len(v)==1   # a batch, or a batch of masks without channels
+    if v.ndim==4 or v.ndim==3 and 'mask' in name: return len(v)==1   # a batch; masks may have no channels
     return True
 
 # %% ../nbs/10_steering.ipynb #54179e53
@@ -210,21 +212,26 @@ def prompt_arguments(
 )->dict: # name -> list, tensor or array of length p (latents: p*k)
     "What goes with each prompt; SteeringError for another length."
     own = {}
-    nets = hasattr(getattr(pipe, 'controlnet', None), 'nets')
     for name,v in kwargs.items():
         kind, n = _kind_of_argument(name, v), p
-        if kind is None: continue
-        if kind=='picture' and nets and 'control' in type(pipe).__name__.lower() and isinstance(v, (list, tuple)) and \
-           not isinstance(v[0], (list, tuple)) and name in ('image', 'control_image'): continue   # one for each net
+        if kind is None or _for_nets(pipe, name, v): continue
         if kind=='latents': n = p*k
-        if kind=='text' and isinstance(v, str) or kind=='picture' and _single_picture(name, v): v = _repeated(v, p)
+        for_all = kind=='text' and isinstance(v, str) or kind=='picture' and _single_picture(name, v)
+        if for_all: v = _repeated(v, p)
         elif kind=='adapter' and (p==1 or not isinstance(v, (list, tuple))): v = [v]*p
-        if not hasattr(v, '__len__') or len(v)!=n: raise SteeringError(
-            f"{name}: {len(v) if hasattr(v, '__len__') else type(v).__name__} for {p} prompts"
-            + (f" with {k} particles each; needed: one for each particle, {n}" if kind=='latents' else f"; needed: one for each prompt, {n}"
-               + (", or one for all" if kind in ('text', 'picture', 'adapter') else '')))
+        if not hasattr(v, '__len__') or len(v)!=n:
+            got = len(v) if hasattr(v, '__len__') else type(v).__name__
+            if kind=='latents': needed = f"with {k} particles each; needed: one for each particle, {n}"
+            else: needed = f"; needed: one for each prompt, {n}" + ('' if kind=='embeds' else ", or one for all")
+            raise SteeringError(f"{name}: {got} for {p} prompts {needed}".replace(' ;', ';'))
         own[name] = list(v) if isinstance(v, tuple) else v
     return own
+
+def _for_nets(pipe, name, v)->bool:
+    "Whether a list has one picture for each of several control nets"
+    many = hasattr(getattr(pipe, 'controlnet', None), 'nets') and 'control' in type(pipe).__name__.lower()
+    flat = isinstance(v, (list, tuple)) and not isinstance(v[0], (list, tuple))
+    return many and flat and name in ('image', 'control_image')
 
 def _repeated(v, n):
     "One thing for each of n"
@@ -248,12 +255,12 @@ def arguments(self:Steering,
     own = prompt_arguments(self.pipe, kwargs, p, k)
     rest = {n: v for n,v in kwargs.items() if n not in own}
     if any(n.startswith('ip_adapter') for n in own):
-        if p>1: raise SteeringError("images for an adapter go with one prompt at a time; use fk_steer, which asks one by one")
+        if p>1: raise SteeringError("images for an adapter go with one prompt; use fk_steer, which asks one by one")
         one = {n: v[0] if n.startswith('ip_adapter') else v for n,v in own.items()}
         args = dict(self.pipe_kwargs, **rest, **one)
     else:
         own = {n: v if n=='latents' else _each(v, k) for n,v in own.items()}
-        args = dict(prompt=[s for s in self.prompts for _ in range(k)], generator=self.generator, **rest, **own)
+        args = dict(prompt=_each(self.prompts, k), generator=self.generator, **rest, **own)
     if args.get('prompt_embeds') is not None: del args['prompt']
     return args
 
@@ -271,6 +278,13 @@ def _scores(name, reward, images, prompts):
 
 # %% ../nbs/10_steering.ipynb #501f872a
 @patch
+def pictures(self:Steering,
+    z:Tensor, # some latents
+): # PIL images, or what `decode` returned if that is no images
+    "Decode some latents."
+    return _pil(self.decode(z) if self.decode else decode_latents(z, self.pipe, self.vae, self.size))
+
+@patch
 def score(self:Steering,
     z:Tensor, # latents of all particles
 )->tuple: # (rewards (p,k) float64, {name: (p,k)}, thumbnails: p lists of k PIL images or None)
@@ -279,7 +293,7 @@ def score(self:Steering,
     out, held, thumbs, seen = [], {n: [] for n in self.held_out}, [], []
     for i in range(0, self.n, self.batch_size):
         part, ps, t0 = z[i:i+self.batch_size], prompts[i:i+self.batch_size], time.perf_counter()
-        images = _pil(self.decode(part) if self.decode else decode_latents(part, self.pipe, self.vae, self.size))
+        images = self.pictures(part)
         t1 = time.perf_counter()
         out.append(_scores('the reward', self.reward, images, ps))
         for n,f in self.held_out.items(): held[n].append(_scores(f'held-out reward {n!r}', f, images, ps))
@@ -379,16 +393,18 @@ def finish(self:Steering, rewards, held, ancestors, prev):
 def _as_pil(images):
     "What a pipeline returned as a list of PIL images, or None if it is no images"
     if isinstance(images, list) and all(isinstance(im, Image.Image) for im in images): return images
-    if hasattr(images, 'dtype') and not isinstance(images, Tensor) and images.ndim==4: images = torch.as_tensor(images).permute(0,3,1,2)
+    if hasattr(images, 'dtype') and not isinstance(images, Tensor) and images.ndim==4: # an array
+        images = torch.as_tensor(images).permute(0,3,1,2)
     images = _pil(images)
     return images if isinstance(images, list) else None
 
 def _looks_other(a, b, levels=2)->bool:
     "Whether two pictures (by more than some levels of 256) or tensors differ by more than rounding"
+    if a is b: return False
     if isinstance(a, Image.Image):
         if a.size!=b.size: return True
-        pixels = [torch.frombuffer(bytearray(im.convert('RGB').tobytes()), dtype=torch.uint8).int() for im in (a, b)]
-        return bool((pixels[0]-pixels[1]).abs().max()>levels)
+        a, b = [torch.frombuffer(bytearray(im.convert('RGB').tobytes()), dtype=torch.uint8).int() for im in (a, b)]
+        return bool((a-b).abs().max()>levels)
     return not torch.allclose(a.float().cpu(), b.float().cpu(), atol=1e-3, rtol=1e-3)
 
 @patch
@@ -400,8 +416,7 @@ def returned(self:Steering,
     if images is None or len(images)!=self.n or not len(self.seen): return
     pil, pictures = _as_pil(images), isinstance(self.seen[0], Image.Image)
     if pictures and pil is None and isinstance(images, Tensor): # latents
-        new = [im for i in range(0, self.n, self.batch_size) for im in
-               _pil(self.decode(images[i:i+self.batch_size]) if self.decode else decode_latents(images[i:i+self.batch_size], self.pipe, self.vae, self.size))]
+        new = [im for part in images.split(self.batch_size) for im in self.pictures(part)]
     elif pictures: new = pil
     else: new = list(images) if isinstance(images, Tensor) and images.shape[1:]==self.seen[0].shape else None
     if new is None: return
@@ -423,9 +438,11 @@ def rescore(self:Steering,
         ims, ps = [images[i] for i in part], [prompts[i] for i in part]
         if isinstance(ims[0], Tensor): ims = torch.stack(ims)
         r = _scores('the reward', self.reward, ims, ps)
-        if fk: t.log_w.view(-1)[part] += torch.where(torch.isfinite(r), lam*(r-t.rewards.view(-1)[part]), -math.inf)
+        gain = lam*(r-t.rewards.view(-1)[part])
+        if fk: t.log_w.view(-1)[part] += torch.where(torch.isfinite(gain), gain, -math.inf)
         t.rewards.view(-1)[part] = r
-        for n,f in self.held_out.items(): t.held_out[n].view(-1)[part] = _scores(f'held-out reward {n!r}', f, ims, ps)
+        for n,f in self.held_out.items():
+            t.held_out[n].view(-1)[part] = _scores(f'held-out reward {n!r}', f, ims, ps)
     if fk and t.log_z is not None: t.log_z = t.log_z + t.log_w.logsumexp(-1) - old
     t.rescored += len(which)
     if self.vae is None and self.decode is None: warnings.warn(
@@ -457,9 +474,10 @@ def __exit__(self:Steering, kind, error, _):
     if stopped: self.stop(None if kind is None else f"{kind.__name__}: {error}")
     if kind is not None: return
     if not self.calls: warnings.warn("nothing was steered: the pipeline did not call its scheduler's step", stacklevel=2)
-    elif stopped: warnings.warn(f"the run stopped {self.trace.stopped}; the final correction is missing", stacklevel=2)
+    elif stopped:
+        warnings.warn(f"the run stopped {self.trace.stopped}; the final correction is missing", stacklevel=2)
     elif self.changed and not getattr(self, 'called', False): warnings.warn(
-        "the pipeline changed latents after a step, perhaps after the last one too; rewards and weights are those before; "
+        "the pipeline changed latents after a step, perhaps after the last one too; rewards are those before; "
         "call fk(...) or fk_steer, which score what is returned", stacklevel=2)
 
 @patch
@@ -469,7 +487,8 @@ def stop(self:Steering,
     "What is known of a run that stopped: rewards of the latents as they are, or NaN after an error."
     t, unknown = self.trace, torch.full((len(self.prompts), self.k), math.nan, dtype=torch.float64)
     t.stopped = f"after {self.done} of {t.n_steps} steps" + (f" ({error})" if error else '')
-    t.rewards, t.held_out, t.log_w = unknown, {n: unknown.clone() for n in self.held_out}, self.particles.log_w.clone()
+    t.rewards, t.held_out = unknown, {n: unknown.clone() for n in self.held_out}
+    t.log_w = self.particles.log_w.clone()
     t.log_z = unknown[:,0].clone() if self.config.method=='fk' and not self.config.published else None
     if error is None: t.rewards, t.held_out, _ = self.score(self.latents)
 
@@ -484,7 +503,7 @@ def around(self:Steering,
     s = self.scheduler
     given = inspect.signature(step).bind(*args, **kwargs).arguments
     if self.trace is None or self.done==self.trace.n_steps: self.begin(given['timestep'], given['sample'])
-    elif self.latents is not None and given['sample'] is not self.latents and _looks_other(given['sample'], self.latents): self.changed += 1
+    elif self.latents is not None and _looks_other(given['sample'], self.latents): self.changed += 1
     out, model_output, sample, wanted = call_step(step, args, kwargs, self.config.eta, self.generator)
     self.calls += 1
     if getattr(s, 'state_in_first_order', True): # a whole step is complete
@@ -505,7 +524,8 @@ def __call__(self:Steering,
 ): # what the pipeline returns
     "Call the pipeline on the prompts, with k images and the generator of each."
     kwargs = self.arguments(kwargs)
-    if getattr(self, 'scheduler', None) is self.pipe.scheduler and 'step' in vars(self.pipe.scheduler): out = self.pipe(**kwargs)
+    inside = getattr(self, 'scheduler', None) is self.pipe.scheduler and 'step' in vars(self.scheduler)
+    if inside: out = self.pipe(**kwargs)
     else:
         self.called = True
         try:
@@ -545,7 +565,7 @@ class Steered(NamedTuple):
         "The image of each prompt that the guidance reward likes most"
         r = torch.where(torch.isfinite(self.rewards), self.rewards, -math.inf)
         none = (r==-math.inf).all(1).nonzero().flatten().tolist()
-        if none: raise SteeringError(f"no image of prompt {none[0]} has a finite reward, so none is best; look at .rewards")
+        if none: raise SteeringError(f"no image of prompt {none[0]} has a finite reward, so none is best")
         return [ims[i] for ims,i in zip(self.images, r.argmax(1).tolist())]
 
 def _split_kwargs(pipe, kwargs):
@@ -582,7 +602,8 @@ def fk_steer(
         part = slice(i, i+size)
         fk = steer(pipe, reward, prompts[part], **{**ours, 'seed': ours['seed'][part]})
         out = fk(**theirs, **{a: v[slice(i*k, (i+size)*k) if a=='latents' else part] for a,v in own.items()})
-        if fk.trace is None: raise SteeringError(f"{type(pipe).__name__} did not call its scheduler's step, so nothing was steered")
+        if fk.trace is None:
+            raise SteeringError(f"{type(pipe).__name__} did not call its scheduler's step, so nothing was steered")
         fk.trace.settings['seed'] = config.seed
         out = out.images if hasattr(out, 'images') else out[0]
         images += [list(out[j:j+k]) for j in range(0, fk.n, k)]
@@ -651,7 +672,7 @@ def steering_cost(
     def timed(f): t0 = time.perf_counter(); out = f(); return time.perf_counter()-t0, out
     for _ in range(repeats):
         fk = steer(pipe, reward, prompts, **ours)
-        times['plain'].append(timed(lambda: pipe(**fk.pipe_kwargs, **eta, **theirs))[0])
+        times['plain'].append(timed(lambda: pipe(**fk.arguments(theirs), **eta))[0])
         s, res = timed(lambda: fk_steer(pipe, prompts, reward, **kwargs))
         times['steered'].append(s); times['previews'].append(sum(res.trace.seconds.values()))
         times['one_by_one'].append(timed(lambda: fk_steer(pipe, prompts, reward, batch_prompts=1, **kwargs))[0])

@@ -89,8 +89,8 @@ def test_table_of_two_runs(here, tmp_path):
 def test_table_of_nothing(here, tmp_path):
     code, _, err = here('llava_reward_table', 'tifa160', tmp_path/'none')
     assert code == 1 and 'llava_reward_eval tifa160' in err
-    code, _, err = here('llava_reward_table', 'table9')
-    assert code == 2 and 'particles' in err
+    code, _, err = here('llava_reward_table', 'table9', tmp_path/'none')
+    assert code == 1 and 'llava_reward_steer' in err
 
 
 def test_the_table_is_where_the_run_was_put(here, tmp_path, monkeypatch):
