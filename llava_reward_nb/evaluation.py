@@ -19,7 +19,8 @@ from fastcore.basics import patch
 
 from . import stats
 from .benchmarks import Benchmark, SPECS, load_benchmark
-from .core import InputError, atomic_path, load_image, progress, read_table, write_table
+from .core import CheckpointError, InputError, atomic_path, load_image, progress, read_table
+from .core import write_table
 from .geneval import GENEVAL_TAGS, GenEval, geneval_scores, shapes_geneval
 from .grader import BudgetSpent, EndpointError
 from .rewards import load_reward
@@ -38,7 +39,8 @@ def versions()->dict:
     return out
 
 # %% ../nbs/11_evaluation.ipynb #a26e276b
-_STOPS = (MemoryError, torch.OutOfMemoryError, BudgetSpent, EndpointError) # the next item will fare no better
+# the next item will fare no better
+_STOPS = (MemoryError, torch.OutOfMemoryError, BudgetSpent, EndpointError, CheckpointError)
 
 class _Failure(str):
     "An error that the reward did not blame on its input."

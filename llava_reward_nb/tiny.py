@@ -28,10 +28,11 @@ from .core import atomic_path, progress, write_table
 from .data import load_records
 from .model import PerspectiveConfig, RewardModel
 from .phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VModel, Phi3VProcessor, plain_ids
+from .stats import interval, mean
 from .shapes import (ARTIFACTS, COLORS, KINDS, LOOKALIKES, SHAPES, SIZE, VOCAB, Scene, add_artifact, alignment_pair,
                                     alignment_pairs, describe, fidelity_pairs, hard_negative, make_prompt, nameless_color, outline, overall_pairs, relation_of, render,
                                     safety_labels, sample_prompt, scene_for, statements, worded)
-from .trainer import RewardConfig, bootstrap_ci, train_perspective
+from .trainer import RewardConfig, train_perspective
 
 # %% ../nbs/12_tiny.ipynb #acbaed25
 _SPECIAL = ('<|endoftext|>', '<|assistant|>', '<|system|>', '<|end|>', '<|user|>', '<|image|>') # role tokens, named as published
@@ -528,11 +529,11 @@ def accuracy_rows(
     hits:list, # (kind, 1.0 or 0.0), from `right_or_wrong`
     **columns, # put before each row, such as the perspective's name
 )->list: # dicts: kind, n, accuracy, low, high; first all kinds together
-    "Accuracy with its 95 % bootstrap interval, all together and split by kind."
+    "Accuracy with its 95 % interval, all together and split by kind."
     out = []
     for kind in ['all', *sorted({k for k,_ in hits})]:
         v = [x for k,x in hits if kind in ('all', k)]
-        low,high = bootstrap_ci(v)
+        low,high = interval(mean, v)
         out.append(dict(**columns, kind=kind, n=len(v), accuracy=float(np.mean(v)), low=low, high=high))
     return out
 

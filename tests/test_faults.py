@@ -375,11 +375,6 @@ def test_a_score_called_like_a_column(do, here):
 
 # The terminal
 
-def test_evaluation_and_table_meet(do, here):
-    assert do('eval', 'tifa160', '--reward', 'checker', '--limit', 2)[0] == 0
-    assert do('table', 'tifa160')[0] == 0 and (here/'runs'/'tifa160').is_dir()
-
-
 def test_closed_pipe(here):
     "`| head` gets its lines; nothing is said, and the file is written."
     write_table([dict(image='a.png', prompt='a red circle', note='x'*40) for _ in range(40)], here/'long.csv')
