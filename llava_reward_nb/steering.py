@@ -246,6 +246,7 @@ def _each(v, k):
     if isinstance(v, Tensor): return v.repeat_interleave(k, 0)
     return v.repeat(k, 0) if hasattr(v, 'ndim') else [x for x in v for _ in range(k)]
 
+# %% ../nbs/10_steering.ipynb #eb010197
 def _repeat_for(pipe, own)->bool:
     "Whether the pipeline gets every prompt k times; else it makes k images of each itself"
     theirs = any(c.__module__.split('.')[0]=='diffusers' for c in type(pipe).__mro__)
