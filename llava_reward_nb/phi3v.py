@@ -564,29 +564,29 @@ class LongRope(nn.Module):
         return (angle.cos()*self.scale).to(x.dtype), (angle.sin()*self.scale).to(x.dtype)
 
 # %% ../nbs/02_phi3v.ipynb #2276a669
-def _matmul_patches(self, x:Tensor)->Tensor: # the `forward` of a convolution whose patches do not overlap
-    k = self.kernel_size
+def _matmul_patches(conv:nn.Module, x:Tensor)->Tensor: # what a convolution gives whose patches do not overlap
+    k = conv.kernel_size
     grid = [n//s for n,s in zip(x.shape[2:], k)]
     for d,(n,s) in enumerate(zip(grid, k), 2): x = x.narrow(d, 0, n*s)
     x = x.reshape(len(x), x.shape[1], *(v for pair in zip(grid, k) for v in pair))    # (b, c, g1, k1, …)
     at = [2+2*i for i in range(len(k))]
     x = x.permute(0, *at, 1, *(i+1 for i in at)).flatten(1+len(k)).flatten(1, len(k)) # (b, patches, c*k1…)
-    out = F.linear(x, self.weight.flatten(1), self.bias)
+    out = F.linear(x, conv.weight.flatten(1), conv.bias)
     return out.transpose(1,2).unflatten(2, grid)
 
 class PatchConv2d(nn.Conv2d):
-    "A `Conv2d` with stride equal to its kernel, computed as a matrix product."
-    forward = _matmul_patches
+    "A `Conv2d` with stride equal to its kernel, on a GPU computed as a matrix product."
+    def forward(self, x): return super().forward(x) if x.device.type=='cpu' else _matmul_patches(self, x)
 
 class PatchConv3d(nn.Conv3d):
-    "A `Conv3d` with stride equal to its kernel, computed as a matrix product."
-    forward = _matmul_patches
+    "A `Conv3d` with stride equal to its kernel, on a GPU computed as a matrix product."
+    def forward(self, x): return super().forward(x) if x.device.type=='cpu' else _matmul_patches(self, x)
 
 # %% ../nbs/02_phi3v.ipynb #ea31505f
 def exact_patches(
     model:nn.Module, # any model; changed in place
 )->nn.Module: # the same
-    "Compute every patch embedding of a model as a matrix product; convolutions whose windows overlap stay."
+    "Compute every patch embedding as a matrix product on GPUs; convolutions whose windows overlap stay."
     for m in model.modules():
         if type(m) not in (nn.Conv2d, nn.Conv3d): continue
         bare = m.padding in ('valid', (0,)*len(m.kernel_size)) and set(m.dilation)=={1}

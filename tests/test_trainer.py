@@ -65,16 +65,14 @@ def test_loss_and_gradients(toy_run, golden, num_crops):
 def test_one_step_of_the_recipe(toy_run, golden):
     want, t = golden['gradients']['one_adamw_step_all_trainable'], toy_run(1)
     before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
-    pair = t.train_dataset[0]
-    embed = lambda: t.model.embed([pair['chosen_path'], pair['reject_path']], pair['prompt'])
-    first = embed()
     t.train()
     log = t.state.log_history[0]
     assert_close(log['grad_norm'], want['norm_before_clip'], rtol=1e-4, atol=0)
     assert log['learning_rate'] == want['lr']
-    after, got = torch.tensor(want['rewards_after']), embed()
-    # AdamW's first step divides a gradient by its own size plus 1e-8: where it is about as small, the last bits of a CPU decide
-    assert_close(got-first, after-first, rtol=3e-4, atol=0)
+    after = torch.tensor(want['rewards_after'])
+    pair = t.train_dataset[0]
+    got = t.model.embed([pair['chosen_path'], pair['reject_path']], pair['prompt'])
+    assert_close(got, after, **TOL)
     assert_close(t.loss.loss(*got.chunk(2)).item(), want['loss_after'], **TOL)
     stayed = [n for n, p in t.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
     moved = [n for n, p in t.model.named_parameters() if not p.requires_grad and not torch.equal(p, before[n])]
@@ -242,7 +240,7 @@ def test_two_processes_equal_one(tmp_path):
         out[n] = [l for l in done.stdout.splitlines() if l.startswith('accuracy')]
     one, two = weights(tmp_path/'1'/'a'), weights(tmp_path/'2'/'a')
     for k in one: assert_close(one[k], two[k], rtol=0, atol=1e-6)
-    (_, a, p), (_, b, q) = out[1][0].split(), out[1][0].split()
+    (_, a, p), (_, b, q) = out[1][0].split(), out[2][0].split()
     assert float(a) == float(b) and abs(float(p)-float(q)) < 1e-4
 
 
