@@ -846,7 +846,7 @@ SPECS = dict(
         "your generated images: a folder with 00000/metadata.jsonl and 00000/samples/0000.png and so on, perhaps one "
         "such folder for each <model>/<guidance>, or a table with the columns prompt and image"),
     drawbench=Spec(partial(read_generated,'drawbench'), partial(tiny_generated,'drawbench'),
-                   'DrawBench: mean of each metric over generated images',
+                   'DrawBench: mean of each metric over generated images; its category Text is judged by the reward ocr',
         'your generated images: as for geneval; metadata.jsonl needs only a prompt'))
 
 # %% ../nbs/10c_benchmarks.ipynb #555beb18

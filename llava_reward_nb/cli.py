@@ -949,7 +949,8 @@ def _need_prompts(reward, model, perspective)->bool:
 
 def _score_by_rewards(items, reward, how, batch_size, out, skip_bad):
     check_names(reward)
-    needs = {n:'' for n in reward if n.partition(':')[0]!='aesthetic'}
+    from llava_reward_nb.cards import card_of
+    needs = {n:'' for n in reward if card_of(n).prompt}
     _check(items, needs, reward, out, skip_bad, reward)
     with kept_scores(out) as store:
         rows = reward_items(reward, items, batch_size, **how, store=store, skip_bad=skip_bad)

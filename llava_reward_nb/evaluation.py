@@ -193,7 +193,7 @@ def _enlist(folder:Path, name:str, spec, reward)->str: # identity of its scores
     "Enter a loaded reward in the run; warns if the name belonged to another one."
     said = identity(reward)
     mine = dict(spec=spec if isinstance(spec,str) else '', repr=repr(reward)[:200], finished=False,
-                range=str(getattr(reward,'range','')), identity=said or f'unknown-{secrets.token_hex(8)}')
+                range=str(getattr(reward,'range','')), boundary=float(getattr(reward,'boundary',0.)), identity=said or f'unknown-{secrets.token_hex(8)}')
     with folder_lock(folder):
         run = Run(folder)
         old,n = run.meta['rewards'].get(name),int((run.records.query('error==""').reward==name).sum())
@@ -395,6 +395,11 @@ def measure(
         out.append(dict(metric=name, value=value, low=low, high=high, **about))
     return out
 
+# %% ../nbs/11_evaluation.ipynb #7aa14a07
+def _from_boundary(run:Run, reward:str, scores, rows): # the scores, from the boundary of the classes where rows have classes
+    boundary = run.meta['rewards'].get(reward, {}).get('boundary', 0.)
+    return scores-boundary if boundary and rows.kind.iloc[0]=='label' else scores
+
 # %% ../nbs/11_evaluation.ipynb #3834b0ab
 def results(
     run,                 # a `Run` or its folder
@@ -413,7 +418,7 @@ def results(
     for key,part in rows.groupby(['part','kind']+([by] if by else []), sort=False, dropna=False):
         head = dict(zip(['part','kind']+([by] if by else []), key))
         for reward in scores:
-            got = measure(part, scores[reward], threshold, intervals)
+            got = measure(part, _from_boundary(run, reward, scores[reward], part), threshold, intervals)
             out += [dict(reward=reward, **head, **r) for r in got]
     return pd.DataFrame(out)
 
@@ -460,7 +465,8 @@ def significance(
     out = pd.DataFrame(np.nan, scores.columns, scores.columns)
     for i,a in enumerate(scores):
         for b in scores.columns[:i]:
-            out.loc[a,b] = out.loc[b,a] = compare(rows, scores[a], scores[b], metric, threshold, m)
+            sides = [_from_boundary(run, n, scores[n], rows) for n in (a,b)]
+            out.loc[a,b] = out.loc[b,a] = compare(rows, *sides, metric, threshold, m)
     return out
 
 # %% ../nbs/11_evaluation.ipynb #f82e065a
