@@ -637,6 +637,7 @@ def _counted_particles(rows:list, image:str, prompt:str)->list: # the different 
         out.append(dict(r, particle=mine.setdefault(repr(r.get(image)), len(mine))))
     return out
 
+# %% ../nbs/10c_benchmarks.ipynb #ed70881e
 def _tasks_by_prompt(source, classes)->dict:
     out = {}
     for t in read_tasks(source, classes):

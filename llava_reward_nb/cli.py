@@ -509,7 +509,8 @@ def judge_items(
     made_by = {n:j.made_by(n) for j in judges for n in j.names} if store else {}
     keep = partial(_keep, store, made_by) if store else lambda look,numbers: None
     uses,known,size,done = {},_remembered(store, made_by),max(PIECE, batch_size),[0]
-    if known: note(f'going on where an earlier run stopped: {len(known):,} images are kept, and used again where nothing has changed')
+    if known: note(f'going on where an earlier run stopped: scores of {len(known):,} images are kept, '
+                   'and used again where nothing has changed')
     for k,i in enumerate(items):
         for side,(x,name) in enumerate(zip(i.images, i.names)):
             if not i.error: uses.setdefault(image_key(x), []).append((x,name,i.prompt,k,side))
@@ -898,7 +899,8 @@ def _items_of(images, prompt, table, image_column, prompt_column, out, n:int=1, 
     if named and len(named)!=n: raise UsageError(
         f"--image-column {' '.join(named)}: name {'one column' if n==1 else 'two columns, of the two images'}")
     asked = [*named, *[prompt_column]*bool(prompt_column)]
-    if len(set(asked))<len(asked): raise UsageError(f"--image-column, --prompt-column: {' '.join(asked)} name a column twice")
+    if len(set(asked))<len(asked): raise UsageError(
+        f"--image-column, --prompt-column: {' '.join(asked)} name a column twice")
     if not table: return image_items(images, prompt)
     items = table_items(table, prompt, n, named, prompt_column, needed)
     onto_itself = out and as_path(out).resolve()==as_path(table).resolve()

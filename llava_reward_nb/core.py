@@ -293,7 +293,8 @@ def atomic_path(
         yield tmp/path.name
         _ordinary_modes(tmp/path.name)
         if path.is_dir():
-            if not (tmp/path.name).is_dir(): raise InputError(f"{path}: is a folder, which a file would replace; name a file in it")
+            if not (tmp/path.name).is_dir(): raise InputError(
+                f"{path}: is a folder, which a file would replace; name a file in it")
             os.replace(path, tmp/f'{path.name}.old')
         os.replace(tmp/path.name, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
@@ -487,8 +488,9 @@ def _delimited(rows:list, delimiter:str)->str:
         out = io.StringIO(newline='')
         csv.writer(out, delimiter=delimiter, lineterminator='\r\n').writerow(cells) # quotes cells with \r or \n
         return out.getvalue()[:-2]+'\n'
-    if any(isinstance(v, (bytes, bytearray)) for r in rows for v in r.values()): raise TypeError("bytes are no text")
-    return ''.join([line(rows[0] if rows else []), *(line([_cell_text(v) for v in r.values()]) for r in rows)])
+    cells = [list(r.values()) for r in rows]
+    if any(isinstance(v, (bytes, bytearray)) for r in cells for v in r): raise TypeError("bytes are no text")
+    return line(rows[0] if rows else [])+''.join(line(map(_cell_text, r)) for r in cells)
 
 def _write_parquet(rows:list, path:Path):
     import pyarrow as pa, pyarrow.parquet as pq

@@ -105,10 +105,12 @@ class Run:
         try: self.meta = json.loads(file.read_text(encoding='utf-8'))
         except ValueError as e:
             raise InputError(f"{file}: damaged ({e}); delete it and run again: scores are kept") from None
-        lacking = [k for k in _META if not isinstance(self.meta, dict) or k not in self.meta]
-        if not lacking and not all(isinstance(v, dict) for v in [self.meta['rewards'], *dict(self.meta['rewards']).values()]):
-            lacking = ['rewards']
-        if lacking: raise InputError(f"{file}: does not say {', '.join(lacking)}; delete it and run again: scores are kept")
+        meta = self.meta if isinstance(self.meta, dict) else {}
+        rewards = meta.get('rewards')
+        usable = isinstance(rewards, dict) and all(isinstance(v, dict) for v in rewards.values())
+        lacking = [k for k in _META if k not in meta or k=='rewards' and not usable]
+        if lacking: raise InputError(f"{file}: does not say {', '.join(lacking)}; delete it and run again: "
+                                     "scores are kept")
 
     @property
     def name(self)->str: return self.meta['benchmark']
@@ -125,7 +127,8 @@ def _table(run:Run, name:str, columns:tuple): # DataFrame
     import pandas as pd
     frame = pd.DataFrame(read_table(run.folder/name))
     lacking = [c for c in columns if c not in frame]
-    if lacking: raise InputError(f"{run.folder/name}: lacks {', '.join(lacking)}; evaluate again: scores are kept")
+    if lacking: raise InputError(
+        f"{run.folder/name}: lacks {', '.join(lacking)}; evaluate again: scores are kept")
     return frame
 
 @patch(as_prop=True)
@@ -707,9 +710,12 @@ def _check_options(name:str, intervals:bool, by:str, threshold:float):
     "`InputError` for an option that a table has no use for."
     paired = ('mjbench','imagereward','pickapic','hpdv2')
     split = [n for n in SPECS if n not in ('geneval','drawbench')]
-    if threshold and name not in paired: raise InputError(f"{name}: threshold is for pairs of images: {', '.join(paired)}; leave it out")
-    if by and name not in split: raise InputError(f"{name}: has no columns to split by {by!r}, as {', '.join(split)} have; leave it out")
-    if intervals and name=='latency': raise InputError("latency: has no intervals, but the fastest and the slowest; leave them out")
+    if threshold and name not in paired: raise InputError(
+        f"{name}: threshold is for pairs of images: {', '.join(paired)}; leave it out")
+    if by and name not in split: raise InputError(
+        f"{name}: has no columns to split by {by!r}, as {', '.join(split)} have; leave it out")
+    if intervals and name=='latency': raise InputError(
+        "latency: has no intervals, but the fastest and the slowest; leave them out")
 
 def make_table(
     name:str,               # a benchmark, or 'table9', or 'latency'
@@ -720,7 +726,8 @@ def make_table(
     threshold:float=0.,     # pairs whose scores are no further apart are ties
 )->Table:
     "The table of a benchmark from stored runs; `InputError` for an unknown name, an option without a use, or other runs."
-    if name not in (*SPECS,'table9','latency'): raise InputError(f"no table {name!r}; there are {', '.join(SPECS)}, table9, latency")
+    if name not in (*SPECS,'table9','latency'): raise InputError(
+        f"no table {name!r}; there are {', '.join(SPECS)}, table9, latency")
     _check_options(name, intervals, by, threshold)
     if name=='table9': return table9(runs, intervals=intervals)
     if name=='latency': return latency_table(runs, published)
@@ -975,6 +982,7 @@ def latency(
                      'slowest':max(seen), 'images':len(images), 'batch':batch_size, 'device':versions()['device']})
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_evaluation.ipynb #3ffbcb71
 _TIMES = ('seconds per sample','fastest','slowest')
 
 def _checked_times(frame): # the DataFrame with numbers

@@ -247,8 +247,10 @@ def numbered(
     folder = as_path(folder)
     found = [p for p in folder.iterdir() if re.fullmatch('[0-9]+', p.stem if images else p.name) and kind(p)] if folder.is_dir() else []
     found = sorted(found, key=lambda p: (int(p.stem), p.name))
-    others = [p.name for p in sorted(folder.iterdir()) if p not in found and p.name[0]!='.' and kind(p)] if images and found else []
-    if others: warnings.warn(f"{folder}: {len(others)} images are left out (first: {others[0]}); names are numbers, such as 0000.png")
+    there = sorted(folder.iterdir()) if images and found else []
+    others = [p.name for p in there if p not in found and p.name[0]!='.' and kind(p)]
+    if others: warnings.warn(f"{folder}: {len(others)} images are left out (first: {others[0]}); "
+                             "names are numbers, such as 0000.png")
     twice = [(a,b) for a,b in zip(found, found[1:]) if int(a.stem)==int(b.stem)]
     if twice: raise InputError(f"{folder}: {twice[0][0].name} and {twice[0][1].name} have the same number; keep one of them")
     return found
