@@ -724,7 +724,8 @@ def load_pipeline(
     "Load any diffusers pipeline for steering, within the memory that is there; `CheckpointError` if it cannot be loaded."
     device = device or default_device()
     pipe = _read_pipeline(name, dtype or (torch.float16 if torch.device(device).type!='cpu' else torch.float32))
-    pipe.scheduler = stochastic(pipe.scheduler)
+    try: pipe.scheduler = stochastic(pipe.scheduler)
+    except SteeringError as e: warnings.warn(f"{name}: its scheduler stays as it is. {e}", stacklevel=2)
     vae = getattr(pipe, 'vae', None)
     if hasattr(vae, 'enable_slicing') and (vae.config.get('sample_size') or 512)>=256: vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
