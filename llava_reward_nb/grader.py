@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, as_path, as_prompts, image_list, load_image, progress
+from .core import InputError, as_path, as_prompts, check_writable, image_list, load_image, progress
 from .store import make_identity
 
 # %% ../nbs/09d_grader.ipynb #a8f7d197
@@ -184,10 +184,11 @@ def prepare(self:ReplyCache):
     "`InputError` if the file cannot be written, before anything is paid for."
     if not self.path: return
     try:
+        check_writable(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, 'ab'): pass
-    except OSError as e:
-        raise InputError(f"{self.path}: answers cannot be kept there ({e.strerror}); pass another path as cache=, or None to keep "
+    except (OSError, InputError) as e:
+        raise InputError(f"{self.path}: answers cannot be kept there ({getattr(e, 'strerror', e)}); pass another path as cache=, or None to keep "
                          "them in memory only") from None
 
 # %% ../nbs/09d_grader.ipynb #cd896d42
@@ -420,6 +421,7 @@ class Grader:
     ):
         _openai()
         if metric not in (*ASPECTS, OVERALL): raise InputError(f"metric is {metric!r}; there are {', '.join((*ASPECTS, OVERALL))}")
+        _check_numbers(retries, params, price)
         if concurrency<1: raise InputError(f"concurrency is {concurrency}; at least 1 call at a time is needed")
         self.model,self.metric,self.api_key,self.concurrency,self.retries,self.backoff,self.timeout = model,metric,api_key,concurrency,retries,backoff,timeout
         self.base_url = (base_url or os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1').rstrip('/')
@@ -439,6 +441,15 @@ class Grader:
     def __repr__(self): return f"Grader({self.model!r}, {self.base_url}, {self.metric}, {self.spent.calls} calls, ${self.spent.dollars:.4f})"
 
 # %% ../nbs/09d_grader.ipynb #20aa6a4f
+def _check_numbers(retries, params, price):
+    "`InputError` for settings that would fail after calls have been paid for."
+    if not retries>=0: raise InputError(f"retries is {retries}; 0 or more further calls can be made")
+    if not isinstance(params, (Mapping, type(None))): raise InputError(f"params is {params!r:.60}; pass a dict")
+    if price is None: return
+    try: fine = len(price)==2 and all(0<=float(p)<math.inf for p in price)
+    except (TypeError, ValueError): fine = False
+    if not fine: raise InputError(f"price is {price!r:.60}; pass dollars per million tokens, (input, output)")
+
 def _check_request(request:dict):
     "`InputError` for parameters that would break the exchange or are not JSON."
     odd = [k for k in ('n','stream','tools','logprobs') if request.get(k) not in (None,1,False)]
