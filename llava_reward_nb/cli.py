@@ -195,10 +195,19 @@ def _pair(rows:list, path)->tuple:
 def _located(x, folder:Path):
     "An image as it can be opened; what is no path stays."
     if isinstance(x, dict) and not x.get('bytes') and x.get('path'): return _located(x['path'], folder)
+    if isinstance(x, list): return _pixels(x)
     if not isinstance(x, str) or not x: return x
     beside = folder/as_path(x)
     try: return str(beside) if beside.exists() else x
     except (OSError, ValueError): return x # too long for a path; opening it says so
+
+def _pixels(x:list):
+    "Rows of pixels, as Parquet and JSON hold an array; what is none stays."
+    import numpy as np
+    try: a = np.asarray(x)
+    except ValueError: return x # rows of different lengths
+    whole = a.ndim in (2,3) and a.size and a.dtype.kind in 'iu' and a.min()>=0 and a.max()<=255
+    return a.astype(np.uint8) if whole else x
 
 def _cell_for(x, name:str):
     "What is written in the place of an image: text as it was, for pixels their name."

@@ -598,3 +598,14 @@ def test_options_without_a_use_are_refused(do, here, args, why):
     write_table([dict(reward='a')], 'times.csv')
     code, _, said = do(*args)
     assert code in (1, 2) and why in said
+
+
+def test_pixels_in_a_table(do, here):
+    pixels = np.asarray(Image.open('a.png').convert('RGB'))
+    write_table([dict(image=p, prompt=PROMPT) for p in (pixels.tolist(), pixels.tolist())], 'pixels.parquet')
+    assert do('score', 'a.png', '--prompt', PROMPT, '--out', 'file.csv', *FAST)[0] == 0
+    assert do('score', '--table', 'pixels.parquet', '--out', 'o.csv', *FAST)[0] == 0
+    want = read_table('file.csv')[0]['alignment']
+    assert [r['alignment'] for r in read_table('o.csv')] == pytest.approx([want, want], abs=1e-4)
+    write_table([dict(image=[[1, 300]], prompt=PROMPT)], 'odd.jsonl')
+    assert 'list is not an image' in do('score', '--table', 'odd.jsonl', *FAST)[2]
