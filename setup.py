@@ -30,7 +30,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'dev')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'ocr', 'nudenet', 'dev')},
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={lib: ['bundle/**']},
     entry_points={
@@ -38,6 +38,7 @@ setup(
             *(f'{name} = {cli}:{name}' for name in
               ('llava_reward_score', 'llava_reward_compare', 'llava_reward_train', 'llava_reward_demo')),
             *(f'{name} = {lib}.commands:{name}' for name in ('llava_reward_eval', 'llava_reward_table', 'llava_reward_latency', 'llava_reward_steer')),
+            f'llava_reward_rewards = {lib}.listing:llava_reward_rewards',
             f'llava_reward_bench = {lib}.bench:llava_reward_bench',
         ],
         'nbdev': [f'{lib} = {lib}._modidx:d'],

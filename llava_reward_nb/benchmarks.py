@@ -20,7 +20,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import InputError, hub_folder, number, open_image, read_table, table_kind
+from .core import (IMAGE_COLUMNS, PROMPT_COLUMNS, InputError, as_path, find_column, hub_folder, number,
+                                  open_image, read_table, table_kind)
 from .data import Fault
 from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered, read_tasks, tiny_tasks
 from .shapes import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker, add_artifact,
@@ -163,7 +164,7 @@ def read_rows(
     path, # .parquet, .json, .jsonl, .csv or .tsv
 )->list: # of dicts; images in Parquet files are `StoredImage`
     "Read records without reading their images; `InputError` for what is not a table."
-    path = Path(path).expanduser()
+    path = as_path(path)
     kind = table_kind(path)
     if kind=='.parquet' and path.is_file(): return _read_parquet(path)
     return path.is_file() and kind=='.json' and _keyed_records(path) or read_table(path)
@@ -176,7 +177,7 @@ class Collector:
         source:str,    # where it is read from
         folders=(),    # where relative image paths may start
     ):
-        self.name,self.source,self.folders = name,source,[Path(f) for f in folders]
+        self.name,self.source,self.folders = name,source,[as_path(f) for f in folders]
         self.items,self.rows,self.faults,self.count = {},[],[],0
         self.written = {} # file found by its bare name -> the path as written
 
@@ -202,8 +203,7 @@ def find(self:Collector,
     x, # path as written in a record
 )->Path|None:
     "Where the image lies here, if anywhere."
-    try: p = Path(str(x)).expanduser()
-    except RuntimeError: p = Path(str(x)) # ~ of a user that is not here
+    p = as_path(str(x))
     tries = [p] if p.is_absolute() else [f/p for f in self.folders]+[p]
     tries += [g/p.name for f in self.folders for g in (f, f/'images')]
     try: return next((t for t in tries if t.is_file()), None)
@@ -379,7 +379,7 @@ def read_mjbench(
     **kw,                # of `SPECS`
 )->Benchmark:
     "MJ-Bench: pairs of up to three perspectives, and bias."
-    path = Path(path)
+    path = as_path(path)
     c = Collector('mjbench', str(path), [*([images] if images else []), path.parent if path.is_file() else path])
     if path.is_file():
         part = next((p for p in PERSPECTIVES if p in path.stem.lower()), path.stem)
@@ -406,7 +406,7 @@ def _add_ranking(c:Collector, prompt, images:list, ranks:list, part:str=''):
             c.add('pair', ids[i], ids[j], .5 if ranks[i]==ranks[j] else int(ranks[j]<ranks[i]), part, group=str(prompt))
 
 def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str, images=None)->Benchmark:
-    path = Path(path); files = [path] if path.is_file() else _files(path, *patterns)
+    path = as_path(path); files = [path] if path.is_file() else _files(path, *patterns)
     if not files: raise _no_files(path, local)
     near = {f:None for q in files for f in (q.parent, *([path] if path.is_dir() else []), q.parent/'test')}
     c = Collector(name, str(path), [*([images] if images else []), *near])
@@ -455,7 +455,7 @@ def read_pickapic(
     **kw,                # of `SPECS`
 )->Benchmark:
     "Pick-a-Pic's test pairs."
-    path = Path(path); files = [path] if path.is_file() else _files(path, '**/test_unique*.parquet', '**/test*.parquet')
+    path = as_path(path); files = [path] if path.is_file() else _files(path, '**/test_unique*.parquet', '**/test*.parquet')
     if not files: raise _no_files(path, kw['local'])
     c = Collector('pickapic', str(path), [path.parent if path.is_file() else path])
     for f in files:
@@ -492,7 +492,7 @@ def _read_labels(c:Collector, path:Path):
         c.count += 1
 
 def _labels_of(name:str, path, skip_bad:bool, patterns:tuple, local:str, images=None)->Benchmark:
-    path = Path(path); files = [path] if path.is_file() else _files(path, *patterns)
+    path = as_path(path); files = [path] if path.is_file() else _files(path, *patterns)
     if not files: raise _no_files(path, local)
     c = Collector(name, str(path), [*([images] if images else []), *dict.fromkeys(f.parent for f in files),
                                     *([path] if path.is_dir() else [])])
@@ -544,7 +544,7 @@ def read_tifa160(
     **kw,                # of `SPECS`
 )->Benchmark:
     "TIFA160: images rated 1 to 5 by people."
-    path = Path(path)
+    path = as_path(path)
     files = [path] if path.is_file() else _files(path, '**/human_annotations.json',
                                                  '**/human_annotations_with_scores.json')
     if not files: raise _no_files(path, kw['local'])
@@ -616,15 +616,28 @@ def _read_sample_folder(c:Collector, home:Path, names:tuple, prompt_set:str, cla
 
 def _read_sample_table(c:Collector, path:Path, prompt_set:str, tasks:dict):
     rows = read_rows(path)
-    c.need(rows, ('prompt','image'), path)
+    if not rows: raise InputError(f"{path}: no records")
+    image,prompt = find_column(rows, IMAGE_COLUMNS, path), find_column(rows, PROMPT_COLUMNS, path)
+    if not any('particle' in r for r in rows): rows = _counted_particles(rows, image, prompt)
     for r in rows:
-        task = tasks.get(r['prompt']) if prompt_set=='geneval' else None
+        asked = r.get(prompt)
+        task = tasks.get(asked) if prompt_set=='geneval' and isinstance(asked, str) else None
         if prompt_set=='geneval' and task is None:
-            c.fault('prompt', f"{r['prompt']!r:.60} is no prompt of the task file; pass tasks="); c.count += 1
-        else:
-            add_sample(c, r['image'], r['prompt'], task, **{**{k:r.get(k) for k in SAMPLE_FIELDS},
-                    'prompt_set':r.get('prompt_set') or prompt_set})
+            c.fault('prompt', f"{asked!r:.60} is no prompt of the task file; pass tasks=")
+            c.count += 1
+            continue
+        fields = {k:r.get(k) for k in SAMPLE_FIELDS}
+        add_sample(c, r.get(image), asked, task, **fields|dict(prompt_set=r.get('prompt_set') or prompt_set))
 
+def _counted_particles(rows:list, image:str, prompt:str)->list: # the different images of a prompt are its particles
+    seen,out = {},[]
+    for r in rows:
+        of = repr([r.get(k) for k in (prompt,'prompt_set','model','seed','guidance')])
+        mine = seen.setdefault(of, {})
+        out.append(dict(r, particle=mine.setdefault(repr(r.get(image)), len(mine))))
+    return out
+
+# %% ../nbs/10c_benchmarks.ipynb #ed70881e
 def _tasks_by_prompt(source, classes)->dict:
     out = {}
     for t in read_tasks(source, classes):
@@ -640,7 +653,7 @@ def read_generated(
     **kw,                    # of `SPECS`
 )->Benchmark:
     "Generated images of a prompt set."
-    path = Path(path); c = Collector(name, str(path), [path if path.is_dir() else path.parent])
+    path = as_path(path); c = Collector(name, str(path), [path if path.is_dir() else path.parent])
     if path.is_dir():
         homes = _sample_folders(path)
         if not homes: raise _no_files(path, kw['local'])
@@ -663,7 +676,7 @@ def load_prompts(
         return [dict(prompt=t['prompt'], category=t['tag'], task=t) for t in read_tasks(source or GENEVAL_PROMPTS)]
     if name!='drawbench': raise InputError(f"prompt set {name!r}; use geneval, drawbench or tiny")
     source = source or DRAWBENCH
-    path = Path(source).expanduser()
+    path = as_path(source)
     if not path.exists() and _HUB_ID.fullmatch(str(source)):
         path = hub_folder(str(source), ['**/*.parquet','**/*.csv','*.csv','*.parquet'],
                           'a file with a column prompts, or a .txt with one prompt a line', data=True)
@@ -834,7 +847,7 @@ SPECS = dict(
         "your generated images: a folder with 00000/metadata.jsonl and 00000/samples/0000.png and so on, perhaps one "
         "such folder for each <model>/<guidance>, or a table with the columns prompt and image"),
     drawbench=Spec(partial(read_generated,'drawbench'), partial(tiny_generated,'drawbench'),
-                   'DrawBench: mean of each metric over generated images',
+                   'DrawBench: mean of each metric over generated images; its category Text is judged by the reward ocr',
         'your generated images: as for geneval; metadata.jsonl needs only a prompt'))
 
 # %% ../nbs/10c_benchmarks.ipynb #555beb18
@@ -848,12 +861,14 @@ def load_benchmark(
     "Read a benchmark; `InputError` for an unknown name, bad records, or data that is not there."
     if name not in SPECS: raise InputError(f"benchmark {name!r}; use one of {', '.join(SPECS)}")
     spec = SPECS[name]
-    if data is None or str(data)=='tiny': return spec.tiny().head(limit)
+    if data is None or str(data)=='tiny':
+        if kw: raise InputError(f"{name}: the offline twin brings its own {', '.join(kw)}; name other data, or leave it out")
+        return spec.tiny().head(limit)
     if str(data)=='hub':
         if not spec.hub:
             raise InputError(f"{name} is not on the hub in a form that can be read; pass a local copy: {spec.local}")
         data = spec.hub
-    path = Path(data).expanduser()
+    path = as_path(data)
     if not path.exists():
         if not _HUB_ID.fullmatch(str(data)):
             raise InputError(f"{data}: no such file or folder; a local copy is {spec.local}")

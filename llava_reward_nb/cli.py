@@ -26,7 +26,7 @@ from fastcore.script import anno_parser
 from PIL import Image
 
 from .core import (IMAGE_COLUMNS, MODELS, PROMPT_COLUMNS, CheckpointError, InputError, TransparencyWarning,
-                                  atomic_path, check_writable, find_column, image_key, image_size, open_image,
+                                  as_path, atomic_path, check_writable, find_column, image_key, image_size, open_image,
                                   progress, read_table, table_kind, write_table)
 from .store import ScoreStore, folder_lock, identity, pixels_hash
 
@@ -140,7 +140,7 @@ def find_images(
     "Files as named, and the images in folders at any depth, sorted; `InputError` for a folder without any."
     out = []
     for p in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        p = Path(p).expanduser()
+        p = as_path(p)
         if not p.is_dir():
             out.append(str(p))
             continue
@@ -195,10 +195,19 @@ def _pair(rows:list, path)->tuple:
 def _located(x, folder:Path):
     "An image as it can be opened; what is no path stays."
     if isinstance(x, dict) and not x.get('bytes') and x.get('path'): return _located(x['path'], folder)
+    if isinstance(x, list): return _pixels(x)
     if not isinstance(x, str) or not x: return x
-    beside = folder/Path(x).expanduser()
-    try: return str(beside if beside.exists() else Path(x).expanduser())
+    beside = folder/as_path(x)
+    try: return str(beside) if beside.exists() else x
     except (OSError, ValueError): return x # too long for a path; opening it says so
+
+def _pixels(x:list):
+    "Rows of pixels, as Parquet and JSON hold an array; what is none stays."
+    import numpy as np
+    try: a = np.asarray(x)
+    except ValueError: return x # rows of different lengths
+    whole = a.ndim in (2,3) and a.size and a.dtype.kind in 'iu' and a.min()>=0 and a.max()<=255
+    return a.astype(np.uint8) if whole else x
 
 def _cell_for(x, name:str):
     "What is written in the place of an image: text as it was, for pixels their name."
@@ -211,9 +220,10 @@ def table_items(
     images:int=1,       # in a row: 1, or 2 to compare
     image_column=(),    # names of their columns; default: found by `IMAGE_COLUMNS` or `PAIR_COLUMNS`
     prompt_column=None, # default: found by `PROMPT_COLUMNS`
+    needed:bool=True,   # without prompts nothing can be judged
 )->list: # of `Item`
     "One item for each row; `InputError` for files that cannot be read, columns that are missing or not clear."
-    path = Path(path).expanduser()
+    path = as_path(path)
     named = [image_column] if isinstance(image_column, str) else list(image_column or ())
     rows = read_table(path, text=[*named, prompt_column])
     if not rows: raise InputError(f"{path}: has no rows")
@@ -223,12 +233,13 @@ def table_items(
     asked = [prompt_column] if prompt_column else PROMPT_COLUMNS
     if prompt and any(n in r for r in rows for n in asked):
         raise InputError(f"{path}: has prompts of its own; leave --prompt out")
-    words = None if prompt else _column(rows, asked, 'prompt', '--prompt-column', path)
+    free = not needed and not prompt_column and not any(n in r for r in rows for n in asked)
+    words = None if prompt or free else _column(rows, asked, 'prompt', '--prompt-column', path)
     out = []
     for i,r in enumerate(rows, 1):
-        row = dict(r) if words else dict(r, prompt=prompt)
+        row = dict(r, prompt=prompt) if prompt else dict(r)
         found = tuple(_located(r.get(c), path.parent) for c in named)
-        item = Item(found, row.get(words or 'prompt'), row, None, f'row {i}', (*named, words or 'prompt'))
+        item = Item(found, row.get(words) if words else prompt, row, None, f'row {i}', (*named, words or 'prompt'))
         row |= {c:_cell_for(r.get(c), n) for c,n in zip(named, item.names)}
         out.append(item)
     return out
@@ -246,7 +257,7 @@ def _sound(x):
 def _image_error(x, name:str)->str|None:
     "What is wrong with an image."
     from llava_reward_nb.data import check_image
-    if x is None or isinstance(x, str) and not x.strip(): return f"{name}: no image; give a path"
+    if isinstance(x, str) and '://' in x: check_image = open_image # which says that it is an address
     try: check_image(x) if isinstance(x, (str, os.PathLike)) else open_image(x, name)
     except InputError as e: return str(e)
 
@@ -262,14 +273,16 @@ def check_items(
     items:list, # of `Item`; the errors of bad ones are filled in
 ):
     "Find unusable images and prompts, before anything heavy is loaded."
-    found = _image_errors({image_key(x):(x,n) for i in items for x,n in zip(i.images, i.names)})
+    blank = lambda x: x is None or isinstance(x, str) and not x.strip()
+    found = _image_errors({image_key(x):(x,n) for i in items for x,n in zip(i.images, i.names) if not blank(x)})
     for i in items:
-        errors = [_prompt_error(i.prompt), *(found[image_key(x)] for x in i.images)]
+        wrong = [f'{n}: no image; give a path' if blank(x) else found[image_key(x)] for x,n in zip(i.images, i.names)]
+        errors = [_prompt_error(i.prompt), *wrong]
         i.error = i.error or next((e for e in errors if e), None)
 
 def _placed(item:Item)->str:
     "An error with its place."
-    return f'{item.place}: {item.error}' if item.place else item.error
+    return f'{item.place}: {item.error}' if item.place and not item.error.startswith(item.place) else item.error
 
 def stop_if_bad(
     items:list,     # checked
@@ -505,7 +518,8 @@ def judge_items(
     made_by = {n:j.made_by(n) for j in judges for n in j.names} if store else {}
     keep = partial(_keep, store, made_by) if store else lambda look,numbers: None
     uses,known,size,done = {},_remembered(store, made_by),max(PIECE, batch_size),[0]
-    if known: note(f'going on where an earlier run stopped: {len(known):,} images are done')
+    if known: note(f'going on where an earlier run stopped: scores of {len(known):,} images are kept, '
+                   'and used again where nothing has changed')
     for k,i in enumerate(items):
         for side,(x,name) in enumerate(zip(i.images, i.names)):
             if not i.error: uses.setdefault(image_key(x), []).append((x,name,i.prompt,k,side))
@@ -715,7 +729,7 @@ def kept_scores(
     if out is None:
         yield None
         return
-    out = Path(out).expanduser()
+    out = as_path(out)
     folder = out.with_name(f'.{out.name}.parts')
     with folder_lock(folder, wait=False):
         try:
@@ -740,7 +754,7 @@ def _suggesting(p:argparse.ArgumentParser):
     "An `error` that guesses what a mistyped option was to be."
     def error(message):
         typed = re.findall(r'--[\w-]+', message.partition('unrecognized arguments:')[2])
-        options = [o for a in p._actions for o in a.option_strings if o.startswith('--')]
+        options = [o for a in p._actions if a.dest not in ('pdb','xtra') for o in a.option_strings if o.startswith('--')]
         argparse.ArgumentParser.error(p, message+''.join(did_you_mean(t, options) for t in typed[:1]))
     return error
 
@@ -881,11 +895,11 @@ def check_names(
     for r in rewards:
         head,_,perspective = r.partition('/')
         if head=='tiny' and perspective: perspective_kinds('tiny', [perspective])
-        elif r.partition(':')[0] in REWARDS or r in SHORT or Path(r).expanduser().is_dir(): continue
+        elif r.partition(':')[0] in REWARDS or r in SHORT or as_path(r).is_dir(): continue
         else: load_reward(r) # says what there is
 
 # %% ../nbs/14_cli.ipynb #1645797c
-def _items_of(images, prompt, table, image_column, prompt_column, out, n:int=1)->list:
+def _items_of(images, prompt, table, image_column, prompt_column, out, n:int=1, needed:bool=True)->list:
     "Items from the command line; UsageError if there are none or two sources."
     if bool(images)==bool(table): raise UsageError(
         "name images or folders, or a table with --table"+(", not both" if table else ''))
@@ -893,9 +907,12 @@ def _items_of(images, prompt, table, image_column, prompt_column, out, n:int=1)-
     if not table and (named or prompt_column): raise UsageError("--image-column and --prompt-column are of a --table")
     if named and len(named)!=n: raise UsageError(
         f"--image-column {' '.join(named)}: name {'one column' if n==1 else 'two columns, of the two images'}")
+    asked = [*named, *[prompt_column]*bool(prompt_column)]
+    if len(set(asked))<len(asked): raise UsageError(
+        f"--image-column, --prompt-column: {' '.join(asked)} name a column twice")
     if not table: return image_items(images, prompt)
-    items = table_items(table, prompt, n, named, prompt_column)
-    onto_itself = out and Path(out).expanduser().resolve()==Path(table).expanduser().resolve()
+    items = table_items(table, prompt, n, named, prompt_column, needed)
+    onto_itself = out and as_path(out).resolve()==as_path(table).resolve()
     if onto_itself and any(not isinstance(x, (str, type(None))) for i in items for x in i.images): raise InputError(
         f"--out {out}: would overwrite the images that the table holds; name another file")
     return items
@@ -935,9 +952,16 @@ def reward_items(
     return _rows(items)
 
 # %% ../nbs/14_cli.ipynb #c48b586a
+def _need_prompts(reward, model, perspective)->bool:
+    "Whether what judges has a use for prompts."
+    if reward: return any(n.partition(':')[0]!='aesthetic' for n in reward)
+    kinds = perspective_kinds(model, perspective)
+    return any(kinds[n]!='cls' for n in scorable(kinds, bool(perspective)))
+
 def _score_by_rewards(items, reward, how, batch_size, out, skip_bad):
     check_names(reward)
-    needs = {n:'' for n in reward if n.partition(':')[0]!='aesthetic'}
+    from llava_reward_nb.cards import card_of
+    needs = {n:'' for n in reward if card_of(n).prompt}
     _check(items, needs, reward, out, skip_bad, reward)
     with kept_scores(out) as store:
         rows = reward_items(reward, items, batch_size, **how, store=store, skip_bad=skip_bad)
@@ -977,7 +1001,7 @@ def llava_reward_score(
     images:list[str],           # image files and folders (all images inside)
     prompt:str='',              # the prompt that the images were made for
     table:str=None,             # .csv, .tsv, .json, .jsonl or .parquet of images and prompts, in place of images
-    model:str='tiny',           # reward model: a folder, a hub id, or 'tiny', which knows coloured shapes only
+    model:str=None,             # reward model: a folder, a hub id, or 'tiny', which knows shapes only and is taken if left out
     perspective:list[str]=None, # which perspectives; all that have scores if left out
     reward:list[str]=None,      # any rewards by name or folder, in place of --model and --perspective
     base:str=None,              # folder or hub id of the base model, if the reward model does not say
@@ -991,14 +1015,15 @@ def llava_reward_score(
     prompt_column:str=None,     # column of the table that has the prompts
 ):
     "Score images for prompts, in one or several perspectives. Higher is better."
-    if reward and (perspective or base or num_crops):
-        raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base and "
-                         "--num-crops out")
-    items = _items_of(images, prompt, table, image_column, prompt_column, out)
+    if reward and (model or perspective or base or num_crops):
+        raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, "
+                         "--num-crops and --model out")
+    needed = not table or _need_prompts(reward, model or 'tiny', perspective)
+    items = _items_of(images, prompt, table, image_column, prompt_column, out, needed=needed)
     check_settings(device, dtype, out, batch_size, num_crops)
     how = dict(device=device, dtype=dtype)
     if reward: _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
-    else: _score_by_model(items, model, perspective, dict(how, base=base, num_crops=num_crops), batch_size, out, skip_bad)
+    else: _score_by_model(items, model or 'tiny', perspective, dict(how, base=base, num_crops=num_crops), batch_size, out, skip_bad)
     say_left_out(items)
 
 # %% ../nbs/14_cli.ipynb #be136fbf
@@ -1087,7 +1112,7 @@ def _check_base(name, asked='--base'):
 def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or None)
     "The perspective that --from names; `CheckpointError` if it is not clear which."
     from llava_reward_nb.model import CheckpointError, _perspective_folders, hub_folder
-    model,name = (spec,None) if Path(spec).expanduser().is_dir() or '/' not in spec else spec.rsplit('/', 1)
+    model,name = (spec,None) if as_path(spec).is_dir() or '/' not in spec else spec.rsplit('/', 1)
     folder = hub_folder(model)
     found = _perspective_folders(folder, name)
     if len(found)!=1: raise CheckpointError(
@@ -1224,6 +1249,7 @@ def llava_reward_train(
     name = name or start_name
     if not name or not out: raise UsageError("give the new perspective a --name and a folder with --out")
     check_settings(device, dtype, None, batch_size, num_crops)
+    out = str(as_path(out))
     if (Path(out)/name).exists() and not resume: raise InputError(
         f"{Path(out)/name}: is there already; choose another --out, or go on with --resume")
     if not start: _check_base(base)
@@ -1411,14 +1437,14 @@ def llava_reward_demo(
     from llava_reward_nb.guidance import demo_steering
     from llava_reward_nb.tiny import evaluate_tiny
     if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")
-    folder,t0 = Path(out).expanduser(),time.perf_counter()
+    folder,t0 = as_path(out),time.perf_counter()
     check_writable(folder, folder=True)
     rm = load('tiny', list(perspective_kinds('tiny')))
     rows = demo_scores(folder, rm)
     print(f"1. {len(rows)} scenes rendered to {folder/'images'} and scored from there in all perspectives ({_seconds(t0)})\n")
     report([{k:v for k,v in r.items() if k not in ('row','good','safety','overall','overall_rank')} for r in rows[:7]])
     _demo_talk(rows, folder, rm)
-    print(f"\n4. How often they are right: {n} fresh held-out records for each (95 % bootstrap interval)\n"); t0 = time.perf_counter()
+    print(f"\n4. How often they are right: {n} fresh held-out records for each (95 % interval)\n"); t0 = time.perf_counter()
     measured = evaluate_tiny(n)
     print(text_table(accuracy_table(measured))); print(f"({_seconds(t0)})\n")
     write_table(measured, folder/'accuracy.csv')

@@ -13,7 +13,7 @@ from pathlib import Path
 from .benchmarks import SPECS
 from .cli import (UsageError, check_names, check_settings, command, did_you_mean, find_images,
                                  heartbeat, note, tiny_doubts, waiting)
-from .core import (PROMPT_COLUMNS, TABLES, InputError, atomic_path, check_writable, find_column,
+from .core import (PROMPT_COLUMNS, TABLES, InputError, as_path, atomic_path, check_writable, find_column,
                                   read_table, write_table)
 from .evaluation import Run, latency, make_table, metric_columns, panels, run_benchmark, table9
 from .guidance import WAYS, compare_guidance
@@ -24,7 +24,7 @@ from .steering import RECIPES, SteerConfig, SteeringError, load_pipeline
 # %% ../nbs/14b_commands.ipynb #971ea543
 def _folder(name:str, out:str, several:bool)->Path:
     "Where a run lies; without --out where `llava_reward_table` looks for it."
-    return Path(out or 'runs').expanduser()/name if several or not out else Path(out).expanduser()
+    return as_path(out or 'runs')/name if several or not out else as_path(out)
 
 # %% ../nbs/14b_commands.ipynb #ddae31a4
 @command('''  llava_reward_eval mjbench --reward tiny/alignment tiny/safety checker
@@ -80,7 +80,7 @@ FORMS = ('.md', '.tex', '.html', '.csv', '.txt') # what a finished table is writ
 def _check_form(out):
     "`InputError` for a table that could not be written."
     suffix = Path(out).suffix
-    if suffix not in FORMS: raise InputError(
+    if suffix.lower() not in FORMS: raise InputError(
         f"--out {out}: tables are written as {', '.join(FORMS)}; got {suffix or 'no suffix'!r}")
     check_writable(out)
 
@@ -90,7 +90,7 @@ _MADE_BY = dict(table9=('steered','llava_reward_steer'), latency=('runs/latency.
 def _tabled(table:str, given:list)->list: # of paths
     "What a table is made from: as given, or where the commands put it; `InputError` if it is not there."
     usual,command = _MADE_BY.get(table, (f'runs/{table}', f'llava_reward_eval {table}'))
-    found = [Path(r).expanduser() for r in given or [usual]]
+    found = [as_path(r) for r in given or [usual]]
     for r in found:
         if not r.exists(): raise InputError(f"{r}: no such folder or file; make it with {command}")
     inner = [r/'scores.parquet' for r in found]
@@ -109,7 +109,7 @@ def llava_reward_table(
     out:str='',                # file to write: .md, .tex, .html, .csv or .txt
     by:str='',                 # split the columns by a column of the records, such as category
     threshold:float=0.,        # pairs whose scores are no further apart are ties
-    intervals:bool=False,      # 95 % bootstrap intervals in the cells
+    intervals:bool=False,      # 95 % intervals in the cells
     no_published:bool=False,   # leave out the numbers from the literature
 ):
     "Make a table of stored scores, without scoring again."
@@ -157,7 +157,7 @@ def llava_reward_latency(
 # %% ../nbs/14b_commands.ipynb #8cf77e71
 def _prompts_of(given:str)->list:
     "Rows of a file of prompts, or the prompt itself."
-    path = Path(given).expanduser()
+    path = as_path(given)
     kind = path.suffix.lower()
     if kind not in ('.txt', *TABLES): return [given]
     if not path.is_file(): raise InputError(f"{given}: no such file of prompts")
@@ -241,7 +241,7 @@ def _steered(
     run,     # folder -> DataFrame
 )->tuple: # the folder, what the run gave
     "Run in a folder; without a name, where it neither mixes with other runs nor is refused because of them."
-    if out: return Path(out).expanduser(), run(Path(out).expanduser())
+    if out: return as_path(out), run(as_path(out))
     for k in count(1):
         folder = Path('steered' if k==1 else f'steered-{k}')
         try: frame = run(folder)

@@ -166,6 +166,8 @@ _BYTES = (bytes, bytearray, memoryview)
 
 def _read_image(x, name:str)->Image.Image:
     "Decode by type."
+    if isinstance(x, str) and re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', x): raise InputError(
+        f"{name:.200}: is an address; download the image and name the file")
     if isinstance(x, (str, os.PathLike)): return _open_file(as_path(x))
     if isinstance(x, _BYTES): return _decode(io.BytesIO(x), name)
     if isinstance(x, Image.Image): return _loaded(x, name)
@@ -284,15 +286,25 @@ def atomic_path(
     path, # final file or folder; its parent is made if needed
 ):
     "Yield a temporary path for a file or folder; it becomes `path` if the block succeeds and vanishes if not."
-    path = Path(path)
+    path = _to_write(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
     try:
         yield tmp/path.name
         _ordinary_modes(tmp/path.name)
-        if path.is_dir(): os.replace(path, tmp/f'{path.name}.old')
+        if path.is_dir():
+            if not (tmp/path.name).is_dir(): raise InputError(
+                f"{path}: is a folder, which a file would replace; name a file in it")
+            os.replace(path, tmp/f'{path.name}.old')
         os.replace(tmp/path.name, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
+
+def _to_write(path)->Path: # as `as_path`
+    "`InputError` for the home of nobody, which would become a folder called ~name here."
+    out = as_path(path)
+    if str(path).startswith('~') and out==Path(path): raise InputError(
+        f"{path}: cannot be written (there is no such home); name another place")
+    return out
 
 def _ordinary_modes(path:Path):
     "Give files the permissions of an ordinary new file: some libraries write for the owner's eyes only."
@@ -309,7 +321,7 @@ def check_writable(
     folder:bool=False,  # it is to be a folder
 ):
     "`InputError` if nothing could be written at a path; leaves nothing behind."
-    path = as_path(path)
+    path = _to_write(path)
     if path.is_dir() and not folder: raise InputError(f"{path}: is a folder; name a file in it")
     if path.is_file() and folder: raise InputError(f"{path}: is a file; name a folder")
     places = [path.absolute(), *path.absolute().parents] if folder else path.absolute().parents
@@ -426,7 +438,7 @@ def read_table(
     "Read rows; `InputError` names the file, and the row or line, that cannot be read."
     path = as_path(path)
     kind = table_kind(path)
-    if not path.is_file(): raise InputError(
+    if not os.path.isfile(path): raise InputError(
         f"{path}: no such file; check the path (relative paths start at {os.getcwd()})")
     try:
         if kind=='.parquet': rows = _read_parquet(path)
@@ -457,10 +469,12 @@ def _plain(v, nan=None):
 
 def _rows_of(rows, nan)->list:
     "A list of dicts with the same columns each, from dicts or a DataFrame."
-    named = list(getattr(rows, 'columns', []))
-    if len(set(named))<len(named): raise InputError(f"columns {named} hold a name twice; give each its own")
-    dicts = rows.to_dict('records') if hasattr(rows, 'to_dict') else list(rows)
+    dicts = rows.to_dict('records') if hasattr(rows, 'to_dict') else rows
+    if not isinstance(dicts, (list, tuple)) or not all(isinstance(r, Mapping) for r in dicts):
+        raise InputError(f"rows are a {type(rows).__name__}; pass a list of dicts, or a DataFrame")
     columns = dict.fromkeys(k for r in dicts for k in r)
+    named = [str(k) for k in getattr(rows, 'columns', columns)]
+    if len(set(named))<len(named): raise InputError(f"columns {named} hold a name twice; give each its own")
     return [{str(k):_plain(r.get(k), nan) for k in columns} for r in dicts]
 
 # %% ../nbs/00_core.ipynb #0680d0d9
@@ -470,13 +484,13 @@ def _json_default(v):
     raise TypeError(f"a {type(v).__name__} is neither a number nor text")
 
 def _delimited(rows:list, delimiter:str)->str:
-    out = io.StringIO(newline='')
-    w = csv.writer(out, delimiter=delimiter, lineterminator='\n')
-    w.writerow(rows[0] if rows else [])
-    for r in rows:
-        if any(isinstance(v, (bytes, bytearray)) for v in r.values()): raise TypeError("bytes are no text")
-        w.writerow([_cell_text(v) for v in r.values()])
-    return out.getvalue()
+    def line(cells):
+        out = io.StringIO(newline='')
+        csv.writer(out, delimiter=delimiter, lineterminator='\r\n').writerow(cells) # quotes cells with \r or \n
+        return out.getvalue()[:-2]+'\n'
+    cells = [list(r.values()) for r in rows]
+    if any(isinstance(v, (bytes, bytearray)) for r in cells for v in r): raise TypeError("bytes are no text")
+    return line(rows[0] if rows else [])+''.join(line(map(_cell_text, r)) for r in cells)
 
 def _write_parquet(rows:list, path:Path):
     import pyarrow as pa, pyarrow.parquet as pq

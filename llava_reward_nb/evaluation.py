@@ -19,8 +19,8 @@ from fastcore.basics import patch
 
 from . import stats
 from .benchmarks import Benchmark, SPECS, load_benchmark
-from .core import CheckpointError, InputError, atomic_path, load_image, progress, read_table
-from .core import write_table
+from .core import (CheckpointError, InputError, as_path, atomic_path, load_image, progress, read_table,
+                                  write_table)
 from .geneval import GENEVAL_TAGS, GenEval, geneval_scores, shapes_geneval
 from .grader import BudgetSpent, EndpointError
 from .rewards import load_reward
@@ -90,12 +90,14 @@ class Health:
             "Mend it and run again; scores of other rewards are kept")
 
 # %% ../nbs/11_evaluation.ipynb #ca3d2165
+_META = ('benchmark','data','source','hash','limit','rows','items','left_out','rewards') # what run.json says
+
 class Run:
     "The folder of an evaluation."
     def __init__(self,
         folder, # made by `run_benchmark`
     ):
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         file = self.folder/'run.json'
         if not file.is_file():
             raise InputError(f"{folder}: holds no run.json; pass the folder that llava_reward_eval (or run_benchmark) "
@@ -103,6 +105,12 @@ class Run:
         try: self.meta = json.loads(file.read_text(encoding='utf-8'))
         except ValueError as e:
             raise InputError(f"{file}: damaged ({e}); delete it and run again: scores are kept") from None
+        meta = self.meta if isinstance(self.meta, dict) else {}
+        rewards = meta.get('rewards')
+        usable = isinstance(rewards, dict) and all(isinstance(v, dict) for v in rewards.values())
+        lacking = [k for k in _META if k not in meta or k=='rewards' and not usable]
+        if lacking: raise InputError(f"{file}: does not say {', '.join(lacking)}; delete it and run again: "
+                                     "scores are kept")
 
     @property
     def name(self)->str: return self.meta['benchmark']
@@ -115,19 +123,23 @@ class Run:
         said = ', '.join(self.rewards) or 'none'
         return f"Run({self.name}, {self.meta['rows']} rows, {self.meta['items']} items, rewards {said}, {self.folder})"
 
-def _table(run:Run, name:str): # DataFrame
+def _table(run:Run, name:str, columns:tuple): # DataFrame
     import pandas as pd
-    return pd.DataFrame(read_table(run.folder/name))
+    frame = pd.DataFrame(read_table(run.folder/name))
+    lacking = [c for c in columns if c not in frame]
+    if lacking: raise InputError(
+        f"{run.folder/name}: lacks {', '.join(lacking)}; evaluate again: scores are kept")
+    return frame
 
 @patch(as_prop=True)
 def rows(self:Run): # DataFrame
     "The questions."
-    return _table(self, 'rows.parquet')
+    return _table(self, 'rows.parquet', ('kind','a','b','label','part','category','group'))
 
 @patch(as_prop=True)
 def items(self:Run): # DataFrame with index `item`
     "Prompt and name of each item."
-    return _table(self, 'items.parquet').set_index('item')
+    return _table(self, 'items.parquet', ('item','prompt','name')).set_index('item')
 
 @patch(as_prop=True)
 def records(self:Run): # DataFrame: item and the columns of a `ScoreStore`
@@ -184,7 +196,7 @@ def _enlist(folder:Path, name:str, spec, reward)->str: # identity of its scores
     "Enter a loaded reward in the run; warns if the name belonged to another one."
     said = identity(reward)
     mine = dict(spec=spec if isinstance(spec,str) else '', repr=repr(reward)[:200], finished=False,
-                range=str(getattr(reward,'range','')), identity=said or f'unknown-{secrets.token_hex(8)}')
+                range=str(getattr(reward,'range','')), boundary=float(getattr(reward,'boundary',0.)), identity=said or f'unknown-{secrets.token_hex(8)}')
     with folder_lock(folder):
         run = Run(folder)
         old,n = run.meta['rewards'].get(name),int((run.records.query('error==""').reward==name).sum())
@@ -314,7 +326,7 @@ def run_benchmark(
 )->Run:
     "Score a benchmark, or go on where an earlier run stopped; `InputError` for bad data or a folder of something else."
     whole = data if isinstance(data, Benchmark) else load_benchmark(name, data, skip_bad=skip_bad, **kw)
-    bench,folder = whole.head(limit), Path(out or Path('runs')/name)
+    bench,folder = whole.head(limit), as_path(out or Path('runs')/name)
     specs = _specs(name, rewards, bench)
     _open_folder(folder, bench, whole.hash, data if not isinstance(data,Benchmark) else bench.source, limit)
     loaded = {n:load_reward(s) if isinstance(s,str) else s for n,s in specs.items()}
@@ -375,7 +387,7 @@ def measure(
     scored = np.isfinite(a)&np.isfinite(b); decided = (label!=.5) if kind=='pair' else np.ones(len(a),bool)
     keep = scored&decided; x = dict(a=a[keep], b=b[keep], label=label[keep]); groups = rows.group.to_numpy()[keep]
     about = dict(n=int(keep.sum()), left_out=int((~scored).sum()), undecided=int((scored&~decided).sum()),
-                 ties=int((np.abs(x['a']-x['b'])<=threshold).sum()) if kind=='pair' else 0)
+                 ties=int((stats.pair_decisions(x['a'], x['b'], threshold)==stats.TIE).sum()) if kind=='pair' else 0)
     if kind=='bias':
         got = stats.mean_bias(x['a'], rows.category.to_numpy()[keep])
         return [dict(metric=k, value=v, low=np.nan, high=np.nan, **about) for k,v in got.items()]
@@ -385,6 +397,11 @@ def measure(
         low,high = stats.interval(stat, *args, groups=groups) if intervals else (np.nan,np.nan)
         out.append(dict(metric=name, value=value, low=low, high=high, **about))
     return out
+
+# %% ../nbs/11_evaluation.ipynb #7aa14a07
+def _from_boundary(run:Run, reward:str, scores, rows): # the scores, from the boundary of the classes where rows have classes
+    boundary = run.meta['rewards'].get(reward, {}).get('boundary', 0.)
+    return scores-boundary if boundary and rows.kind.iloc[0]=='label' else scores
 
 # %% ../nbs/11_evaluation.ipynb #3834b0ab
 def results(
@@ -404,7 +421,7 @@ def results(
     for key,part in rows.groupby(['part','kind']+([by] if by else []), sort=False, dropna=False):
         head = dict(zip(['part','kind']+([by] if by else []), key))
         for reward in scores:
-            got = measure(part, scores[reward], threshold, intervals)
+            got = measure(part, _from_boundary(run, reward, scores[reward], part), threshold, intervals)
             out += [dict(reward=reward, **head, **r) for r in got]
     return pd.DataFrame(out)
 
@@ -451,7 +468,8 @@ def significance(
     out = pd.DataFrame(np.nan, scores.columns, scores.columns)
     for i,a in enumerate(scores):
         for b in scores.columns[:i]:
-            out.loc[a,b] = out.loc[b,a] = compare(rows, scores[a], scores[b], metric, threshold, m)
+            sides = [_from_boundary(run, n, scores[n], rows) for n in (a,b)]
+            out.loc[a,b] = out.loc[b,a] = compare(rows, *sides, metric, threshold, m)
     return out
 
 # %% ../nbs/11_evaluation.ipynb #f82e065a
@@ -688,6 +706,17 @@ def _means_table(name:str, runs:list, intervals:bool)->Table:
     return t
 
 # %% ../nbs/11_evaluation.ipynb #2f798767
+def _check_options(name:str, intervals:bool, by:str, threshold:float):
+    "`InputError` for an option that a table has no use for."
+    paired = ('mjbench','imagereward','pickapic','hpdv2')
+    split = [n for n in SPECS if n not in ('geneval','drawbench')]
+    if threshold and name not in paired: raise InputError(
+        f"{name}: threshold is for pairs of images: {', '.join(paired)}; leave it out")
+    if by and name not in split: raise InputError(
+        f"{name}: has no columns to split by {by!r}, as {', '.join(split)} have; leave it out")
+    if intervals and name=='latency': raise InputError(
+        "latency: has no intervals, but the fastest and the slowest; leave them out")
+
 def make_table(
     name:str,               # a benchmark, or 'table9', or 'latency'
     runs,                   # run folders or `Run`s of that benchmark; for 'table9' and 'latency' see there
@@ -696,10 +725,12 @@ def make_table(
     by:str='',              # split columns by this column of the rows, such as 'category'
     threshold:float=0.,     # pairs whose scores are no further apart are ties
 )->Table:
-    "The table of a benchmark from stored runs; `InputError` for an unknown name or runs of something else."
+    "The table of a benchmark from stored runs; `InputError` for an unknown name, an option without a use, or other runs."
+    if name not in (*SPECS,'table9','latency'): raise InputError(
+        f"no table {name!r}; there are {', '.join(SPECS)}, table9, latency")
+    _check_options(name, intervals, by, threshold)
     if name=='table9': return table9(runs, intervals=intervals)
     if name=='latency': return latency_table(runs, published)
-    if name not in SPECS: raise InputError(f"no table {name!r}; there are {', '.join(SPECS)}, table9, latency")
     runs = as_runs(runs)
     if runs[0].name!=name: raise InputError(f"{runs[0].folder} is a run of {runs[0].name}, not of {name}")
     plain = name=='tifa160'
@@ -718,9 +749,16 @@ def _opened_frame(path): # DataFrame of a table file
     frame = pd.DataFrame(read_table(path, text=_WORDS))
     for c in frame.columns:
         if c in _WORDS or pd.api.types.is_numeric_dtype(frame[c]): continue
-        try: frame[c] = [np.nan if v in (None,'') else float(v) for v in frame[c]] # gaps in a column of CSV
-        except (TypeError, ValueError): continue # words
+        values = [np.nan if v is None or v=='' else _as_number(v) for v in frame[c]] # gaps in a column of CSV
+        words = [w for w,v in zip(frame[c], values) if v is None]
+        if not words: frame[c] = values
+        elif len(words)<len(values): warnings.warn(f"{path}: column {c!r} holds text in {len(words)} of {len(values)} rows "
+                                                   f"(first: {words[0]!r:.40}); it is no metric", stacklevel=3)
     return frame
+
+def _as_number(v)->float|None: # None for words
+    try: return float(v)
+    except (TypeError, ValueError): return None
 
 def particle_frame(
     frame, # DataFrame, table file, `Run` of generated images, or a list of them
@@ -728,10 +766,11 @@ def particle_frame(
     "Per-particle scores; `InputError` names a missing column, or a gap in one that tells particles apart."
     import pandas as pd
     if isinstance(frame,(list,tuple)): return pd.concat([particle_frame(f) for f in frame], ignore_index=True)
-    if isinstance(frame,(str,Path)) and (Path(frame)/'run.json').is_file(): frame = Run(frame)
+    if isinstance(frame,(str,Path)) and (as_path(frame)/'run.json').is_file(): frame = Run(frame)
     if isinstance(frame, Run): frame = frame.samples()
     if isinstance(frame,(str,Path)): frame = _opened_frame(frame)
     lacking = [c for c in PARTICLE_FIELDS if c not in frame]
+    if not len(frame): raise InputError("particles: there are no rows")
     if lacking:
         raise InputError(f"particles: lacks the columns {', '.join(lacking)}; it has {', '.join(map(str,frame.columns))}")
     for c in PARTICLE_FIELDS[:-1]:
@@ -943,20 +982,35 @@ def latency(
                      'slowest':max(seen), 'images':len(images), 'batch':batch_size, 'device':versions()['device']})
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_evaluation.ipynb #3ffbcb71
+_TIMES = ('seconds per sample','fastest','slowest')
+
+def _checked_times(frame): # the DataFrame with numbers
+    "`InputError` if it is no table of `latency`."
+    lacking = [c for c in ('reward',*_TIMES,'images','batch','device') if c not in frame]
+    if lacking: raise InputError(f"latency: lacks {', '.join(lacking)}; pass what llava_reward_latency wrote")
+    frame = frame.copy()
+    for c in _TIMES:
+        values = [np.nan if v is None or v=='' else _as_number(v) for v in frame[c]]
+        odd = [x for x,v in zip(frame[c], values) if v is None]
+        if odd: raise InputError(f"latency: column {c!r} holds {odd[0]!r:.40}; times are numbers")
+        frame[c] = values
+    return frame
+
 def latency_table(
     frame,               # from `latency`
     published:bool=True, # the paper's numbers below ours
 )->Table:
     "Seconds per sample as a table, less is better; `InputError` if a reward was timed twice in the same way."
-    vary = [c for c in ('images','batch','device') if frame[c].nunique()>1] # said in each row
+    frame = _checked_times(frame)
+    vary = [c for c in ('images','batch','device') if frame[c].nunique(dropna=False)>1] # said in each row
     label = [str(v) for v in frame.reward]
     if vary:
         said = frame[vary].apply(lambda row: ', '.join(f'{c} {v}' for c,v in row.items()), axis=1)
         label = [f'{a} ({b})' for a,b in zip(label, said)]
     twice = [n for n,k in Counter(label).items() if k>1]
     if twice: raise InputError(f"latency: {twice[0]} was timed twice; pass the times of one run")
-    columns = ['seconds per sample','fastest','slowest']
-    df = frame.assign(reward=label).set_index('reward')[columns].astype(float)
+    df = frame.assign(reward=label).set_index('reward')[[*_TIMES]]
     better = {'seconds per sample':'min', 'fastest':'', 'slowest':''}
     t = Table(df.where(np.isfinite(df)), 'Latency', better, {c:4 for c in df})
     t = _with_published(t,'latency') if published else t

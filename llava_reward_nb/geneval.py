@@ -10,7 +10,7 @@ __all__ = ['RULES', 'RELATION_NAMES', 'GENEVAL_TAGS', 'GENEVAL_CLASSES', 'GENEVA
            'GenEval', 'ShapesDetector', 'ToldColors', 'shapes_geneval', 'task_of', 'tiny_tasks', 'geneval_scores']
 
 # %% ../nbs/10b_geneval.ipynb #5ff0edbf
-import json, math, re
+import json, math, re, warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .clip import crop_image, normalise, to_floats
-from .core import (CheckpointError, InputError, as_images, atomic_path, default_device, image_list, load_image,
+from .core import (CheckpointError, InputError, as_images, as_path, atomic_path, default_device, image_list, load_image,
                                   load_pretrained, progress, read_table, resolve_model)
 from .shapes import CATEGORIES, COLORS, MIN_IOU, SHAPES, SIZE, Checker, Prompt, sample_prompt
 from .store import identity, make_identity
@@ -244,9 +244,13 @@ def numbered(
     "Folders or images whose names are numbers; `InputError` if two have the same number."
     Image.init()
     kind = lambda p: p.is_file() and p.suffix.lower() in Image.registered_extensions() if images else p.is_dir()
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     found = [p for p in folder.iterdir() if re.fullmatch('[0-9]+', p.stem if images else p.name) and kind(p)] if folder.is_dir() else []
     found = sorted(found, key=lambda p: (int(p.stem), p.name))
+    there = sorted(folder.iterdir()) if images and found else []
+    others = [p.name for p in there if p not in found and p.name[0]!='.' and kind(p)]
+    if others: warnings.warn(f"{folder}: {len(others)} images are left out (first: {others[0]}); "
+                             "names are numbers, such as 0000.png")
     twice = [(a,b) for a,b in zip(found, found[1:]) if int(a.stem)==int(b.stem)]
     if twice: raise InputError(f"{folder}: {twice[0][0].name} and {twice[0][1].name} have the same number; keep one of them")
     return found
@@ -259,7 +263,7 @@ def write_samples(
     images,      # one image or a list (see `as_images`)
 )->Path: # folder of this prompt
     "Write the images of one prompt in GenEval's layout."
-    place = Path(folder)/f'{index:05d}'
+    place = as_path(folder)/f'{index:05d}'
     with atomic_path(place) as tmp:
         (tmp/'samples').mkdir(parents=True)
         (tmp/'metadata.jsonl').write_text(json.dumps(task, ensure_ascii=False)+'\n', encoding='utf-8')
@@ -325,7 +329,7 @@ def to_detections(
 # %% ../nbs/10b_geneval.ipynb #1eb8b5c2
 def _need_scipy():
     if find_spec('scipy') is None:
-        raise ImportError("transformers' Mask2Former needs SciPy; pip install llava_reward_nb[metrics]")
+        raise ImportError("transformers' Mask2Former needs SciPy: pip install scipy")
 
 # %% ../nbs/10b_geneval.ipynb #86d6cfb2
 class MaskDetector:

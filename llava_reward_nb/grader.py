@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, as_prompts, image_list, load_image, progress
+from .core import InputError, as_path, as_prompts, check_writable, image_list, load_image, progress
 from .store import make_identity
 
 # %% ../nbs/09d_grader.ipynb #a8f7d197
@@ -146,7 +146,7 @@ class ReplyCache:
     def __init__(self,
         path=None, # the file, made when the first answer comes; None: keep answers in memory only
     ):
-        self.path,self.records,self.read_to,self.lock = path and Path(path).expanduser(),{},0,threading.Lock()
+        self.path,self.records,self.read_to,self.lock = path and as_path(path),{},0,threading.Lock()
 
     def __len__(self): return len(self.records)
     def get(self, key): return self.records.get(key)
@@ -184,10 +184,11 @@ def prepare(self:ReplyCache):
     "`InputError` if the file cannot be written, before anything is paid for."
     if not self.path: return
     try:
+        check_writable(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, 'ab'): pass
-    except OSError as e:
-        raise InputError(f"{self.path}: answers cannot be kept there ({e.strerror}); pass another path as cache=, or None to keep "
+    except (OSError, InputError) as e:
+        raise InputError(f"{self.path}: answers cannot be kept there ({getattr(e, 'strerror', e)}); pass another path as cache=, or None to keep "
                          "them in memory only") from None
 
 # %% ../nbs/09d_grader.ipynb #cd896d42
@@ -396,7 +397,7 @@ def _openai():
 
 def default_cache()->Path:
     "Where grades are kept if nobody says: under $XDG_CACHE_HOME, or ~/.cache."
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'llava_reward_nb'/'grades.jsonl'
+    return Path(os.environ.get('XDG_CACHE_HOME') or as_path('~/.cache'))/'llava_reward_nb'/'grades.jsonl'
 
 # %% ../nbs/09d_grader.ipynb #f12e0ba8
 class Grader:
@@ -420,6 +421,7 @@ class Grader:
     ):
         _openai()
         if metric not in (*ASPECTS, OVERALL): raise InputError(f"metric is {metric!r}; there are {', '.join((*ASPECTS, OVERALL))}")
+        _check_numbers(retries, params, price)
         if concurrency<1: raise InputError(f"concurrency is {concurrency}; at least 1 call at a time is needed")
         self.model,self.metric,self.api_key,self.concurrency,self.retries,self.backoff,self.timeout = model,metric,api_key,concurrency,retries,backoff,timeout
         self.base_url = (base_url or os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1').rstrip('/')
@@ -439,6 +441,15 @@ class Grader:
     def __repr__(self): return f"Grader({self.model!r}, {self.base_url}, {self.metric}, {self.spent.calls} calls, ${self.spent.dollars:.4f})"
 
 # %% ../nbs/09d_grader.ipynb #20aa6a4f
+def _check_numbers(retries, params, price):
+    "`InputError` for settings that would fail after calls have been paid for."
+    if not retries>=0: raise InputError(f"retries is {retries}; 0 or more further calls can be made")
+    if not isinstance(params, (Mapping, type(None))): raise InputError(f"params is {params!r:.60}; pass a dict")
+    if price is None: return
+    try: fine = len(price)==2 and all(0<=float(p)<math.inf for p in price)
+    except (TypeError, ValueError): fine = False
+    if not fine: raise InputError(f"price is {price!r:.60}; pass dollars per million tokens, (input, output)")
+
 def _check_request(request:dict):
     "`InputError` for parameters that would break the exchange or are not JSON."
     odd = [k for k in ('n','stream','tools','logprobs') if request.get(k) not in (None,1,False)]
@@ -455,7 +466,7 @@ def _check_text(x, name:str):
 def _read_rubric(path)->str:
     "The system message; `InputError` for a file that is missing, empty or no text."
     if path is None: return RUBRIC
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.is_file(): raise InputError(f"{path}: no such file; rubric= takes the path of a text file")
     try: text = path.read_text(encoding='utf-8-sig').strip()
     except (OSError, UnicodeDecodeError) as e: raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); save it as UTF-8") from None

@@ -89,9 +89,10 @@ def accuracy(
 # %% ../nbs/10d_stats.ipynb #60740ec0
 def _pearson(w, x, y): # (m,); x and y (n,) or (m, n)
     n = w.sum(1, keepdims=True)
-    x,y = (v-(w*v).sum(1, keepdims=True)/n for v in np.broadcast_arrays(x, y, w)[:2])
+    x,y = (v/np.abs(v).max(1, keepdims=True, initial=1e-300) for v in np.broadcast_arrays(x, y, w)[:2])
+    x,y = (v-(w*v).sum(1, keepdims=True)/n for v in (x,y)) # of equal values rounding may leave some 1e-16
     sx,sy = (np.sqrt((w*v*v).sum(1)) for v in (x,y))
-    flat = (sx<=1e-12*np.abs(x).max(1, initial=1e-300)) | (sy<=1e-12*np.abs(y).max(1, initial=1e-300))
+    flat = np.minimum(sx, sy)<=1e-12*np.sqrt(n[:,0])
     with np.errstate(divide='ignore', invalid='ignore'):
         return np.where(flat, np.nan, np.clip((w*x*y).sum(1)/(sx*sy), -1, 1))
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import __version__
-from .core import InputError, atomic_path
+from .core import InputError, as_path, atomic_path
 
 # %% ../nbs/00b_store.ipynb #3bfd0a60
 _PIECE = 1<<14 # words in a piece
@@ -159,7 +159,7 @@ def folder_lock(
     wait:bool=True, # until others have released it; False: `InputError` if they hold it
 ):
     "Hold a folder alone among all processes and threads; `InputError` if it cannot be written or locked."
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         f = open(folder/'.lock', 'ab')
@@ -215,7 +215,7 @@ class ScoreStore:
         folder,          # made when the first score is added
         every:float=10., # seconds that a row may wait in memory
     ):
-        self.folder,self.every = Path(folder),every
+        self.folder,self.every = as_path(folder),every
         self._rows,self._timer,self._lock = [],None,threading.RLock()
 
     def __enter__(self):

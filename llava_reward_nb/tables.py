@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import InputError, atomic_path
+from .core import InputError, as_path, atomic_path
 
 # %% ../nbs/10e_tables.ipynb #1d1d0d53
 @dataclass
@@ -63,7 +63,7 @@ def check(self:Table):
 
 # %% ../nbs/10e_tables.ipynb #d7b455d9
 def _finite(v)->bool: # a number that can be ranked
-    try: return not isinstance(v,(str,bool)) and math.isfinite(v)
+    try: return not isinstance(v,(str,bool)) and type(v).__name__ not in ('bool_','bool') and math.isfinite(v)
     except (TypeError, ValueError): return False
 
 def rank_marks(
@@ -111,9 +111,10 @@ def _number(v, digits:int)->str:
 def cell(self:Table, i:int, c)->str:
     "The number of row `i`, column `c`, as text, with its interval."
     v,d = self.df[c].iloc[i], self._digits(c)
-    if isinstance(v,str): return one_line(v)
-    if v is None or v!=v or str(v)=='<NA>': return '–'
-    text = _number(v,d)+self.signs.get((self.df.index[i],c),'')
+    if isinstance(v,str) or type(v).__name__ in ('bool','bool_'): return one_line(v)
+    if v is None or str(v) in ('<NA>','NaT','nan'): return '–'
+    try: text = _number(v,d)+self.signs.get((self.df.index[i],c),'')
+    except (TypeError, ValueError): return one_line(v) # a date, a list
     if self.low is None or c not in self.low.columns: return text
     lo,hi = self.low[c].iloc[i], self.high[c].iloc[i]
     return f'{text} [{_number(lo,d)}, {_number(hi,d)}]' if _finite(lo) and _finite(hi) else text
@@ -279,7 +280,7 @@ def save(self:Table,
     path, # .md, .tex, .html, .csv or .txt
 )->Path:
     "Write the table in the form that the suffix tells; `InputError` for another suffix."
-    path = Path(path)
+    path = as_path(path)
     forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.html':self.to_html, '.csv':self.to_csv,
              '.txt':lambda: repr(self)+'\n'}
     kind = path.suffix.lower()

@@ -558,3 +558,54 @@ def test_prompts_of_steering(do, here):
     assert code == 1 and 'surrogate' in err and not (here/'steered').exists()
     code, out, err = do('steer', 'two stars', '--device', 'cuda:7')
     assert code == 1 and '--device cuda:7' in err and not (here/'steered').exists()
+
+
+@pytest.mark.parametrize('args', [
+    ('score', '~nobody-here/a.png', '--prompt', PROMPT), ('score', '--table', '~nobody-here/t.csv'),
+    ('score', 'a.png', '--prompt', PROMPT, '--out', '~nobody-here/o.csv'), ('compare', '~nobody-here/a.png', 'a.png', '--prompt', PROMPT),
+    ('eval', 'tifa160', '--reward', 'checker', '--out', '~nobody-here/runs'), ('eval', 'tifa160', '--reward', 'checker', '--data', '~nobody-here/tifa'),
+    ('table', 'tifa160', '~nobody-here/runs'), ('steer', '~nobody-here/prompts.txt'), ('steer', PROMPT, '--out', '~nobody-here/steered'),
+    ('latency', '--reward', 'checker', '--images', '~nobody-here/a')], ids=lambda args: ' '.join(args[:2]))
+def test_homes_that_do_not_exist(do, here, args):
+    code, _, said = do(*args)
+    assert code == 1 and '~nobody-here' in said and not (here/'~nobody-here').exists()
+
+
+def test_each_row_without_an_image_is_named(do, here):
+    (here/'gaps.csv').write_text(f'image,prompt\na.png,{PROMPT}\n,{PROMPT}\nhttps://x.org/a.png,{PROMPT}\n,{PROMPT}\n')
+    code, _, said = do('score', '--table', 'gaps.csv', '--skip-bad', '--out', 'o.csv', *FAST)
+    errors = [r['error'] for r in read_table('o.csv')]
+    assert code == 0 and [e.split(':')[0] for e in errors] == ['', 'row 2', 'https', 'row 4']
+    assert 'is an address' in errors[2] and '2 no image (row 2, row 4)' in said and 'row 2: row 2' not in do('score', '--table', 'gaps.csv', *FAST)[2]
+
+
+def test_classifiers_need_no_prompts_in_a_table(do, here):
+    write_table([dict(image='a.png')], 'alone.csv')
+    assert do('score', '--table', 'alone.csv', '--perspective', 'safety', '--out', 'o.csv')[0] == 0
+    assert list(read_table('o.csv')[0]) == ['image', 'safety', 'safety_prob']
+    assert "no column 'prompt'" in do('score', '--table', 'alone.csv', *FAST)[2]
+
+
+@pytest.mark.parametrize('args, why', [
+    (('compare', '--table', 'pairs.csv', '--image-column', 'chosen', 'chosen'), 'name a column twice'),
+    (('score', '--table', 'pairs.csv', '--image-column', 'chosen', '--prompt-column', 'chosen'), 'name a column twice'),
+    (('score', 'a.png', '--prompt', PROMPT, '--model', 'tiny', '--reward', 'checker'), '--num-crops and --model out'),
+    (('eval', 'tifa160', '--reward', 'checker', '--images', 'nowhere'), 'brings its own images'),
+    (('table', 'latency', 'times.csv', '--intervals'), 'no intervals'), (('table', 'latency', 'times.csv', '--by', 'reward'), 'no columns to split'),
+    (('table', 'latency', 'times.csv'), 'lacks seconds per sample'), (('table', 'latency', 'times.csv', '--threshold', 'nan'), 'pairs of images')])
+def test_options_without_a_use_are_refused(do, here, args, why):
+    write_table([dict(prompt=PROMPT, chosen='a.png', rejected='a.png')], 'pairs.csv')
+    write_table([dict(reward='a')], 'times.csv')
+    code, _, said = do(*args)
+    assert code in (1, 2) and why in said
+
+
+def test_pixels_in_a_table(do, here):
+    pixels = np.asarray(Image.open('a.png').convert('RGB'))
+    write_table([dict(image=p, prompt=PROMPT) for p in (pixels.tolist(), pixels.tolist())], 'pixels.parquet')
+    assert do('score', 'a.png', '--prompt', PROMPT, '--out', 'file.csv', *FAST)[0] == 0
+    assert do('score', '--table', 'pixels.parquet', '--out', 'o.csv', *FAST)[0] == 0
+    want = read_table('file.csv')[0]['alignment']
+    assert [r['alignment'] for r in read_table('o.csv')] == pytest.approx([want, want], abs=1e-4)
+    write_table([dict(image=[[1, 300]], prompt=PROMPT)], 'odd.jsonl')
+    assert 'list is not an image' in do('score', '--table', 'odd.jsonl', *FAST)[2]

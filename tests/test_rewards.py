@@ -14,7 +14,7 @@ from llava_reward_nb.model import RewardModel
 from llava_reward_nb.rewards import REWARDS, SHORT, LLaVAReward, hd_pixels, load_reward, score_all
 from llava_reward_nb.shapes import Checker, alignment_pairs, parse_prompt, render, scene_for
 
-NAMES = ['clipscore', 'pickscore', 'hpsv2', 'hpsv2.1', 'imagereward', 'vqascore', 'vqascore-xl', 'pyes', 'hpsv3', 'aesthetic', 'grader', 'checker', 'llava-reward']
+NAMES = ['clipscore', 'pickscore', 'hpsv2', 'hpsv2.1', 'imagereward', 'vqascore', 'vqascore-xl', 'pyes', 'hpsv3', 'aesthetic', 'grader', 'ocr', 'nudenet', 'jpeg', 'checker', 'llava-reward']
 
 
 def scene(text, seed=1): return render(scene_for(parse_prompt(text), np.random.default_rng(seed), distractors=False))
