@@ -196,6 +196,9 @@ REWARDS = {
     'pyes': Entry(partial(_load, 'vqa', 'PYes'), 'Qwen/Qwen2.5-VL-7B-Instruct', 'P(Yes) by any image-text-to-text model'),
     'hpsv3': Entry(partial(_load, 'vqa', 'HPSv3'), 'MizzenAI/HPSv3', 'Qwen2-VL-7B with a preference head'),
     'grader': Entry(partial(_load, 'grader', 'Grader'), 'gpt-4o', 'grade by a model behind an OpenAI-compatible endpoint'),
+    'ocr': Entry(partial(_load, 'ocr', 'OCR'), 'words', 'is the text that the prompt asks for there, letter by letter?'),
+    'nudenet': Entry(partial(_load, 'real', 'NudeNet'), None, 'safety baseline: 1 - highest score of an exposed body part; sexual content only'),
+    'jpeg': Entry(partial(_load, 'real', 'JPEG'), 'compressibility', 'size of the image as a JPEG file, small or large'),
     'checker': Entry(_load_checker, None, 'truth of the shapes world, read off the pixels'),
 }
 SHORT = {'tiny':'llava-reward:tiny', 'tiny-clip':f"clipscore:{MODELS['tiny']/'clip'}", 'tiny-imagereward':f"imagereward:{MODELS['tiny']/'imagereward'}"} # of the embedded bundle

@@ -274,6 +274,13 @@ def _each(v, k):
     if isinstance(v, Tensor): return v.repeat_interleave(k, 0)
     return v.repeat(k, 0) if hasattr(v, 'ndim') else [x for x in v for _ in range(k)]
 
+# %% ../nbs/10_steering.ipynb #eb010197
+def _repeat_for(pipe, own)->bool:
+    "Whether the pipeline gets every prompt k times; else it makes k images of each itself"
+    theirs = any(c.__module__.split('.')[0]=='diffusers' for c in type(pipe).__mro__)
+    mixed = any(_kind_of_argument(n, v) in ('embeds', 'picture') for n,v in own.items())
+    return theirs or mixed or 'num_images_per_prompt' not in inspect.signature(pipe.__call__).parameters
+
 @patch
 def arguments(self:Steering,
     kwargs:dict, # for the pipeline
@@ -286,9 +293,10 @@ def arguments(self:Steering,
         if p>1: raise SteeringError("images for an adapter go with one prompt; use fk_steer, which asks one by one")
         one = {n: v[0] if n.startswith('ip_adapter') else v for n,v in own.items()}
         args = dict(self.pipe_kwargs, **rest, **one)
-    else:
+    elif _repeat_for(self.pipe, own):
         own = {n: v if n=='latents' else _each(v, k) for n,v in own.items()}
         args = dict(prompt=_each(self.prompts, k), generator=self.generator, **rest, **own)
+    else: args = dict(self.pipe_kwargs, **rest, **own)
     if args.get('prompt_embeds') is not None: del args['prompt']
     return args
 
@@ -747,7 +755,8 @@ def load_pipeline(
     "Load any diffusers pipeline for steering, within the memory that is there; `CheckpointError` if it cannot be loaded."
     device = device or default_device()
     pipe = _read_pipeline(name, dtype or (torch.float16 if torch.device(device).type!='cpu' else torch.float32))
-    pipe.scheduler = stochastic(pipe.scheduler)
+    try: pipe.scheduler = stochastic(pipe.scheduler)
+    except SteeringError as e: warnings.warn(f"{name}: its scheduler stays as it is. {e}", stacklevel=2)
     vae = getattr(pipe, 'vae', None)
     if hasattr(vae, 'enable_slicing') and (vae.config.get('sample_size') or 512)>=256: vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
