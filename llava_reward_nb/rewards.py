@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
