@@ -81,7 +81,7 @@ def test_one_step_of_the_recipe(toy_run, golden):
 
 def test_schedule(golden, tmp_path):
     want = golden['schedule']
-    rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu').add_perspective('a', lora_rank=2)
+    rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu').add_perspective('mine', lora_rank=2)
     t = RewardTrainer(rm, RewardConfig(str(tmp_path), use_cpu=True), load_records(alignment_pairs(1, seed=0)))
     t.create_optimizer_and_scheduler(want['max_steps'])
     used = []
@@ -185,30 +185,30 @@ def tiny(**kw): return RewardModel.from_pretrained(MODELS['tiny']/'base', device
 
 def test_base_in_bfloat16_leaves_what_is_trained_in_float32(tmp_path):
     pairs, rm = load_records(alignment_pairs(8, seed=0)), tiny(dtype=torch.bfloat16)
-    m = train_perspective(rm, 'a', pairs, config(tmp_path, num_train_epochs=4), eval_records=pairs)
+    m = train_perspective(rm, 'mine', pairs, config(tmp_path, num_train_epochs=4), eval_records=pairs)
     kinds = {n: p.dtype for n, p in rm.named_parameters()}
     assert {d for n, d in kinds.items() if rm.get_parameter(n).requires_grad} == {torch.float32}
     assert kinds['backbone.model.language_model.embed_tokens.weight'] == torch.bfloat16
-    assert {v.dtype for v in weights(tmp_path/'a').values()} == {torch.float32}
+    assert {v.dtype for v in weights(tmp_path/'mine').values()} == {torch.float32}
     log = [l['loss'] for l in json.loads((tmp_path/'trainer_state.json').read_text())['log_history'] if 'loss' in l]
     assert sum(log[-2:]) < sum(log[:2]) and m['eval_loss'] < log[0]
 
 
 def test_best_checkpoint_comes_back(tmp_path):
     pairs, held = load_records(alignment_pairs(12, seed=0)), load_records(alignment_pairs(8, seed=1))
-    rm = tiny().add_perspective('a', lora_rank=8)
+    rm = tiny().add_perspective('mine', lora_rank=8)
     t = RewardTrainer(rm, config(tmp_path, num_train_epochs=2, learning_rate=5e-3, eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True), pairs, held)
     t.train()
     best = min(l['eval_loss'] for l in t.state.log_history if 'eval_loss' in l)
     assert_close(t.evaluate()['eval_loss'], best, rtol=1e-5, atol=0)
-    now = weights(rm.save_perspective('a', tmp_path/'now'))
-    assert same(now, weights(Path(t.state.best_model_checkpoint)/'a'))
+    now = weights(rm.save_perspective('mine', tmp_path/'now'))
+    assert same(now, weights(Path(t.state.best_model_checkpoint)/'mine'))
 
 
 @pytest.mark.parametrize('kind,dim,gate', [('bt', 1, False), ('gpm', 2, False), ('gpm', 4, True)])
 @pytest.mark.parametrize('skipca', [True, False])
 def test_every_head_learns_all_its_weights(kind, dim, gate, skipca, tmp_path):
-    rm = tiny().add_perspective('a', PerspectiveConfig(kind, dim, skipca=skipca, gate=gate), lora_rank=4)
+    rm = tiny().add_perspective('mine', PerspectiveConfig(kind, dim, skipca=skipca, gate=gate), lora_rank=4)
     before = {n: p.detach().clone() for n, p in rm.named_parameters()}
     RewardTrainer(rm, config(tmp_path, max_steps=2, lr_scheduler_type='constant', warmup_steps=0), load_records(alignment_pairs(4, seed=0))).train()
     moved = {n for n, p in rm.named_parameters() if not torch.equal(p, before[n])}
@@ -226,7 +226,7 @@ from llava_reward_nb.shapes import alignment_pairs
 from llava_reward_nb.trainer import train_perspective
 pairs = load_records(alignment_pairs(8, seed=0))
 args = config(sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), max_steps=2, lora_dropout=0., warmup_steps=0, optim='sgd', learning_rate=.1)
-m = train_perspective(tiny(), 'a', pairs, args, eval_records=load_records(alignment_pairs(5, seed=1)))
+m = train_perspective(tiny(), 'mine', pairs, args, eval_records=load_records(alignment_pairs(5, seed=1)))
 if os.environ.get('RANK', '0')=='0': print('\\naccuracy', m['eval_accuracy'], m['eval_mean_prob'])
 """
 
@@ -238,7 +238,7 @@ def test_two_processes_equal_one(tmp_path):
         done = subprocess.run([*command, script, Path(__file__).parent, tmp_path/str(n), str(8//n)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
         out[n] = [l for l in done.stdout.splitlines() if l.startswith('accuracy')]
-    one, two = weights(tmp_path/'1'/'a'), weights(tmp_path/'2'/'a')
+    one, two = weights(tmp_path/'1'/'mine'), weights(tmp_path/'2'/'mine')
     for k in one: assert_close(one[k], two[k], rtol=0, atol=1e-6)
     (_, a, p), (_, b, q) = out[1][0].split(), out[2][0].split()
     assert float(a) == float(b) and abs(float(p)-float(q)) < 1e-4
@@ -246,7 +246,7 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.parametrize('n', [12, 17, 32])
 def test_the_default_recipe_teaches_whatever_its_length(n, tmp_path):
-    rm = tiny().add_perspective('a')
+    rm = tiny().add_perspective('mine')
     before = {k: p.detach().clone() for k, p in rm.named_parameters() if p.requires_grad}
     t = RewardTrainer(rm, RewardConfig(str(tmp_path), use_cpu=True, save_strategy='no', logging_steps=1), load_records(alignment_pairs(n, seed=0)))
     t.train()
@@ -258,7 +258,7 @@ def test_the_default_recipe_teaches_whatever_its_length(n, tmp_path):
 
 
 def test_partial_accumulation_is_an_update(tmp_path):
-    rm = tiny().add_perspective('a', lora_rank=4)
+    rm = tiny().add_perspective('mine', lora_rank=4)
     t = RewardTrainer(rm, config(tmp_path, gradient_accumulation_steps=8, max_steps=-1), load_records(alignment_pairs(6, seed=0)))
     t.train()
     assert t.state.global_step == planned_updates(t.args, 6) == 1
@@ -270,7 +270,7 @@ def test_partial_accumulation_is_an_update(tmp_path):
     (lambda: [{**r, 'label': False} for r in safety_labels(3, seed=0)], 'labels are 0')])
 def test_records_that_teach_nothing(records, why, tmp_path):
     rm = tiny()
-    with pytest.raises(ValueError, match=why): train_perspective(rm, 'a', records(), config(tmp_path/'run'))
+    with pytest.raises(ValueError, match=why): train_perspective(rm, 'mine', records(), config(tmp_path/'run'))
     assert not rm.configs and not (tmp_path/'run').exists()
 
 
@@ -278,7 +278,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
     grads = {}
     for name in 'plain', 'saving':
         torch.manual_seed(0)
-        rm = tiny().add_perspective('a', lora_rank=4, lora_dropout=.1)
+        rm = tiny().add_perspective('mine', lora_rank=4, lora_dropout=.1)
         t = RewardTrainer(rm, config(tmp_path), load_records(alignment_pairs(4, seed=0)))
         if name == 'saving': rm.activation_checkpointing_enable()
         rm.train()
@@ -295,8 +295,8 @@ def test_spawned_workers_give_the_same_weights(tmp_path):
     multiprocessing.set_start_method('spawn', force=True)
     try:
         for workers in 0, 1:
-            train_perspective(tiny(), 'a', pairs, config(tmp_path/str(workers), max_steps=2, dataloader_num_workers=workers))
-            out[workers] = weights(tmp_path/str(workers)/'a')
+            train_perspective(tiny(), 'mine', pairs, config(tmp_path/str(workers), max_steps=2, dataloader_num_workers=workers))
+            out[workers] = weights(tmp_path/str(workers)/'mine')
     finally: multiprocessing.set_start_method(usual, force=True)
     assert out[0].keys() == out[1].keys()
     for k in out[0]: assert_close(out[0][k], out[1][k], rtol=1e-5, atol=1e-7)
@@ -305,7 +305,7 @@ def test_spawned_workers_give_the_same_weights(tmp_path):
 def test_a_file_that_vanishes_is_named_by_a_worker(tmp_path):
     pairs = load_records(write_records(alignment_pairs(8, seed=0), tmp_path/'pairs'))
     gone = pairs[5]['chosen_path']
-    rm = tiny().add_perspective('a', lora_rank=4)
+    rm = tiny().add_perspective('mine', lora_rank=4)
     t = RewardTrainer(rm, config(tmp_path/'run', dataloader_num_workers=1), pairs)
     recipe, t.recipe = t.recipe(), lambda: recipe
     gone.unlink()
@@ -317,7 +317,7 @@ def test_a_half_precision_base_whose_tower_gives_float32(tmp_path, monkeypatch):
     "As on a GPU, where autocast runs layer norms in float32; the CPU's does not."
     crops = Phi3VModel.crop_features
     monkeypatch.setattr(Phi3VModel, 'crop_features', lambda self, x: crops(self, x).float())
-    rm = tiny(dtype=torch.bfloat16).add_perspective('a', lora_rank=4)
+    rm = tiny(dtype=torch.bfloat16).add_perspective('mine', lora_rank=4)
     before = {k: p.detach().clone() for k, p in rm.named_parameters() if p.requires_grad}
     t = RewardTrainer(rm, config(tmp_path, bf16=True, max_steps=2), load_records(alignment_pairs(4, seed=0)))
     t.train()
@@ -336,7 +336,7 @@ def test_resume_knows_its_run(change, tmp_path):
         rm = tiny()
         if base: rm.backbone.model.language_model.layers[0].mlp.down_proj.weight.data[0, 0] += .01
         args = config(tmp_path/'run', max_steps=2, save_strategy='steps', save_steps=1, lora_dropout=dropout)
-        return train_perspective(rm, 'a', load_records(rows, folder=tmp_path/'pairs'), args, resume=resume)
+        return train_perspective(rm, 'mine', load_records(rows, folder=tmp_path/'pairs'), args, resume=resume)
     run(rows, False)
     shutil.rmtree(tmp_path/'run'/'checkpoint-2')
     if change == 'image': # the same name, another picture
@@ -364,7 +364,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
     pairs = write_records(alignment_pairs(16, seed=0), tmp_path/'pairs')
-    command = [sys.executable, '-c', 'from llava_reward_nb.cli import llava_reward_train; llava_reward_train()', str(pairs), '--name', 'a', '--out', str(tmp_path/'run'),
+    command = [sys.executable, '-c', 'from llava_reward_nb.cli import llava_reward_train; llava_reward_train()', str(pairs), '--name', 'mine', '--out', str(tmp_path/'run'),
                '--batch-size', '1', '--accumulation', '1', '--lora-rank', '4', '--device', 'cpu', '--save-steps', '2', '--epochs', '200']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not checkpoints(tmp_path/'run') and process.poll() is None: time.sleep(.05)
@@ -377,13 +377,13 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
 
 def test_a_trained_perspective_is_trained_further(tmp_path):
     pairs = load_records(alignment_pairs(8, seed=0))
-    train_perspective(tiny(), 'a', pairs, config(tmp_path/'one'))
-    old = weights(tmp_path/'one'/'a')
+    train_perspective(tiny(), 'mine', pairs, config(tmp_path/'one'))
+    old = weights(tmp_path/'one'/'mine')
     rm = RewardModel.from_pretrained(tmp_path/'one', base=MODELS['tiny']/'base', device='cpu')
-    train_perspective(rm, 'a', pairs, config(tmp_path/'two', learning_rate=1e-6))
-    new = weights(tmp_path/'two'/'a')
-    assert same(weights(tmp_path/'one'/'a'), old) and not same(new, old)
+    train_perspective(rm, 'mine', pairs, config(tmp_path/'two', learning_rate=1e-6))
+    new = weights(tmp_path/'two'/'mine')
+    assert same(weights(tmp_path/'one'/'mine'), old) and not same(new, old)
     for k in old: assert_close(new[k], old[k], rtol=0, atol=1e-5) # it began where the other ended
     rm = RewardModel.from_pretrained(tmp_path/'one', base=MODELS['tiny']/'base', device='cpu')
     RewardTrainer(rm, config(tmp_path/'three', learning_rate=1e-6), pairs).train() # the same, without train_perspective
-    for k, v in weights(rm.save_perspective('a', tmp_path/'a3')).items(): assert_close(v, new[k], rtol=0, atol=1e-7)
+    for k, v in weights(rm.save_perspective('mine', tmp_path/'a3')).items(): assert_close(v, new[k], rtol=0, atol=1e-7)
