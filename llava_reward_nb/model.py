@@ -125,7 +125,7 @@ def name_fault(
     if hasattr(nn.ModuleDict(), name):
         return 'torch.nn.ModuleDict, where PEFT keeps adapters by name, has an attribute called so'
     if name in ('base', 'lora'): return 'folders beside the perspectives are called so'
-    if name in _MODULES or name.isdigit() or 'lora_' in name or name in 'lora_': return _CLASH
+    if name in _MODULES or name.isdigit() or 'lora_' in name: return _CLASH
     if name in _COLUMNS: return 'tables of scores have a column called so'
     if _DEVICES.fullmatch(name): return 'Windows has a device called so'
     if re.fullmatch(r'checkpoint-\d+', name): return 'checkpoints of a training are called so'
