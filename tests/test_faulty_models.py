@@ -118,14 +118,14 @@ def test_every_component_of_a_path_is_refused():
     rm = fresh().add_perspective('good', lora_rank=2)
     parts = {part for n in rm.backbone.model.state_dict() for part in n.split('.')} - {'good'}
     assert {'mlp', 'layers', '0', 'weight', 'lora_A', 'base_layer', 'modules_to_save'} <= parts
-    for name in sorted(parts | set(dir(nn.ModuleDict())) | {'base', 'lora', 'con', 'AUX', 'checkpoint-1', '.', '..', 'a', 'lora_x', 'a/b', 'a b', '', 'x'*300, 'v1.', 'Good', 'good', 'image', 'prompt'}):
+    for name in sorted(parts | set(dir(nn.ModuleDict())) | {'base', 'lora', 'con', 'AUX', 'checkpoint-1', '.', '..', 'lora_x', 'a/b', 'a b', '', 'x'*300, 'v1.', 'Good', 'good', 'image', 'prompt'}):
         with pytest.raises(ValueError, match='not usable|taken'): rm.add_perspective(name, lora_rank=2)
     assert list(rm.configs) == ['good']
 
 
 def test_what_is_saved_is_whole_whatever_the_names(tmp_path):
     "Names that are parts of other names and of paths: each perspective saves all it has, and loads back alone and with the others."
-    names = ['e', 'm', 'proj', 'al', 'alignment', 'alignment-2', 'default', 'layer', 'self', 'qkv', 'ward', '赤']
+    names = ['a', 'r', 'e', 'm', 'proj', 'al', 'alignment', 'alignment-2', 'default', 'layer', 'self', 'qkv', 'ward', '赤']
     assert not any(map(name_fault, names))
     rm = fresh()
     for i, n in enumerate(names): rm.add_perspective(n, lora_rank=2+i % 2)
