@@ -627,8 +627,8 @@ def check_settings(
             raise InputError(f"--device {device}: cannot be used here ({why}); leave it out for the best there is") from None
     if out is not None:
         try:
-            table_kind(out)
             check_writable(out)
+            table_kind(out)
         except InputError as e: raise InputError(f"--out {e}") from None
 
 def load(

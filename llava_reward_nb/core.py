@@ -101,6 +101,7 @@ def _decode(
         raise InputError(f"{name}: not an image that Pillow can read; convert it to PNG or JPEG") from None
     except Exception as e:
         reason = f"damaged image ({type(e).__name__}: {e}); make or download it again"
+        if isinstance(e, OSError) and e.errno: reason = f"cannot be opened ({e.strerror})" # the system's word
         raise InputError(f"{name}: {reason}") from None
 
 def _open_file(path:Path)->Image.Image:
@@ -110,10 +111,8 @@ def _open_file(path:Path)->Image.Image:
     if not is_there: raise InputError(
         f"{path}: no such file; check the path (relative paths start at {os.getcwd()})")
     if is_folder: raise InputError(f"{path}: is a folder; name the image files in it")
-    try:
-        if path.stat().st_size==0: raise InputError(f"{path}: the file is empty; make or download it again")
-        with open(path, 'rb') as f: return _decode(f, str(path))
-    except OSError as e: raise InputError(f"{path}: cannot be opened ({e.strerror or e})") from None
+    if path.stat().st_size==0: raise InputError(f"{path}: the file is empty; make or download it again")
+    return _decode(path, str(path))
 
 # %% ../nbs/00_core.ipynb #86dcc5f2
 def _channels_last(a:np.ndarray, first:bool, name:str, got:str)->np.ndarray:
@@ -386,7 +385,7 @@ def _read_delimited(text:str, path, delimiter:str, as_text)->list:
     csv.field_size_limit(2**31-1) # the default of 131,072 is less than an image in base64
     lines = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
     try: rows = [(lines.line_num,r) for r in lines if r]
-    except csv.Error as e: raise InputError(f"{path}, line {lines.line_num}: {e}; mend the line") from None
+    except csv.Error as e: raise InputError(f"{path}, line {lines.line_num}: cannot be read ({e}); mend the line") from None
     if not rows: return []
     (_,head),*body = rows
     twice = sorted({h for h in head if head.count(h)>1})
