@@ -40,6 +40,7 @@ setup(
             *(f'{name} = {lib}.commands:{name}' for name in ('llava_reward_eval', 'llava_reward_table', 'llava_reward_latency', 'llava_reward_steer')),
             f'llava_reward_rewards = {lib}.listing:llava_reward_rewards',
             f'llava_reward_bench = {lib}.bench:llava_reward_bench',
+            f'llava_reward = {lib}.main:llava_reward',
         ],
         'nbdev': [f'{lib} = {lib}._modidx:d'],
     },

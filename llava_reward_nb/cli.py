@@ -843,21 +843,22 @@ def command(
     examples:str,       # shown at the end of the help
     interrupted:str='', # what to do after Ctrl-C
 ): # decorator
-    "Make a function with docments a console command, with a `.parser()`; with arguments it stays a function."
+    "Make a function with docments a console command (`.main()`, `.parser()`); with arguments it stays a function."
     def decorate(func):
+        def main(args=None):
+            for stream in sys.stdout,sys.stderr:
+                if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+            given = {k:v for k,v in vars(run.parser().parse_args(args)).items() if k not in ('pdb','xtra')}
+            with _as_notes(), _said_plainly(func.__name__, given):
+                try: func(**given)
+                except KeyboardInterrupt as e: raise KeyboardInterrupt(str(e) or interrupted) from None
         @wraps(func)
         def run(*args, **kwargs):
             caller = sys._getframe(1).f_globals
-            with _as_notes():
-                started = caller.get('__name__')=='__main__' and 'get_ipython' not in caller
-                if args or kwargs or not started: return func(*args, **kwargs)
-                for stream in sys.stdout,sys.stderr:
-                    if stream is not None: stream.reconfigure(errors='replace')
-                given = {k:v for k,v in vars(run.parser().parse_args()).items() if k not in ('pdb','xtra')}
-                with _said_plainly(func.__name__, given):
-                    try: func(**given)
-                    except KeyboardInterrupt as e: raise KeyboardInterrupt(str(e) or interrupted) from None
-        run.parser = lambda: parser_for(func, examples)
+            started = caller.get('__name__')=='__main__' and 'get_ipython' not in caller
+            if started and not args and not kwargs: return main()
+            with _as_notes(): return func(*args, **kwargs)
+        run.parser,run.main = (lambda: parser_for(func, examples)),main
         return run
     return decorate
 
