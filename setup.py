@@ -7,7 +7,9 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-lib, cli = cfg['lib_name'], f"{cfg['lib_name']}.cli"
+lib = cfg['lib_name']
+COMMANDS = ('llava_reward', *(f'llava_reward_{name}' for name in (
+    'score', 'compare', 'train', 'demo', 'eval', 'table', 'latency', 'steer', 'rewards')))
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 
 setup(
@@ -32,15 +34,11 @@ setup(
     install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'ocr', 'nudenet', 'dev')},
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['bundle/**']},
+    package_data={lib: ['py.typed', 'bundle/**']},
     entry_points={
         'console_scripts': [
-            *(f'{name} = {cli}:{name}' for name in
-              ('llava_reward_score', 'llava_reward_compare', 'llava_reward_train', 'llava_reward_demo')),
-            *(f'{name} = {lib}.commands:{name}' for name in ('llava_reward_eval', 'llava_reward_table', 'llava_reward_latency', 'llava_reward_steer')),
-            f'llava_reward_rewards = {lib}.listing:llava_reward_rewards',
+            *(f'{name} = {lib}.commands:{name}' for name in COMMANDS),
             f'llava_reward_bench = {lib}.bench:llava_reward_bench',
-            f'llava_reward = {lib}.main:llava_reward',
         ],
         'nbdev': [f'{lib} = {lib}._modidx:d'],
     },

@@ -1,1 +1,78 @@
+"Multimodal LLMs as customised reward models for text-to-image generation. Importing this is light: a name is fetched when it is asked for."
+import ast, re, sys, warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+_NAMES = {  # name: the module that defines it
+    **dict.fromkeys(('CheckpointError', 'InputError', 'MODELS', 'load_image', 'read_table', 'write_table'), 'core'),
+    **dict.fromkeys(('RewardModel', 'PerspectiveConfig'), 'model'),
+    **dict.fromkeys(('RewardConfig', 'RewardTrainer', 'train_perspective'), 'trainer'),
+    **dict.fromkeys(('RewardRecords', 'load_records'), 'data'),
+    **dict.fromkeys(('load_reward', 'score_all'), 'rewards'),
+    **dict.fromkeys(('SteerConfig', 'SteeringError', 'fk_steer', 'load_pipeline', 'steer'), 'steering'),
+    **dict.fromkeys(('Run', 'run_benchmark', 'make_table', 'load_benchmark'), 'evaluation'),
+}
+__all__ = ['__version__', *sorted(_NAMES)]
+
+_MOVED = {  # where modules of the time before 0.1.0 went
+    'cli': 'commands.cli', 'listing': 'commands.listing', 'main': 'commands.main', 'cards': 'rewards.cards',
+    **{n: f'rewards.{n}' for n in ('clip', 'imagereward', 'vqa', 'grader', 'ocr', 'real')},
+    **{n: f'steering.{n}' for n in ('particles', 'schedulers', 'traces')},
+    **{n: f'evaluation.{n}' for n in ('geneval', 'benchmarks', 'tables', 'signs')},
+    'tiny_diffusion': 'tiny.diffusion', 'tiny_metrics': 'tiny.metrics', 'guidance': 'tiny.guidance',
+}
+
+
+def _public(path):
+    "The names in `__all__` of a source file, without running it."
+    found = re.search(r'^__all__ = (\[.*?\])$', Path(path).read_text(encoding='utf-8'), re.M | re.S)
+    return ast.literal_eval(found[1]) if found else []
+
+
+def room(
+    package,  # its `__name__`
+    modules,  # names of its modules, in the order of the book
+):  # `__getattr__` and `__dir__` of the package
+    "Let a sub-package offer the public names of its modules; a module is imported when one of its names is asked for."
+    def owners(): return {name: m for m in reversed(modules) for name in _public(find_spec(f'{package}.{m}').origin)}
+
+    def __getattr__(name):
+        if name in modules: return import_module(f'{package}.{name}')
+        if not name.startswith('__') and (module := owners().get(name)):
+            return getattr(import_module(f'{package}.{module}'), name)
+        raise AttributeError(f'module {package!r} has no attribute {name!r}')
+
+    def __dir__(): return sorted({*modules, *owners()})
+    return __getattr__, __dir__
+
+
+def __getattr__(name):
+    if name in _NAMES: return getattr(import_module(f'{__name__}.{_NAMES[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__(): return sorted({*globals(), *_NAMES})
+
+
+class _Moved(MetaPathFinder, Loader):
+    "Imports a module by its old name, with a warning that tells the new one."
+    def find_spec(self, fullname, path=None, target=None):
+        package, _, name = fullname.rpartition('.')
+        if package == __name__ and name in _MOVED: return ModuleSpec(fullname, self)
+
+    def create_module(self, spec):
+        new = f"{__name__}.{_MOVED[spec.name.rpartition('.')[2]]}"
+        warnings.warn(f'{spec.name} is now {new}; the old name goes in version 0.2', DeprecationWarning, stacklevel=3)
+        self.new, module = new, import_module(new)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module): module.__spec__ = self.spec
+
+
+sys.meta_path.append(_Moved())

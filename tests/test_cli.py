@@ -6,11 +6,11 @@ import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_reward_nb import cli
-from llava_reward_nb.cli import UsageError, llava_reward_compare, llava_reward_demo, llava_reward_score, llava_reward_train
+from llava_reward_nb.commands import cli
+from llava_reward_nb.commands.cli import UsageError, llava_reward_compare, llava_reward_demo, llava_reward_score, llava_reward_train
 from llava_reward_nb.core import CheckpointError, InputError, read_table, resolve_model, write_table
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.shapes import alignment_pairs, parse_prompt, render, safety_labels, scene_for, write_records
+from llava_reward_nb.shapes.world import alignment_pairs, parse_prompt, render, safety_labels, scene_for, write_records
 
 TINY = 'tiny'
 NAMES = ['alignment', 'fidelity', 'overall', 'overall_bt', 'safety']
@@ -18,8 +18,8 @@ NAMES = ['alignment', 'fidelity', 'overall', 'overall_bt', 'safety']
 
 def start(command, *args, code=None, **kwargs):
     "A command in a process of its own, as the console script starts it."
-    code = code or f'from llava_reward_nb.cli import {command}; {command}()'
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(cli.__file__).parent.parent))
+    code = code or f'from llava_reward_nb.commands.cli import {command}; {command}()'
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(cli.__file__).parents[2]))
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
@@ -257,7 +257,7 @@ def test_help_teaches(f):
 SLOW = '''
 import sys, time
 from pathlib import Path
-from llava_reward_nb.cli import _said_plainly, report
+from llava_reward_nb.commands.cli import _said_plainly, report
 def slow(self, data): open(self, 'w').write('image,al'); print('writing', flush=True); time.sleep(100)
 Path.write_bytes = slow
 with _said_plainly('score'): report([dict(image='a.png', alignment=1.)], sys.argv[1])

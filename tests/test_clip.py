@@ -3,7 +3,7 @@ import gc, json, shutil, sys, warnings, zlib
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from llava_reward_nb.clip import *
+from llava_reward_nb.rewards.clip import *
 from llava_reward_nb.core import CheckpointError, InputError, Reward, open_image
 from metrics import checkpoints, maker, numbers, same_pixels
 from safetensors.torch import load_file, save_file

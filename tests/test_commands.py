@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pandas as pd, pytest
 
-from llava_reward_nb import commands
-from llava_reward_nb.benchmarks import SPECS
-from llava_reward_nb.evaluation import Run
+from llava_reward_nb.commands import evaluate as commands
+from llava_reward_nb.evaluation.benchmarks import SPECS
+from llava_reward_nb.evaluation.runs import Run
 
 
 def start(command, *args):
     "A command in a process of its own, as the console script starts it."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parent.parent))
-    code = f'from llava_reward_nb.commands import {command}; {command}()'
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parents[2]))
+    code = f'from llava_reward_nb.commands.evaluate import {command}; {command}()'
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -7,13 +7,13 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from llava_reward_nb import stats
-from llava_reward_nb.benchmarks import SPECS, load_benchmark, load_prompts
+from llava_reward_nb.evaluation.benchmarks import SPECS, load_benchmark, load_prompts
 from llava_reward_nb.core import InputError
-from llava_reward_nb.evaluation import *
-from llava_reward_nb.geneval import write_samples
-from llava_reward_nb.shapes import Checker
+from llava_reward_nb.evaluation.runs import *
+from llava_reward_nb.evaluation.geneval import write_samples
+from llava_reward_nb.shapes.world import Checker
 from llava_reward_nb.store import identity, make_identity
-from llava_reward_nb.tables import Table
+from llava_reward_nb.evaluation.tables import Table
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'evaluation'/'statistics.json').read_text(encoding='utf-8'))
 
@@ -311,7 +311,7 @@ def test_every_table_fills_offline(name, tmp_path):
 
 
 def test_images_are_opened_once_for_all_rewards(tmp_path, monkeypatch):
-    from llava_reward_nb.benchmarks import Item
+    from llava_reward_nb.evaluation.benchmarks import Item
     opened = []
     monkeypatch.setattr(Item, 'load', lambda self, load=Item.load: opened.append(self.id) or load(self))
     run = run_benchmark('imagereward', dict(a=Counting(), b=Counting(), c=Counting()), out=tmp_path)
@@ -326,7 +326,7 @@ def test_shared_images_are_scored_once(tmp_path):
 
 KILLED = '''
 import sys, time, torch
-from llava_reward_nb import evaluation
+from llava_reward_nb.evaluation import runs as evaluation
 class Slow:
     identity = 'slow'
     calls = 0
@@ -444,8 +444,8 @@ def test_a_trained_reward_is_noticed_on_disk(tmp_path):
 
 
 def test_every_reward_of_ours_says_who_it_is():
-    from llava_reward_nb.geneval import shapes_geneval
-    from llava_reward_nb.rewards import load_reward
+    from llava_reward_nb.evaluation.geneval import shapes_geneval
+    from llava_reward_nb.rewards.registry import load_reward
     names = ['tiny', 'tiny/alignment', 'tiny/safety', 'tiny-clip', 'tiny-imagereward', 'checker']
     who = [identity(load_reward(n, device='cpu')) for n in names]+[identity(shapes_geneval())]
     assert None not in who and len(set(who)) == len(who)
@@ -468,7 +468,7 @@ def test_painted_over_images_are_scored_again(tmp_path):
 
 OTHER = '''
 import sys, time, torch
-from llava_reward_nb import evaluation
+from llava_reward_nb.evaluation import runs as evaluation
 class Slow:
     def __init__(self, v): self.v, self.identity = v, f'slow {v}'
     def __call__(self, images, prompts): time.sleep(.02); return torch.full((len(images),), float(self.v))
@@ -554,7 +554,7 @@ def test_bad_items_at_the_beginning_stop_nothing(tmp_path):
 
 
 def test_a_spent_budget_stops_and_keeps(tmp_path):
-    from llava_reward_nb.grader import BudgetSpent
+    from llava_reward_nb.rewards.grader import BudgetSpent
     class Paid(Counting):
         def __call__(self, images, prompts):
             if self.seen >= 32: raise BudgetSpent('the budget is spent')

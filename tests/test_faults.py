@@ -9,9 +9,9 @@ from conftest import script
 from PIL import Image
 from safetensors.torch import load_file
 
-from llava_reward_nb import cli
+from llava_reward_nb.commands import cli
 from llava_reward_nb.core import MODELS, read_table, write_table
-from llava_reward_nb.evaluation import Run
+from llava_reward_nb.evaluation.runs import Run
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.store import ScoreStore
 
@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch):
 def do(here, monkeypatch, capsys):
     "A command as a console script runs it, in this process: exit code, stdout and stderr."
     def do(command, *args):
-        module = 'cli' if command in ('score', 'compare', 'train', 'demo') else 'bench' if command == 'bench' else 'commands'
+        module = 'bench' if command == 'bench' else 'commands'
         name = f'llava_reward_{command}'
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
         code = 0
@@ -44,15 +44,14 @@ def do(here, monkeypatch, capsys):
 
 def start(code, *args, **kwargs):
     "A Python process."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(cli.__file__).parent.parent))
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(cli.__file__).parents[2]))
     env |= kwargs.pop('env', {})
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
 def run(command, *args, **kwargs):
     "A command in a process of its own: exit code, stdout and stderr."
-    module = 'cli' if command in ('score', 'compare', 'train', 'demo') else 'commands'
-    p = start(f'from llava_reward_nb.{module} import llava_reward_{command} as c; c()', *args, **kwargs)
+    p = start(f'from llava_reward_nb.commands import llava_reward_{command} as c; c()', *args, **kwargs)
     out, err = p.communicate(timeout=300)
     return p.returncode, out, err
 
@@ -98,8 +97,8 @@ def three(here):
 
 KILLED = '''
 import time
-from llava_reward_nb import cli
-from llava_reward_nb.cli import llava_reward_score
+from llava_reward_nb.commands import cli
+from llava_reward_nb.commands.cli import llava_reward_score
 from llava_reward_nb.model import RewardModel
 cli.PIECE = 1
 done,quick = [],RewardModel.embed_all
@@ -250,7 +249,7 @@ def test_transparent_images_are_counted(do, here):
 
 def test_two_evaluations_in_one_folder(here):
     "Both survive, or the second is refused."
-    both = [start('from llava_reward_nb.commands import llava_reward_eval as c; c()', 'tifa160', '--reward', r, '--limit', 4, '--out', 'one')
+    both = [start('from llava_reward_nb.commands.evaluate import llava_reward_eval as c; c()', 'tifa160', '--reward', r, '--limit', 4, '--out', 'one')
             for r in ('checker', 'tiny/alignment')]
     ends = [p.communicate(timeout=300)+(p.returncode,) for p in both]
     scores = Run('one').scores()
@@ -378,7 +377,7 @@ def test_a_score_called_like_a_column(do, here):
 def test_closed_pipe(here):
     "`| head` gets its lines; nothing is said, and the file is written."
     write_table([dict(image='a.png', prompt='a red circle', note='x'*40) for _ in range(40)], here/'long.csv')
-    p = start('from llava_reward_nb.cli import llava_reward_score as c; c()', '--table', 'long.csv', *FAST, '--out', 'o.csv')
+    p = start('from llava_reward_nb.commands.cli import llava_reward_score as c; c()', '--table', 'long.csv', *FAST, '--out', 'o.csv')
     p.stdout.close()
     err = p.stderr.read()
     assert p.wait(300) == 141 and 'Traceback' not in err and 'roken' not in err, err

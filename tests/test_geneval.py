@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from llava_reward_nb.core import CheckpointError, InputError, check_loaded
-from llava_reward_nb.geneval import *
+from llava_reward_nb.evaluation.geneval import *
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'evaluation'/'geneval.json').read_text(encoding='utf-8'))
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 pytest.importorskip('openai')
 from llava_reward_nb.core import InputError
-from llava_reward_nb.grader import ASPECTS, OVERALL, PRICES, RUBRIC, Budget, EndpointError, Grader, ReplyCache, grade_schema
+from llava_reward_nb.rewards.grader import ASPECTS, OVERALL, PRICES, RUBRIC, Budget, EndpointError, Grader, ReplyCache, grade_schema
 from llava_reward_nb.store import identity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -444,7 +444,7 @@ def test_the_price_must_be_known(serve):
 RUN = '''
 import sys
 from PIL import Image
-from llava_reward_nb.grader import Grader
+from llava_reward_nb.rewards.grader import Grader
 url, cache, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rows = Grader('judge', base_url=url, api_key='x', cache=cache, concurrency=4).grade(
     [Image.new('RGB', (8,6), (i%256, i//256, 7)) for i in range(n)], [f'p{i}' for i in range(n)])
@@ -543,6 +543,6 @@ def test_reward_face(serve):
 
 
 def test_missing_package():
-    code = "import sys; sys.modules['openai'] = None\nfrom llava_reward_nb.grader import Grader\nGrader()"
+    code = "import sys; sys.modules['openai'] = None\nfrom llava_reward_nb.rewards.grader import Grader\nGrader()"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert 'ImportError' in done.stderr and 'pip install openai' in done.stderr

@@ -7,14 +7,18 @@ import diffusers, numpy as np, pandas as pd, pytest, torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from llava_reward_nb import commands, guidance, store
+from llava_reward_nb.commands import evaluate as commands
+
+from llava_reward_nb.tiny import guidance
+
+from llava_reward_nb import store
 from llava_reward_nb.core import CheckpointError, InputError, read_table, write_table
-from llava_reward_nb.evaluation import PARTICLE_FIELDS, panels, table9
-from llava_reward_nb.guidance import compare_guidance, guidances, paired, rises
-from llava_reward_nb.particles import SteeringError
-from llava_reward_nb.steering import load_pipeline
+from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS, panels, table9
+from llava_reward_nb.tiny.guidance import compare_guidance, guidances, paired, rises
+from llava_reward_nb.steering.particles import SteeringError
+from llava_reward_nb.steering.hook import load_pipeline
 from llava_reward_nb.store import make_identity
-from llava_reward_nb.tiny_diffusion import tiny_parts
+from llava_reward_nb.tiny.diffusion import tiny_parts
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -226,7 +230,7 @@ BESIDE = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
 import test_guidance as t
-from llava_reward_nb import guidance
+from llava_reward_nb.tiny import guidance
 def slow(*a, **k): time.sleep(.05); return t.sampler(*a, **k)
 guidance.fk_steer = slow
 guidance.compare_guidance(t.fake_pipe(), t.PROMPTS[:3]+['a circle'], dict(bright=t.bright, red=t.red), sys.argv[1], lam=300., n_particles=2, batch_prompts=1, seeds=(0, 1))
@@ -234,7 +238,7 @@ guidance.compare_guidance(t.fake_pipe(), t.PROMPTS[:3]+['a circle'], dict(bright
 
 
 def test_two_comparisons_in_one_folder(tmp_path, monkeypatch):
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parent.parent))
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parents[2]))
     p = subprocess.Popen([sys.executable, '-c', BESIDE, str(tmp_path), str(Path(__file__).parent)], env=env)
     def slow(*a, **k): time.sleep(.05); return sampler(*a, **k)
     monkeypatch.setattr(guidance, 'fk_steer', slow)
@@ -256,14 +260,14 @@ def args(folder, out, *more):
 
 def start(*a, first=''):
     "The command in a process of its own, as the console script starts it, after the code `first`."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parent.parent))
-    return subprocess.Popen([sys.executable, '-c', f'{first}\nfrom llava_reward_nb.commands import llava_reward_steer\nllava_reward_steer()', *map(str, a)], env=env, text=True,
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parents[2]))
+    return subprocess.Popen([sys.executable, '-c', f'{first}\nfrom llava_reward_nb.commands.evaluate import llava_reward_steer\nllava_reward_steer()', *map(str, a)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 DIES = """
 import os, signal
-from llava_reward_nb import guidance
+from llava_reward_nb.tiny import guidance
 write = guidance.write_table
 def once(*args):
     write(*args)

@@ -2,10 +2,10 @@
 import json, shutil, zlib
 
 import numpy as np, pytest, torch
-from llava_reward_nb.clip import crop_image, shortest_side, to_floats
+from llava_reward_nb.rewards.clip import crop_image, shortest_side, to_floats
 from llava_reward_nb.core import CheckpointError, InputError, Reward
-from llava_reward_nb.imagereward import *
-from llava_reward_nb.imagereward import MEAN, STD
+from llava_reward_nb.rewards.imagereward import *
+from llava_reward_nb.rewards.imagereward import MEAN, STD
 from metrics import checkpoints, maker, numbers, same_pixels
 from safetensors.torch import load_file
 from torch.testing import assert_close

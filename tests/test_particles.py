@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest, torch
-from llava_reward_nb.particles import PublishedParticles, SteeringError, particle_summary, resample_steps
+from llava_reward_nb.steering.particles import PublishedParticles, SteeringError, particle_summary, resample_steps
 
 GOLDEN = json.loads((Path(__file__).resolve().parent/'golden'/'steering.json').read_text(encoding='utf-8'))
 KINDS = dict(max='max', diff='difference', add='sum', rt='reward')

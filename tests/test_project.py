@@ -7,7 +7,8 @@ from project import LIB, ROOT, copy_of, run, tool
 
 MAX_LINES = 60
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d+[a-z]?_', p.name) and p.parent == ROOT/'nbs']
+NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d+_', p.name)]
+INITS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/LIB).rglob('__init__.py') if 'bundle' not in p.parts)  # written by hand
 notebooks = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
 numbered = pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.name)
 
@@ -39,7 +40,7 @@ def hashes(root):
 
 def test_export_and_clean_leave_no_difference(tmp_path):
     "The package, made anew from the notebooks alone, is the package that is here: nothing new, changed or left over."
-    repo = copy_of(tmp_path, 'nbs', 'settings.ini', 'pyproject.toml', f'{LIB}/__init__.py')
+    repo = copy_of(tmp_path, 'nbs', 'settings.ini', 'pyproject.toml', *INITS)
     for command in ('nbdev_export', 'nbdev_clean'): run(tool(command), cwd=repo)
     here, made = hashes(ROOT), hashes(repo)
     wrong = [f'new, not in the tree: {p}' for p in sorted(made.keys() - here.keys())]
@@ -56,18 +57,22 @@ def test_no_undefined_or_unused_names():
 
 def test_notebook_numbers_and_modules_are_unique():
     numbers, modules = [p.name.split('_')[0] for p in NUMBERED], [m for p in NOTEBOOKS if (m := module_of(p))]
+    lost = [p.relative_to(ROOT).as_posix() for p in NUMBERED if not re.fullmatch(rf'{p.name[0]}_[a-z]+', p.parent.name) or p.parent.parent != ROOT/'nbs']
+    assert not lost, f'a notebook stands in the part that its number begins with: {lost}'
     assert len(set(numbers)) == len(numbers), f'two notebooks share a number: {numbers}'
     assert len(set(modules)) == len(modules), f'two notebooks export one module: {modules}'
 
 
-def imported_modules(source):
-    "The modules of this package that a cell imports, magics left out."
+def imported_modules(source, modules):
+    "Those of `modules` that a cell imports, magics left out; a room stands for all of its modules."
     tree = ast.parse('\n'.join('pass' if line[:1] in ('%', '!') else line for line in source.split('\n')))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module: names = [node.module, *(f'{node.module}.{a.name}' for a in node.names)]
+        elif isinstance(node, ast.ImportFrom) and node.module: names = [f'{node.module}.{a.name}' for a in node.names]
         else: continue
-        yield from (n.split('.')[1] for n in names if n.startswith(f'{LIB}.'))
+        for name in (n.removeprefix(f'{LIB}.') for n in names if n.startswith(f'{LIB}.')):
+            owners = [m for m in modules if name == m or name.startswith(f'{m}.')]
+            yield from owners or [m for m in modules if m.startswith(f"{name.split('.')[0]}.")]
 
 
 @numbered
@@ -75,7 +80,7 @@ def test_imports_only_lower_notebooks(path):
     owner = {module_of(p): p for p in NUMBERED if module_of(p)}
     for source in code_cells(path):
         if source.startswith('%%'): continue
-        high = [m for m in imported_modules(source) if m in owner and owner[m].name >= path.name]
+        high = [m for m in imported_modules(source, owner) if owner[m].name >= path.name]
         assert not high, f'{path.name} imports {high}, which no lower notebook owns:\n{source}'
 
 

@@ -6,7 +6,7 @@ from project import ROOT, tool
 
 from llava_reward_nb.core import MODELS
 from llava_reward_nb.data import load_records
-from llava_reward_nb.shapes import alignment_pairs, parse_prompt, render, scene_for, write_records
+from llava_reward_nb.shapes.world import alignment_pairs, parse_prompt, render, scene_for, write_records
 
 TINY = MODELS['tiny']
 STAND_INS = {  # what is full-size in the README, and what takes its place here

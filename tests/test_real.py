@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 
-from llava_reward_nb import cli, listing
+from llava_reward_nb.commands import cli
+
+from llava_reward_nb.commands import listing
 from llava_reward_nb.core import InputError, write_table
-from llava_reward_nb.evaluation import make_table, results, run_benchmark, significance
-from llava_reward_nb.ocr import OCR, Line, _by_blocks, match_texts, quoted_texts, wanted_texts
-from llava_reward_nb.real import JPEG
-from llava_reward_nb.rewards import load_reward, score_all
-from llava_reward_nb.signs import Sign, draw_sign
+from llava_reward_nb.evaluation.runs import make_table, results, run_benchmark, significance
+from llava_reward_nb.rewards.ocr import OCR, Line, _by_blocks, match_texts, quoted_texts, wanted_texts
+from llava_reward_nb.rewards.real import JPEG
+from llava_reward_nb.rewards.registry import load_reward, score_all
+from llava_reward_nb.evaluation.signs import Sign, draw_sign
 
 OPEN, SHUT = draw_sign(Sign('OPEN')), draw_sign(Sign('CLOSED'))
 
@@ -24,8 +26,8 @@ def ocr():
 
 def command(*args, cwd, code=0, before=''):
     "Run `llava_reward_score` as a script; its output and errors."
-    script = f"import sys\nfrom llava_reward_nb.cli import llava_reward_score\nsys.argv = ['llava_reward_score', *{[str(a) for a in args]}]\n{before}\nllava_reward_score()"
-    env = {**os.environ, 'PYTHONPATH': str(Path(cli.__file__).parent.parent), 'OMP_NUM_THREADS': '1'}
+    script = f"import sys\nfrom llava_reward_nb.commands.cli import llava_reward_score\nsys.argv = ['llava_reward_score', *{[str(a) for a in args]}]\n{before}\nllava_reward_score()"
+    env = {**os.environ, 'PYTHONPATH': str(Path(cli.__file__).parents[2]), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', script], cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == code, done.stdout+done.stderr
     return done.stdout, done.stderr

@@ -8,11 +8,11 @@ from metrics import checkpoints
 from PIL import Image
 from torch.testing import assert_close
 
-from llava_reward_nb import rewards as module
+from llava_reward_nb.rewards import registry as module
 from llava_reward_nb.core import MODELS, CheckpointError, InputError, Reward
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.rewards import REWARDS, SHORT, LLaVAReward, hd_pixels, load_reward, score_all
-from llava_reward_nb.shapes import Checker, alignment_pairs, parse_prompt, render, scene_for
+from llava_reward_nb.rewards.registry import REWARDS, SHORT, LLaVAReward, hd_pixels, load_reward, score_all
+from llava_reward_nb.shapes.world import Checker, alignment_pairs, parse_prompt, render, scene_for
 
 NAMES = ['clipscore', 'pickscore', 'hpsv2', 'hpsv2.1', 'imagereward', 'vqascore', 'vqascore-xl', 'pyes', 'hpsv3', 'aesthetic', 'grader', 'ocr', 'nudenet', 'jpeg', 'checker', 'llava-reward']
 
@@ -44,9 +44,9 @@ def pairs(tmp_path_factory):
 
 def test_imports_are_light():
     "Neither the package nor the registry and the grader import what only some rewards, tables and pictures need."
-    code = ("import sys, llava_reward_nb; a = list(sys.modules)\nimport llava_reward_nb.grader, llava_reward_nb.rewards\n"
+    code = ("import sys, llava_reward_nb; a = list(sys.modules)\nimport llava_reward_nb.rewards.grader, llava_reward_nb.rewards.registry\n"
             "print([m for m in ('openai','pandas','matplotlib','diffusers') if m in sys.modules], 'torch' in a)")
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(module.__file__).parent.parent)})
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(module.__file__).parents[2])})
     assert done.stdout.strip() == '[] False', done.stdout+done.stderr
 
 
@@ -58,14 +58,14 @@ def test_registry_has_the_names(): assert sorted(REWARDS) == sorted(NAMES)
 def test_every_loader_exists_and_knows_its_default(monkeypatch):
     "Each name finds its class and hands on id, device, dtype and options."
     weighted = {n: e for n, e in REWARDS.items() if n not in ('checker', 'llava-reward')}
-    found = {n: getattr(import_module(f'llava_reward_nb.{e.load.args[0]}'), e.load.args[1]) for n, e in weighted.items()}
+    found = {n: getattr(import_module(f'llava_reward_nb.rewards.{e.load.args[0]}'), e.load.args[1]) for n, e in weighted.items()}
     assert all(isinstance(c.name, str) and isinstance(c.range, str) for c in found.values())
     for name, entry in weighted.items():
         got = []
         class Fake:
             @classmethod
             def from_pretrained(c, id, **kw): got.append((id, kw)); return lambda images, prompts: 0
-        monkeypatch.setattr(f'llava_reward_nb.{entry.load.args[0]}.{entry.load.args[1]}', Fake)
+        monkeypatch.setattr(f'llava_reward_nb.rewards.{entry.load.args[0]}.{entry.load.args[1]}', Fake)
         load_reward(name, device='cpu', dtype=torch.float32, extra=1)
         load_reward(f'{name}:some/where:else')
         fixed = entry.load.keywords

@@ -3,8 +3,8 @@ import copy, inspect, math, pickle, warnings
 
 import diffusers, pytest, torch
 
-from llava_reward_nb.particles import SteeringError
-from llava_reward_nb.schedulers import CONSISTENCY, FlowSDEScheduler, check_scheduler, stochastic
+from llava_reward_nb.steering.particles import SteeringError
+from llava_reward_nb.steering.schedulers import CONSISTENCY, FlowSDEScheduler, check_scheduler, stochastic
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()

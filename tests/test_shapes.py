@@ -6,8 +6,8 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from llava_reward_nb.core import InputError
-from llava_reward_nb.shapes import *
-from llava_reward_nb.shapes import GAP
+from llava_reward_nb.shapes.world import *
+from llava_reward_nb.shapes.world import GAP
 
 steady = settings(max_examples=60)
 

@@ -7,9 +7,9 @@ from PIL import Image
 from scipy import stats
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from llava_reward_nb.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
-from llava_reward_nb.schedulers import FlowSDEScheduler
-from llava_reward_nb.steering import decode_latents, fk_steer, steer, stochastic
+from llava_reward_nb.steering.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
+from llava_reward_nb.steering.schedulers import FlowSDEScheduler
+from llava_reward_nb.steering.hook import decode_latents, fk_steer, steer, stochastic
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()

@@ -4,7 +4,7 @@ import html, io, re, unicodedata
 import numpy as np, pandas as pd, pytest
 from hypothesis import example, given, settings, strategies as st
 from llava_reward_nb.core import InputError
-from llava_reward_nb.tables import Table, one_line, pad, rank_marks, tex, text_width
+from llava_reward_nb.evaluation.tables import Table, one_line, pad, rank_marks, tex, text_width
 
 HARD = ['a|b', 'a||b|', 'a\nb', 'a\r\nb', '`x`', '``', '*x*', '**', '_x_', '__x__', 'snake_case_name', '~~x~~', '<b>x</b>', '<script>', '&amp;', '&', 'AT&T', '[x](y)', '![x](y)',
         '[1]', '[y]', '*y', '# x', '- x', '1. x', '1) x', '> x', '---', '$x$', '\\', '\\|', '\\\\', '%', '{', '}', '{}', '^2', '~', '"q"', "''", '--', '---', ',', 'a,b', '=1+1', 'x\ty',

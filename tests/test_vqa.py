@@ -6,7 +6,7 @@ import pytest, torch
 from conftest import script
 from llava_reward_nb.core import CheckpointError
 from llava_reward_nb.phi3v import CLIP_L14_336
-from llava_reward_nb.vqa import HPSv3, PYes, VQAScore, _flant5_name, _flant5_unused, hpsv3_name, square_pixels, t5_ids
+from llava_reward_nb.rewards.vqa import HPSv3, PYes, VQAScore, _flant5_name, _flant5_unused, hpsv3_name, square_pixels, t5_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, PreTrainedTokenizerFast, Qwen2VLConfig, T5Config

@@ -52,7 +52,7 @@ def test_environment_is_lean(fresh, tmp_path):
 
 
 def test_every_module_imports(fresh, tmp_path):
-    modules = [f'{LIB}.{p.stem}' for p in sorted((ROOT/LIB).glob('[!_]*.py'))]
+    modules = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in sorted((ROOT/LIB).rglob('[!_]*.py'))]
     run(fresh/'python', '-c', f'import importlib\nfor m in {modules}: importlib.import_module(m)', cwd=tmp_path)
 
 

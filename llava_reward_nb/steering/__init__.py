@@ -1,0 +1,4 @@
+"Spending a reward while a diffusion model samples."
+from llava_reward_nb import room
+
+__getattr__, __dir__ = room(__name__, ['particles', 'schedulers', 'traces', 'hook'])
