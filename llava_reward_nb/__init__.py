@@ -43,6 +43,7 @@ def room(
 
     def __getattr__(name):
         if name in modules: return import_module(f'{package}.{name}')
+        if name == '__all__': return sorted(owners())
         if not name.startswith('__') and (module := owners().get(name)):
             return getattr(import_module(f'{package}.{module}'), name)
         raise AttributeError(f'module {package!r} has no attribute {name!r}')

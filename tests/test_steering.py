@@ -9,7 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from llava_reward_nb.steering.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
 from llava_reward_nb.steering.schedulers import FlowSDEScheduler
-from llava_reward_nb.steering.hook import decode_latents, fk_steer, steer, stochastic
+from llava_reward_nb.steering.hook import decode_latents, fk_steer, steer
+from llava_reward_nb.steering.schedulers import stochastic
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
