@@ -330,7 +330,8 @@ def perspective_kinds(
     perspectives=None, # names; None: all
 )->dict: # name -> 'bt', 'gpm' or 'cls'
     "The kinds of a model's perspectives; `InputError` for one that it lacks, `CheckpointError` if it has none."
-    from llava_reward_nb.model import _perspective_folders, _published_config, _read_json, hub_folder
+    from llava_reward_nb.model import _perspective_folders, _published_config, _read_json
+    from llava_reward_nb.core import hub_folder
     folder = hub_folder(model)
     one = perspectives[0] if perspectives and len(perspectives)==1 else perspectives
     try: found = _perspective_folders(folder, one)
@@ -1103,7 +1104,8 @@ def llava_reward_compare(
 # %% ../../nbs/9_doors/90_cli.ipynb #ffeda7b5
 def _check_base(name, asked='--base'):
     "`CheckpointError` for a folder of perspectives that has no base to build on."
-    from llava_reward_nb.model import CheckpointError, _perspective_folders, hub_folder
+    from llava_reward_nb.model import _perspective_folders
+    from llava_reward_nb.core import CheckpointError, hub_folder
     folder = hub_folder(name)
     if (folder/'config.json').is_file() or (folder/'base').is_dir(): return
     found = list(_perspective_folders(folder).values())
@@ -1112,7 +1114,8 @@ def _check_base(name, asked='--base'):
 
 def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or None)
     "The perspective that --from names; `CheckpointError` if it is not clear which."
-    from llava_reward_nb.model import CheckpointError, _perspective_folders, hub_folder
+    from llava_reward_nb.model import _perspective_folders
+    from llava_reward_nb.core import CheckpointError, hub_folder
     model,name = (spec,None) if as_path(spec).is_dir() or '/' not in spec else spec.rsplit('/', 1)
     folder = hub_folder(model)
     found = _perspective_folders(folder, name)
