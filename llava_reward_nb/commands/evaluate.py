@@ -19,7 +19,8 @@ from ..evaluation.runs import Run, latency, make_table, metric_columns, panels, 
 from ..tiny.guidance import WAYS, compare_guidance
 from ..steering.particles import resample_steps
 from ..rewards.registry import load_reward, score_all
-from ..steering.hook import RECIPES, SteerConfig, load_pipeline
+from ..steering.hook import SteerConfig
+from ..steering.pipelines import RECIPES, load_pipeline
 from ..steering.particles import SteeringError
 
 # %% ../../nbs/9_doors/91_evaluate.ipynb #971ea543

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..rewards.clip import clip_tokenizer
 from ..core import atomic_path, progress, write_table
 from ..shapes.world import CATEGORIES, SIZE, VOCAB, Checker, render, sample_prompt, scene_for
-from ..steering.hook import load_pipeline
+from ..steering.pipelines import load_pipeline
 from .mllm import fit, launch
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #a189882e

@@ -20,7 +20,7 @@ from ..evaluation.runs import (PARTICLE_FIELDS, Health, check_names, finite_scor
 from ..steering.particles import SteeringError
 from ..rewards.registry import load_reward, score_all
 from ..shapes.world import CATEGORIES, sample_prompt
-from ..steering.hook import fk_steer, load_pipeline
+from ..steering.pipelines import fk_steer, load_pipeline
 from ..store import folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #73daa839
