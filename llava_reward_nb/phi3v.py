@@ -26,7 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Model, PreTrainedTokenizerFast
 
-from .core import CheckpointError, InputError, as_images, atomic_path, load_weights, reward_inputs, weight_files
+from .core import CheckpointError, InputError, as_images, reward_inputs
+from .files import atomic_path
+from .weights import load_weights, weight_files
 from .store import text_hash
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #0f5a7685

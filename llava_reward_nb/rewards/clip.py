@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
-from ..core import (CheckpointError, InputError, MAX_PIXELS, as_path, as_prompts, atomic_path, default_device,
-    hub_folder, image_list, image_size, load_weights, open_image, read_tensors, resolve_model)
+from ..core import (CheckpointError, InputError, MAX_PIXELS, as_path, as_prompts,
+    default_device, image_list, image_size, open_image)
+from ..files import atomic_path
+from ..weights import hub_folder, load_weights, read_tensors, resolve_model
 from ..phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from ..store import make_identity
 

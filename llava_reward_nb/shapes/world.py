@@ -24,7 +24,8 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from ..core import InputError, as_prompts, atomic_path, image_list, load_image, progress, write_table
+from ..core import InputError, as_prompts, image_list, load_image, progress
+from ..files import atomic_path, write_table
 from ..store import make_identity
 
 # %% ../../nbs/2_shapes/20_world.ipynb #c3178a03
