@@ -20,8 +20,10 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (MODELS, CheckpointError, InputError, as_path, as_prompts, atomic_path, default_device,
-    default_dtype, hub_folder, image_list, image_size, load_image, progress, read_tensors, tensor_shapes)
+from .core import (CheckpointError, InputError, as_path, as_prompts, default_device,
+    default_dtype, image_list, image_size, load_image, progress)
+from .weights import MODELS, hub_folder, read_tensors, tensor_shapes
+from .files import atomic_path
 from .losses import make_loss
 from .phi3v import blame, read_json
 from .skipca import ValueHead

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from . import __version__
-from .core import CheckpointError, InputError, atomic_path
+from .core import CheckpointError, InputError
+from .files import atomic_path
 from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .losses import cls_prob
 from .model import PerspectiveConfig, RewardModel, saved_config
