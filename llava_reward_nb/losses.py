@@ -46,7 +46,7 @@ def bt_prob(
 
 # %% ../nbs/3_paper/30_losses.ipynb #9c733781
 def _nll(z, target):
-    "Mean cross-entropy of log-odds z with P(target); ValueError for targets of another shape or not in [0, 1]."
+    "Mean cross-entropy of log-odds z with P(target); ValueError for targets of a wrong shape or size."
     if target is None: return -F.logsigmoid(z).mean()
     if target.shape!=z.shape:
         raise ValueError(f"targets have shape {tuple(target.shape)}, the head gave {tuple(z.shape)}; "
@@ -186,7 +186,7 @@ def make_loss(
     tau:float=0.1,    # Temperature of 'bt' and 'gpm', > 0; 'cls' has none and ignores it
     margin:float=0.,  # Margin of 'bt', in units of the score
 ): # BTLoss, GPMLoss or CLSLoss
-    "The loss of that name, checked against the head's size; ValueError for names and options that do not fit."
+    "The loss of that name, checked against the head's size; ValueError for what does not fit."
     if kind not in LOSSES:
         raise ValueError(f"no loss is called {kind!r}; there are {', '.join(map(repr, LOSSES))}")
     if margin and kind!='bt': raise ValueError(f"{kind!r} has no margin; leave it at 0 or use 'bt'")
