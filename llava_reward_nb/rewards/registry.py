@@ -24,7 +24,7 @@ from ..core import (MODELS, CheckpointError, InputError, as_path, as_prompts, hu
                                   open_image, progress as progress_bar)
 from ..model import RewardModel, _check_batch_size, _perspective_folders
 from ..phi3v import hd_shape
-from ..shapes.world import Checker
+from ..shapes.checker import Checker
 from ..store import text_hash
 
 # %% ../../nbs/4_rewards/46_registry.ipynb #54888ccc
