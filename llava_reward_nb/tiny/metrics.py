@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..rewards.clip import CLIP_MEAN, CLIP_STD, CLIPScore, clip_tokenizer, token_ids
+from ..rewards.clip import CLIPScore, clip_tokenizer, token_ids
+from ..core import CLIP_MEAN, CLIP_STD
 from ..files import write_table
 from ..rewards.imagereward import ImageReward, bert_tokenizer, prompt_ids
 from ..shapes.world import SIZE, VOCAB, alignment_pairs, overall_pairs, render, sample_prompt, scene_for, statements
