@@ -4,7 +4,7 @@ import ast, os, re, shlex, subprocess
 import matplotlib, numpy as np, pytest, torch
 from project import ROOT, tool
 
-from llava_reward_nb.core import MODELS
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.data import load_records
 from llava_reward_nb.shapes.world import render
 from llava_reward_nb.shapes.records import alignment_pairs, write_records

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from llava_reward_nb.rewards import registry as module
-from llava_reward_nb.core import MODELS, CheckpointError, InputError, Reward
+from llava_reward_nb.core import CheckpointError, InputError, Reward
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.rewards.registry import REWARDS, SHORT, LLaVAReward, hd_pixels, load_reward, score_all
 from llava_reward_nb.shapes.world import render

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
 
-from llava_reward_nb.core import MODELS, CheckpointError, InputError, read_table
+from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.weights import MODELS
+from llava_reward_nb.files import read_table
 from llava_reward_nb.data import load_records
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.phi3v import Phi3VModel
@@ -107,7 +109,7 @@ from transformers import TrainerCallback
 sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
 torch.set_num_threads(1)
 from test_trainer import config
-from llava_reward_nb.core import MODELS
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.data import load_records
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.shapes.records import alignment_pairs

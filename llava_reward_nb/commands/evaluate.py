@@ -13,8 +13,9 @@ from pathlib import Path
 from ..evaluation.benchmarks import SPECS
 from .cli import (UsageError, check_names, check_settings, command, did_you_mean, find_images,
                                  heartbeat, note, tiny_doubts, waiting)
-from ..core import (PROMPT_COLUMNS, TABLES, InputError, as_path, atomic_path, check_writable, find_column,
-                                  read_table, write_table)
+from ..core import InputError, as_path
+from ..files import (PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column,
+    read_table, write_table)
 from ..evaluation.runs import Run, latency, make_table, metric_columns, panels, run_benchmark, table9
 from ..tiny.guidance import WAYS, compare_guidance
 from ..steering.particles import resample_steps

@@ -20,8 +20,9 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import (IMAGE_COLUMNS, PROMPT_COLUMNS, InputError, as_path, find_column, hub_folder, number,
-                                  open_image, read_table, table_kind)
+from ..core import InputError, as_path, open_image
+from ..files import IMAGE_COLUMNS, PROMPT_COLUMNS, find_column, number, read_table, table_kind
+from ..weights import hub_folder
 from ..data import Fault
 from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered, read_tasks, tiny_tasks
 from ..shapes.world import COLORS, LOOKALIKES, SHAPES, render

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import InputError, atomic_path, progress, write_table
+from ..core import InputError, progress
+from ..files import atomic_path, write_table
 from .edits import ARTIFACTS, add_artifact, hard_negative
 from .prompts import CATEGORIES, Prompt
 from .scenes import pick, sample_prompt, scene_for

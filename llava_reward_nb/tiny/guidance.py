@@ -13,8 +13,10 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from .. import stats
-from ..core import MODELS, InputError, atomic_path, load_image, progress, read_table
-from ..core import write_table
+from ..core import InputError, load_image, progress
+from ..weights import MODELS
+from ..files import atomic_path, read_table
+from ..files import write_table
 from ..evaluation.runs import (PARTICLE_FIELDS, Health, check_names, finite_scores, metric_columns,
                                         panels, particle_frame, per_prompt, score_batch, table9)
 from ..steering.particles import SteeringError

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..rewards.clip import CLIP_MEAN, CLIP_STD, CLIPScore, clip_tokenizer, token_ids
-from ..core import write_table
+from ..rewards.clip import CLIPScore, clip_tokenizer, token_ids
+from ..core import CLIP_MEAN, CLIP_STD
+from ..files import write_table
 from ..rewards.imagereward import ImageReward, bert_tokenizer, prompt_ids
 from ..shapes.world import SIZE, render
 from ..shapes.prompts import VOCAB

@@ -24,7 +24,8 @@ from torch import nn, Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..backbones import load_backbone
-from ..core import atomic_path, progress, write_table
+from ..core import progress
+from ..files import atomic_path, write_table
 from ..data import load_records
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VModel, Phi3VProcessor, plain_ids
