@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..backbones import Phi3VBackbone, evaluating
 from .clip import check_pixels
-from ..core import (MODELS, CheckpointError, InputError, as_path, as_prompts, hub_folder, image_key, image_list,
-                                  open_image, progress as progress_bar)
-from ..model import RewardModel, _check_batch_size, _perspective_folders
+from ..core import (CheckpointError, InputError, as_path, as_prompts, image_key, image_list,
+    open_image, progress as progress_bar)
+from ..weights import MODELS, hub_folder
+from ..model import RewardModel, check_batch_size, perspective_folders
 from ..phi3v import hd_shape
-from ..shapes.world import Checker
+from ..shapes.checker import Checker
 from ..store import text_hash
 
 # %% ../../nbs/4_rewards/46_registry.ipynb #54888ccc
@@ -75,7 +76,7 @@ def _pick_perspective(name)->str:
     "The one perspective of a folder; ValueError naming them if there are several."
     if name=='tiny': return TINY
     folder = hub_folder(name)
-    found = _perspective_folders(folder)
+    found = perspective_folders(folder)
     if list(found.values())==[folder]: return None
     if not found: raise ValueError(f"{name}: has no reward_config.json and no folder with one, so it is no reward; pass a perspective's folder")
     if len(found)>1: raise ValueError(
@@ -225,7 +226,7 @@ def load_reward(
 # %% ../../nbs/4_rewards/46_registry.ipynb #2f549b62
 def _batches(items:list, batch_size:int):
     "Batches of indices in which equal paths come together, so that each is opened once."
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     first = {}
     for i,x in enumerate(items): first.setdefault(image_key(x), i)
     order = sorted(range(len(items)), key=lambda i: (first[image_key(items[i])], i))
