@@ -18,7 +18,8 @@ from ..core import (PROMPT_COLUMNS, TABLES, InputError, as_path, atomic_path, ch
 from ..evaluation.runs import Run, latency, make_table, metric_columns, panels, run_benchmark, table9
 from ..tiny.guidance import WAYS, compare_guidance
 from ..steering.particles import resample_steps
-from ..rewards.registry import load_reward, score_all
+from ..rewards.registry import load_reward
+from ..rewards.combine import score_all
 from ..steering.hook import RECIPES, SteerConfig, load_pipeline
 from ..steering.particles import SteeringError
 

@@ -18,7 +18,8 @@ from ..core import write_table
 from ..evaluation.runs import (PARTICLE_FIELDS, Health, check_names, finite_scores, metric_columns,
                                         panels, particle_frame, per_prompt, score_batch, table9)
 from ..steering.particles import SteeringError
-from ..rewards.registry import load_reward, score_all
+from ..rewards.registry import load_reward
+from ..rewards.combine import score_all
 from ..shapes.world import CATEGORIES, sample_prompt
 from ..steering.hook import fk_steer, load_pipeline
 from ..store import folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
