@@ -25,9 +25,11 @@ import torch
 from fastcore.script import anno_parser
 from PIL import Image
 
-from ..core import (IMAGE_COLUMNS, MODELS, PROMPT_COLUMNS, CheckpointError, InputError, TransparencyWarning,
-                                  as_path, atomic_path, check_writable, find_column, image_key, image_size, open_image,
-                                  progress, read_table, table_kind, write_table)
+from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key,
+    image_size, open_image, progress)
+from ..files import (IMAGE_COLUMNS, PROMPT_COLUMNS, atomic_path, check_writable, find_column,
+    read_table, table_kind, write_table)
+from ..weights import MODELS
 from ..store import ScoreStore, folder_lock, identity, pixels_hash
 
 # %% ../../nbs/9_doors/90_cli.ipynb #4b73dad1
@@ -330,8 +332,9 @@ def perspective_kinds(
     perspectives=None, # names; None: all
 )->dict: # name -> 'bt', 'gpm' or 'cls'
     "The kinds of a model's perspectives; `InputError` for one that it lacks, `CheckpointError` if it has none."
-    from llava_reward_nb.model import perspective_folders, _published_config, _read_json
-    from llava_reward_nb.core import hub_folder
+    from llava_reward_nb.model import perspective_folders, published_config
+    from llava_reward_nb.phi3v import read_json
+    from llava_reward_nb.weights import hub_folder
     folder = hub_folder(model)
     one = perspectives[0] if perspectives and len(perspectives)==1 else perspectives
     try: found = perspective_folders(folder, one)
@@ -343,7 +346,7 @@ def perspective_kinds(
         f"{folder}: has no perspectives; train one with llava_reward_train, or pass another --model")
     def kind(f):
         ours = f/'reward_config.json'
-        said = _read_json(ours) if ours.is_file() else _published_config(f/'reward_config.yaml')
+        said = read_json(ours) if ours.is_file() else published_config(f/'reward_config.yaml')
         return said.get('loss', 'bt')
     return {n:kind(f) for n,f in found.items()}
 
@@ -875,7 +878,8 @@ def tiny_doubts(
     images=(),    # paths or bytes, to look at their sizes
 ):
     "A note if the embedded models are asked about words or pictures that are not of their world."
-    from llava_reward_nb.shapes.world import SIZE, VOCAB
+    from llava_reward_nb.shapes.world import SIZE
+    from llava_reward_nb.shapes.prompts import VOCAB
     tiny = [str(n) for n in names if _is_tiny(n)]
     if not tiny: return
     asked = ' '.join(dict.fromkeys(p.lower() for p in prompts if isinstance(p, str)))
@@ -1105,7 +1109,8 @@ def llava_reward_compare(
 def _check_base(name, asked='--base'):
     "`CheckpointError` for a folder of perspectives that has no base to build on."
     from llava_reward_nb.model import perspective_folders
-    from llava_reward_nb.core import CheckpointError, hub_folder
+    from llava_reward_nb.core import CheckpointError
+    from llava_reward_nb.weights import hub_folder
     folder = hub_folder(name)
     if (folder/'config.json').is_file() or (folder/'base').is_dir(): return
     found = list(perspective_folders(folder).values())
@@ -1115,7 +1120,8 @@ def _check_base(name, asked='--base'):
 def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or None)
     "The perspective that --from names; `CheckpointError` if it is not clear which."
     from llava_reward_nb.model import perspective_folders
-    from llava_reward_nb.core import CheckpointError, hub_folder
+    from llava_reward_nb.core import CheckpointError
+    from llava_reward_nb.weights import hub_folder
     model,name = (spec,None) if as_path(spec).is_dir() or '/' not in spec else spec.rsplit('/', 1)
     folder = hub_folder(model)
     found = perspective_folders(folder, name)
@@ -1150,7 +1156,7 @@ def _training_plan(records, loss, dim, tau, name, eval_records, start):
 # %% ../../nbs/9_doors/90_cli.ipynb #c39a16b6
 def _training_recipe(out, resume, precision, gradient_checkpointing, workers, eval_steps, cpu, rank, **settings):
     "The recipe of a run, and a check of the folder it writes to."
-    from llava_reward_nb.core import check_writable
+    from llava_reward_nb.files import check_writable
     from llava_reward_nb.trainer import RewardConfig, checkpoints
     check_writable(out, folder=True)
     if checkpoints(out) and not resume: raise InputError(
@@ -1270,24 +1276,36 @@ _DEMO_PROMPTS = ('a photo of a star left of a circle', 'three squares', 'a photo
 _WRONG = dict(object='object', color='colour', count='count', relation='position', attribute='swapped') # what is wrong, in a word
 
 def _aligned(text, rng)->list: # (image, truth, is it right?)
-    from llava_reward_nb.shapes.world import hard_negative, negative_kinds, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import hard_negative, negative_kinds
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     prompt = parse_prompt(text); kinds = negative_kinds(prompt)
     good = [(render(scene_for(prompt, rng, 'all')), 'all true', True) for _ in range(3)]
     wrong = [hard_negative(prompt, scene_for(prompt, rng, 'all'), rng, kinds[i%len(kinds)], 'all') for i in range(4)]
     return good+[(render(s), _WRONG[k], False) for s,k in wrong]
 
 def _drawn_badly(text, rng)->list:
-    from llava_reward_nb.shapes.world import ARTIFACTS, add_artifact, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import ARTIFACTS, add_artifact
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     scene = scene_for(parse_prompt(text), rng, 'all')
     return [(render(scene), 'clean', True)]+[(add_artifact(scene, k, rng), k, False) for k in ARTIFACTS]
 
 def _signs(text, rng)->list:
-    from llava_reward_nb.shapes.world import LOOKALIKES, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import LOOKALIKES, render
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     draw = lambda sign: render(scene_for(parse_prompt(text), rng, 'all', distractors=False, sign=sign))
     return [(draw(''), 'no sign', True), *((draw(s), s.replace('_',' '), True) for s in LOOKALIKES), *((draw('prohibition'), 'forbidden', False) for _ in range(2))]
 
 def _mixed(text, rng)->list:
-    from llava_reward_nb.shapes.world import add_artifact, hard_negative, overall_score, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import add_artifact, hard_negative
+    from llava_reward_nb.shapes.records import overall_score
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     prompt = parse_prompt(text); out = []
     for broken,artifact,sign in ((0,'',0), (0,'noise',0), (1,'',0), (1,'ghost',0), (0,'',1), (0,'blend',1), (1,'',1)):
         scene = scene_for(prompt, rng, 'all', distractors=False, sign='prohibition' if sign else '')

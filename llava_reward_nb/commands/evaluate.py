@@ -13,8 +13,9 @@ from pathlib import Path
 from ..evaluation.benchmarks import SPECS
 from .cli import (UsageError, check_names, check_settings, command, did_you_mean, find_images,
                                  heartbeat, note, tiny_doubts, waiting)
-from ..core import (PROMPT_COLUMNS, TABLES, InputError, as_path, atomic_path, check_writable, find_column,
-                                  read_table, write_table)
+from ..core import InputError, as_path
+from ..files import (PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column,
+    read_table, write_table)
 from ..evaluation.runs import Run, latency, make_table, metric_columns, panels, run_benchmark, table9
 from ..tiny.guidance import WAYS, compare_guidance
 from ..steering.particles import resample_steps
@@ -145,7 +146,8 @@ def llava_reward_latency(
     if images: found = find_images(images)
     else:
         import numpy as np
-        from llava_reward_nb.shapes.world import render, sample_prompt, scene_for
+        from llava_reward_nb.shapes.world import render
+        from llava_reward_nb.shapes.scenes import sample_prompt, scene_for
         rng = np.random.default_rng(0)
         found = [render(scene_for(sample_prompt(rng), rng)) for _ in range(16)]
     rewards = {}

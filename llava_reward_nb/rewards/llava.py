@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..backbones import evaluating
-from ..core import MODELS, InputError, as_path, as_prompts, hub_folder
+from ..core import InputError, as_path, as_prompts
+from ..weights import MODELS, hub_folder
 from ..model import RewardModel, perspective_folders
 from .clip import check_pixels
 from ..store import text_hash

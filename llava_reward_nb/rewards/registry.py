@@ -13,9 +13,10 @@ from importlib import import_module
 
 import torch
 
-from ..core import MODELS, as_path
+from ..core import as_path
+from ..weights import MODELS
 from .llava import LLaVAReward, split_perspective
-from ..shapes.world import Checker
+from ..shapes.checker import Checker
 
 # %% ../../nbs/4_rewards/45_registry.ipynb #7f34f7fe
 Entry = namedtuple('Entry', 'load default about') # load(id_or_path, device=, dtype=, **kw) -> reward; default id; one line
