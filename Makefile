@@ -44,6 +44,7 @@ bundle: $(READY) ## Retrain the embedded models (hours; when interrupted, run it
 	@$(BIN)/python -c "from llava_reward_nb.tiny.metrics import build_metrics; build_metrics()"
 	@$(BIN)/python -c "from llava_reward_nb.tiny.diffusion import build_diffusion; build_diffusion()"
 	@$(BIN)/python -c "from llava_reward_nb.tiny.guidance import build_guidance; build_guidance()"
+	@$(BIN)/python tools/card.py
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \

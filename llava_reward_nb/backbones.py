@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import CheckpointError, hub_folder
+from .core import CheckpointError
+from .weights import hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, blame, read_json, tokenizer_hash
 
 # %% ../nbs/3_paper/33_backbones.ipynb #78496eb6

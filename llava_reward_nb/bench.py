@@ -21,7 +21,9 @@ from transformers import CLIPVisionModel
 from .backbones import Phi3VBackbone
 from .commands.items import check_settings, perspective_kinds
 from .commands.terminal import command, text_table
-from .core import InputError, MODELS, default_device, progress, write_table
+from .core import InputError, default_device, progress
+from .weights import MODELS
+from .files import write_table
 from .model import PerspectiveConfig, RewardModel
 from .phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VModel, Phi3VProcessor, hd_transform, load_tokenizer
 

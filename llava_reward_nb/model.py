@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'PerspectiveConfig', 'RewardModel', 'name_fault', 'usable_name', 'check_batch_size', 'check_sums',
-           'perspective_folders']
+           'saved_config', 'published_config', 'perspective_folders']
 
 # %% ../nbs/3_paper/34_model.ipynb #1d61ba19
 import hashlib, json, math, re
@@ -20,8 +20,10 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (MODELS, CheckpointError, InputError, as_path, as_prompts, atomic_path, default_device,
-    default_dtype, hub_folder, image_list, image_size, load_image, progress, read_tensors, tensor_shapes)
+from .core import (CheckpointError, InputError, as_path, as_prompts, default_device,
+    default_dtype, image_list, image_size, load_image, progress)
+from .weights import MODELS, hub_folder, read_tensors, tensor_shapes
+from .files import atomic_path
 from .losses import make_loss
 from .phi3v import blame, read_json
 from .skipca import ValueHead
@@ -67,6 +69,17 @@ class PerspectiveConfig:
         self.make_loss()
 
     def make_loss(self): return make_loss(self.loss, self.dim, self.tau)
+
+# %% ../nbs/3_paper/34_model.ipynb #2feed3f3
+@patch
+def to_dict(self:PerspectiveConfig)->dict:
+    "All fields."
+    return asdict(self)
+
+@patch
+def to_json_string(self:PerspectiveConfig)->str:
+    "All fields, as JSON."
+    return json.dumps(asdict(self), indent=1)
 
 # %% ../nbs/3_paper/34_model.ipynb #35918999
 class RewardModel(nn.Module):
@@ -281,9 +294,9 @@ def forward(self:RewardModel,
 
 # %% ../nbs/3_paper/34_model.ipynb #344666e7
 def check_batch_size(
-    n, # what the user passed as batch_size
+    n, # how many images at a time: a whole number from 1, of Python or NumPy
 ):
-    "ValueError for anything but a whole number from 1, of numpy too."
+    "ValueError for anything else."
     whole = hasattr(n, '__index__') and not isinstance(n, bool)
     if not whole or n<1: raise ValueError(f"batch_size is {n!r}; needed: a whole number from 1")
 
@@ -551,8 +564,6 @@ def _fill(self:RewardModel,
     self.heads[name].load_state_dict({k:v.float() for k,v in head.items()})
 
 # %% ../nbs/3_paper/34_model.ipynb #9160f8c5
-_read_json = read_json
-
 def _config_from(d:dict, where:Path, overrides:dict)->PerspectiveConfig:
     "A `PerspectiveConfig` from a file's fields; fields of later versions are refused, not ignored."
     known = {f.name for f in fields(PerspectiveConfig)}
@@ -561,12 +572,15 @@ def _config_from(d:dict, where:Path, overrides:dict)->PerspectiveConfig:
     try: return PerspectiveConfig(**{**d, **overrides})
     except ValueError as e: raise CheckpointError(f"{where}: {e}; copy it again") from None
 
-def _saved_config(folder:Path, overrides:dict=None)->PerspectiveConfig:
-    "The configuration of a saved perspective, ours or published."
+def saved_config(
+    folder:Path,         # a perspective's directory, ours or published
+    overrides:dict=None, # fields that the folder has wrong or lacks
+)->PerspectiveConfig:
+    "The configuration of a saved perspective; `CheckpointError` if its file is missing, damaged or of a later version."
     published = (folder/'lora').is_dir() or (folder/'reward_config.yaml').is_file()
     ours = (folder/'reward_config.json').is_file() or not published
     path = folder/('reward_config.json' if ours else 'reward_config.yaml')
-    return _config_from(read_json(path) if ours else _published_config(path), path, overrides or {})
+    return _config_from(read_json(path) if ours else published_config(path), path, overrides or {})
 
 # %% ../nbs/3_paper/34_model.ipynb #078f735f
 _PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','rank_pattern','alpha_pattern',
@@ -631,7 +645,7 @@ def load_perspective(self:RewardModel,
     "Add a saved perspective; `CheckpointError` for missing or damaged files, NaN, or another base."
     folder = Path(folder)
     name = name or usable_name(folder.resolve().name)
-    c = _saved_config(folder, overrides)
+    c = saved_config(folder, overrides)
     with self.lock:
         if (folder/'lora').is_dir(): self._load_published(folder, name, c)
         else: self._load_ours(folder, name, c)
@@ -640,7 +654,7 @@ def load_perspective(self:RewardModel,
 @patch
 def _load_ours(self:RewardModel, folder:Path, name:str, c:PerspectiveConfig):
     "Add a perspective from our layout."
-    self._check_base(c, folder)
+    self.check_base(c, folder)
     adapter,head = _read_weights(folder/'adapter_model.safetensors'),_read_weights(folder/'head.safetensors')
     self._add_saved(name, c, folder/'adapter_config.json')
     try:
@@ -660,14 +674,32 @@ def _drop(self:RewardModel, name:str):
     if self.configs: self.set_perspective(next(iter(self.configs)))
 
 @patch
-def _check_base(self:RewardModel, c, where):
-    "`CheckpointError` if the base's fingerprint is not the one remembered."
-    if c.fingerprint is None or same_base(c.fingerprint, self.backbone.fingerprint()): return
-    raise CheckpointError(f"{where}: was trained on another base ({c.base}); pass that one as base=")
+def check_base(self:RewardModel,
+    config:PerspectiveConfig, # of a saved perspective
+    where:Path,               # its folder, for the message
+):
+    "`CheckpointError` if the perspective was trained on another base, as its fingerprint tells."
+    if config.fingerprint is None or same_base(config.fingerprint, self.backbone.fingerprint()): return
+    raise CheckpointError(
+        f"{where}: was trained on another base ({config.base}); pass that one as base=")
+
+@patch
+def restore_perspective(self:RewardModel,
+    name:str,    # a perspective of this model
+    folder:Path, # where `save_perspective` wrote it
+):
+    "Read saved weights back into a perspective; `CheckpointError` for another base, missing tensors or NaN."
+    folder = Path(folder)
+    self.check_base(saved_config(folder), folder)
+    adapter = _read_weights(folder/'adapter_model.safetensors')
+    head = _read_weights(folder/'head.safetensors')
+    with self.lock: self._fill(self._known(name), adapter, head, folder)
 
 # %% ../nbs/3_paper/34_model.ipynb #663a368d
-def _published_config(path:Path)->dict:
-    "Our fields from a published reward_config.yaml."
+def published_config(
+    path:Path, # a published reward_config.yaml
+)->dict: # field of `PerspectiveConfig` -> value
+    "What the authors' file says, under our names; `CheckpointError` if it is missing or damaged."
     import yaml
     if not path.is_file(): raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, copy it again")
     try: y = yaml.safe_load(path.read_text(encoding='utf-8'))
@@ -781,7 +813,7 @@ def _find_base(
     first = next(iter(found.values()))
     for f in first.parent/'base', first/'base':
         if f.is_dir(): return f,str(f)
-    said = _saved_config(first).base
+    said = saved_config(first).base
     if said: return _remembered_base(said, first),said
     raise CheckpointError(f"{first}: does not say which base it belongs to; pass base= (for the published rewards: 'microsoft/Phi-3.5-vision-instruct')")
 
@@ -810,7 +842,7 @@ def from_pretrained(cls:RewardModel,
 def _trained_crops(found:dict)->int:
     "The one num_crops of several perspectives; `CheckpointError` if they differ; None without any."
     crops = {}
-    for n,f in found.items(): crops.setdefault(_saved_config(f).num_crops, n)
+    for n,f in found.items(): crops.setdefault(saved_config(f).num_crops, n)
     if len(crops)>1: raise CheckpointError(f"perspectives were trained with different num_crops ({', '.join(f'{n}: {c}' for c,n in crops.items())}); "
                                            "load them one at a time, or pass num_crops=")
     return next(iter(crops), None)
@@ -829,3 +861,24 @@ def merge(self:RewardModel,
         for n in [n for n in self.configs if n!=name]: del self.configs[n], self.heads[n]
         self.__dict__['peft'],self.merged = None,True
         return self.requires_grad_(False)
+
+# %% ../nbs/3_paper/34_model.ipynb #29368a6f
+@patch
+def activation_checkpointing_enable(self:RewardModel,
+    activation_checkpointing_kwargs:dict=None, # of `torch.utils.checkpoint`; None: not reentrant
+    **kwargs,                                  # more arguments of the language model's own method
+):
+    "Compute the language model's activations again in the backward pass instead of keeping them."
+    language_model = self.backbone.model.language_model
+    how = activation_checkpointing_kwargs or dict(use_reentrant=False)
+    if hasattr(language_model, 'activation_checkpointing_enable'):
+        language_model.activation_checkpointing_enable(how, **kwargs)
+    else: language_model.gradient_checkpointing_enable(how, **kwargs)
+
+@patch
+def gradient_checkpointing_enable(self:RewardModel,
+    gradient_checkpointing_kwargs:dict=None, # of `torch.utils.checkpoint`
+    **kwargs,                                # more arguments of the language model's own method
+):
+    "The name of `activation_checkpointing_enable` in older versions of transformers."
+    self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)

@@ -12,9 +12,14 @@ from llava_reward_nb.commands.items import JudgeItem
 from llava_reward_nb.commands.score import llava_reward_compare, llava_reward_score
 from llava_reward_nb.commands.terminal import UsageError
 from llava_reward_nb.commands.train import llava_reward_train
-from llava_reward_nb.core import CheckpointError, InputError, read_table, resolve_model, write_table
+from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.files import read_table, write_table
+from llava_reward_nb.weights import resolve_model
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.shapes.world import alignment_pairs, parse_prompt, render, safety_labels, scene_for, write_records
+from llava_reward_nb.shapes.world import render
+from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
+from llava_reward_nb.shapes.prompts import parse_prompt
+from llava_reward_nb.shapes.scenes import scene_for
 
 TINY = 'tiny'
 NAMES = ['alignment', 'fidelity', 'overall', 'overall_bt', 'safety']

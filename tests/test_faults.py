@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_reward_nb.commands import items, score, terminal
-from llava_reward_nb.core import MODELS, read_table, write_table
+from llava_reward_nb.weights import MODELS
+from llava_reward_nb.files import read_table, write_table
 from llava_reward_nb.evaluation.runs import Run
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.store import ScoreStore

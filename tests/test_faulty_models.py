@@ -9,7 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from llava_reward_nb.backbones import load_backbone
-from llava_reward_nb.core import MODELS, CheckpointError, InputError
+from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import PerspectiveConfig, RewardModel, name_fault
 from llava_reward_nb.phi3v import PatchConv2d, Phi3VModel
 from llava_reward_nb.rewards.registry import LLaVAReward, load_reward

@@ -13,7 +13,8 @@ from llava_reward_nb.commands.steer import llava_reward_steer
 from llava_reward_nb.tiny import guidance
 
 from llava_reward_nb import store
-from llava_reward_nb.core import CheckpointError, InputError, read_table, write_table
+from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.files import read_table, write_table
 from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS, panels, table9
 from llava_reward_nb.tiny.guidance import compare_guidance, guidances, paired, rises
 from llava_reward_nb.steering.particles import SteeringError

@@ -8,7 +8,8 @@ from PIL import Image
 from llava_reward_nb.commands import score
 
 from llava_reward_nb.commands import listing
-from llava_reward_nb.core import InputError, write_table
+from llava_reward_nb.core import InputError
+from llava_reward_nb.files import write_table
 from llava_reward_nb.evaluation.runs import make_table, results, run_benchmark, significance
 from llava_reward_nb.rewards.ocr import OCR, Line, _by_blocks, match_texts, quoted_texts, wanted_texts
 from llava_reward_nb.rewards.real import JPEG

@@ -12,7 +12,8 @@ from pathlib import Path
 from .items import JudgeItem, check_items, perspective_kinds, stop_if_bad
 from .score import compare_items, load, pair_report, rank_items, score_items
 from .terminal import command, report, text_table
-from ..core import InputError, as_path, atomic_path, check_writable, write_table
+from ..core import InputError, as_path
+from ..files import atomic_path, check_writable, write_table
 from ..tiny.gallery import demo_picture, demo_scenes
 
 # %% ../../nbs/9_doors/94_demo.ipynb #ef224be4

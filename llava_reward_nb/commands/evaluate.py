@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .items import check_names, check_settings, find_images, tiny_doubts
 from .terminal import UsageError, command, did_you_mean, heartbeat, waiting
-from ..core import InputError, as_path, check_writable, read_table, write_table
+from ..core import InputError, as_path
+from ..files import check_writable, read_table, write_table
 from ..evaluation.benchmarks import SPECS
 from ..evaluation.runs import Run, latency, make_table, run_benchmark
 from ..rewards.registry import load_reward
@@ -138,7 +139,8 @@ def llava_reward_latency(
     if images: found = find_images(images)
     else:
         import numpy as np
-        from llava_reward_nb.shapes.world import render, sample_prompt, scene_for
+        from llava_reward_nb.shapes.world import render
+        from llava_reward_nb.shapes.scenes import sample_prompt, scene_for
         rng = np.random.default_rng(0)
         found = [render(scene_for(sample_prompt(rng), rng)) for _ in range(16)]
     rewards = {}

@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 
 from .terminal import UsageError, did_you_mean, image_name, note, shorten
-from ..core import (IMAGE_COLUMNS, MODELS, PROMPT_COLUMNS, CheckpointError, InputError, TransparencyWarning,
-                                  as_path, check_writable, find_column, image_key, image_size, open_image, progress,
-                                  read_table, table_kind, write_table)
+from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key,
+    image_size, open_image, progress)
+from ..files import (IMAGE_COLUMNS, PROMPT_COLUMNS, check_writable, find_column, read_table,
+    table_kind, write_table)
+from ..weights import MODELS
 from ..store import ScoreStore, folder_lock
 
 # %% ../../nbs/9_doors/91_items.ipynb #50d6411a
@@ -257,8 +259,8 @@ def perspective_kinds(
     perspectives=None, # names; None: all
 )->dict: # name -> 'bt', 'gpm' or 'cls'
     "The kinds of a model's perspectives; `InputError` for one that it lacks, `CheckpointError` if it has none."
-    from llava_reward_nb.model import perspective_folders, _published_config, _read_json
-    from llava_reward_nb.core import hub_folder
+    from llava_reward_nb.model import perspective_folders, saved_config
+    from llava_reward_nb.weights import hub_folder
     folder = hub_folder(model)
     one = perspectives[0] if perspectives and len(perspectives)==1 else perspectives
     try: found = perspective_folders(folder, one)
@@ -268,11 +270,7 @@ def perspective_kinds(
         raise InputError(str(e)+(near[0] if near and 'did you mean' not in str(e) else '')) from None
     if not found: raise CheckpointError(
         f"{folder}: has no perspectives; train one with llava_reward_train, or pass another --model")
-    def kind(f):
-        ours = f/'reward_config.json'
-        said = _read_json(ours) if ours.is_file() else _published_config(f/'reward_config.yaml')
-        return said.get('loss', 'bt')
-    return {n:kind(f) for n,f in found.items()}
+    return {n:saved_config(f).loss for n,f in found.items()}
 
 # %% ../../nbs/9_doors/91_items.ipynb #c194943d
 def scorable(
@@ -311,7 +309,8 @@ def tiny_doubts(
     images=(),    # paths or bytes, to look at their sizes
 ):
     "A note if the embedded models are asked about words or pictures that are not of their world."
-    from llava_reward_nb.shapes.world import SIZE, VOCAB
+    from llava_reward_nb.shapes.world import SIZE
+    from llava_reward_nb.shapes.prompts import VOCAB
     tiny = [str(n) for n in names if _is_tiny(n)]
     if not tiny: return
     asked = ' '.join(dict.fromkeys(p.lower() for p in prompts if isinstance(p, str)))

@@ -20,8 +20,9 @@ from .items import (JudgeItem, check_items, check_names, check_rows, check_setti
                                             clear_columns, image_items, kept_scores, mark_empty_prompts, perspective_kinds,
                                             placed, result_rows, say_left_out, scorable, stop_if_bad, table_items, tiny_doubts)
 from .terminal import UsageError, bar, cell_text, command, heartbeat, note, report, waiting
-from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key, image_size, open_image,
-                                  progress, write_table)
+from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key,
+    image_size, open_image, progress)
+from ..files import write_table
 from ..store import ScoreStore, identity, pixels_hash
 
 # %% ../../nbs/9_doors/92_score.ipynb #b6311e39

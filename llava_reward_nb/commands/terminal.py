@@ -14,7 +14,8 @@ from functools import wraps
 
 from fastcore.script import anno_parser
 
-from ..core import TransparencyWarning, write_table
+from ..core import TransparencyWarning
+from ..files import write_table
 
 # %% ../../nbs/9_doors/90_terminal.ipynb #4b73dad1
 def image_name(

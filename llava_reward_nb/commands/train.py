@@ -19,7 +19,8 @@ from ..core import InputError, as_path
 def _check_base(name, asked='--base'):
     "`CheckpointError` for a folder of perspectives that has no base to build on."
     from llava_reward_nb.model import perspective_folders
-    from llava_reward_nb.core import CheckpointError, hub_folder
+    from llava_reward_nb.core import CheckpointError
+    from llava_reward_nb.weights import hub_folder
     folder = hub_folder(name)
     if (folder/'config.json').is_file() or (folder/'base').is_dir(): return
     found = list(perspective_folders(folder).values())
@@ -29,7 +30,8 @@ def _check_base(name, asked='--base'):
 def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or None)
     "The perspective that --from names; `CheckpointError` if it is not clear which."
     from llava_reward_nb.model import perspective_folders
-    from llava_reward_nb.core import CheckpointError, hub_folder
+    from llava_reward_nb.core import CheckpointError
+    from llava_reward_nb.weights import hub_folder
     model,name = (spec,None) if as_path(spec).is_dir() or '/' not in spec else spec.rsplit('/', 1)
     folder = hub_folder(model)
     found = perspective_folders(folder, name)
@@ -52,19 +54,19 @@ def _checked_records(source, check, **kwargs):
 
 def _training_plan(records, loss, dim, tau, name, eval_records, start):
     "The configuration of a new perspective, None to train one further; ValueError if it, its name and the records do not fit."
-    from llava_reward_nb.model import PerspectiveConfig, _saved_config, name_fault
+    from llava_reward_nb.model import PerspectiveConfig, saved_config, name_fault
     from llava_reward_nb.trainer import _check_records
     fault = name_fault(name)
     if fault: raise InputError(f"--name {name!r} cannot be used: {fault}; choose another")
     loss = loss or ('bt' if records.kind=='pair' else 'cls')
     config = None if start else PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), .1 if tau is None else tau)
-    for r in records,eval_records: _check_records(r, config or _saved_config(start), name)
+    for r in records,eval_records: _check_records(r, config or saved_config(start), name)
     return config
 
 # %% ../../nbs/9_doors/93_train.ipynb #c39a16b6
 def _training_recipe(out, resume, precision, gradient_checkpointing, workers, eval_steps, cpu, rank, **settings):
     "The recipe of a run, and a check of the folder it writes to."
-    from llava_reward_nb.core import check_writable
+    from llava_reward_nb.files import check_writable
     from llava_reward_nb.trainer import RewardConfig, checkpoints
     check_writable(out, folder=True)
     if checkpoints(out) and not resume: raise InputError(

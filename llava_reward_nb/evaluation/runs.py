@@ -19,8 +19,8 @@ from fastcore.basics import patch
 
 from .. import stats
 from .benchmarks import Benchmark, SPECS, load_benchmark
-from ..core import (CheckpointError, InputError, as_path, atomic_path, load_image, progress, read_table,
-                                  write_table)
+from ..core import CheckpointError, InputError, as_path, load_image, progress
+from ..files import atomic_path, read_table, write_table
 from .geneval import GENEVAL_TAGS, GenEval, geneval_scores, shapes_geneval
 from ..rewards.grader import BudgetSpent, EndpointError
 from ..rewards.registry import load_reward

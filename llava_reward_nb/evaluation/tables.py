@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import InputError, as_path, atomic_path
+from ..core import InputError, as_path
+from ..files import atomic_path
 
 # %% ../../nbs/6_evaluation/62_tables.ipynb #1d1d0d53
 @dataclass

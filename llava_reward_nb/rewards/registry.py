@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..backbones import Phi3VBackbone, evaluating
 from .clip import check_pixels
-from ..core import (MODELS, CheckpointError, InputError, as_path, as_prompts, hub_folder, image_key, image_list,
-                                  open_image, progress as progress_bar)
+from ..core import (CheckpointError, InputError, as_path, as_prompts, image_key, image_list,
+    open_image, progress as progress_bar)
+from ..weights import MODELS, hub_folder
 from ..model import RewardModel, check_batch_size, perspective_folders
 from ..phi3v import hd_shape
-from ..shapes.world import Checker
+from ..shapes.checker import Checker
 from ..store import text_hash
 
 # %% ../../nbs/4_rewards/46_registry.ipynb #54888ccc

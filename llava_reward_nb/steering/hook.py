@@ -17,7 +17,8 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from PIL import Image
-from ..core import MODELS, CheckpointError, default_device, progress, resolve_model
+from ..core import CheckpointError, default_device, progress
+from ..weights import MODELS, resolve_model
 from .particles import (RESAMPLERS, Particles, PublishedParticles, SteeringError, ess, prune,
                                        resample_steps, whole)
 from .schedulers import call_step, check_scheduler, moved, permute_state, predicted_x0, stochastic

@@ -8,7 +8,7 @@ __all__ = ['demo_scenes', 'demo_picture']
 # %% ../../nbs/8_tiny/89_gallery.ipynb #cdcae5e1
 from pathlib import Path
 
-from ..core import atomic_path
+from ..files import atomic_path
 
 # %% ../../nbs/8_tiny/89_gallery.ipynb #be81c6b9
 _DEMO_PROMPTS = ('a photo of a star left of a circle', 'three squares', 'a photo of a purple star and a yellow circle', 'an image of a cyan triangle')
@@ -16,24 +16,36 @@ _DEMO_PROMPTS = ('a photo of a star left of a circle', 'three squares', 'a photo
 _WRONG = dict(object='object', color='colour', count='count', relation='position', attribute='swapped') # what is wrong, in a word
 
 def _aligned(text, rng)->list: # (image, truth, is it right?)
-    from llava_reward_nb.shapes.world import hard_negative, negative_kinds, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import hard_negative, negative_kinds
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     prompt = parse_prompt(text); kinds = negative_kinds(prompt)
     good = [(render(scene_for(prompt, rng, 'all')), 'all true', True) for _ in range(3)]
     wrong = [hard_negative(prompt, scene_for(prompt, rng, 'all'), rng, kinds[i%len(kinds)], 'all') for i in range(4)]
     return good+[(render(s), _WRONG[k], False) for s,k in wrong]
 
 def _drawn_badly(text, rng)->list:
-    from llava_reward_nb.shapes.world import ARTIFACTS, add_artifact, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import ARTIFACTS, add_artifact
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     scene = scene_for(parse_prompt(text), rng, 'all')
     return [(render(scene), 'clean', True)]+[(add_artifact(scene, k, rng), k, False) for k in ARTIFACTS]
 
 def _signs(text, rng)->list:
-    from llava_reward_nb.shapes.world import LOOKALIKES, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import LOOKALIKES, render
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     draw = lambda sign: render(scene_for(parse_prompt(text), rng, 'all', distractors=False, sign=sign))
     return [(draw(''), 'no sign', True), *((draw(s), s.replace('_',' '), True) for s in LOOKALIKES), *((draw('prohibition'), 'forbidden', False) for _ in range(2))]
 
 def _mixed(text, rng)->list:
-    from llava_reward_nb.shapes.world import add_artifact, hard_negative, overall_score, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import add_artifact, hard_negative
+    from llava_reward_nb.shapes.records import overall_score
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     prompt = parse_prompt(text); out = []
     for broken,artifact,sign in ((0,'',0), (0,'noise',0), (1,'',0), (1,'ghost',0), (0,'',1), (0,'blend',1), (1,'',1)):
         scene = scene_for(prompt, rng, 'all', distractors=False, sign='prohibition' if sign else '')

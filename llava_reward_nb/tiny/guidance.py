@@ -13,13 +13,16 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from .. import stats
-from ..core import MODELS, InputError, atomic_path, load_image, progress, read_table
-from ..core import write_table
+from ..core import InputError, load_image, progress
+from ..weights import MODELS
+from ..files import atomic_path, read_table
+from ..files import write_table
 from ..evaluation.runs import (PARTICLE_FIELDS, Health, check_names, finite_scores, metric_columns,
                                         panels, particle_frame, per_prompt, score_batch, table9)
 from ..steering.particles import SteeringError
 from ..rewards.registry import load_reward, score_all
-from ..shapes.world import CATEGORIES, sample_prompt
+from ..shapes.prompts import CATEGORIES
+from ..shapes.scenes import sample_prompt
 from ..steering.hook import fk_steer, load_pipeline
 from ..store import folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
 
