@@ -16,7 +16,10 @@ from .cli import (UsageError, check_names, check_settings, command, did_you_mean
 from ..core import InputError, as_path
 from ..files import (PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column,
     read_table, write_table)
-from ..evaluation.runs import Run, latency, make_table, metric_columns, panels, run_benchmark, table9
+from ..evaluation.runs import Run, run_benchmark
+from ..evaluation.timing import latency
+from ..evaluation.report import make_table, panels, table9
+from ..evaluation.measures import metric_columns
 from ..tiny.guidance import WAYS, compare_guidance
 from ..steering.particles import resample_steps
 from ..rewards.registry import load_reward, score_all
