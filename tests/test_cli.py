@@ -12,7 +12,10 @@ from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.files import read_table, write_table
 from llava_reward_nb.weights import resolve_model
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.shapes.world import alignment_pairs, parse_prompt, render, safety_labels, scene_for, write_records
+from llava_reward_nb.shapes.world import render
+from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
+from llava_reward_nb.shapes.prompts import parse_prompt
+from llava_reward_nb.shapes.scenes import scene_for
 
 TINY = 'tiny'
 NAMES = ['alignment', 'fidelity', 'overall', 'overall_bt', 'safety']

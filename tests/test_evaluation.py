@@ -11,7 +11,7 @@ from llava_reward_nb.evaluation.benchmarks import SPECS, load_benchmark, load_pr
 from llava_reward_nb.core import InputError
 from llava_reward_nb.evaluation.runs import *
 from llava_reward_nb.evaluation.geneval import write_samples
-from llava_reward_nb.shapes.world import Checker
+from llava_reward_nb.shapes.checker import Checker
 from llava_reward_nb.store import identity, make_identity
 from llava_reward_nb.evaluation.tables import Table
 

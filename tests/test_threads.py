@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.rewards.registry import LLaVAReward, load_reward
-from llava_reward_nb.shapes.world import alignment_pairs
+from llava_reward_nb.shapes.records import alignment_pairs
 
 NEAR = dict(atol=1e-5, rtol=1e-5)
 NAMES = ['alignment', 'fidelity', 'overall_bt', 'safety']

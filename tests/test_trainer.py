@@ -11,7 +11,7 @@ from llava_reward_nb.files import read_table
 from llava_reward_nb.data import load_records
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.phi3v import Phi3VModel
-from llava_reward_nb.shapes.world import alignment_pairs, safety_labels, write_records
+from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
 from llava_reward_nb.store import folder_lock
 from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, checkpoints, label_metrics, pairwise_accuracy,
                                      planned_updates, train_perspective)
@@ -112,7 +112,7 @@ from test_trainer import config
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.data import load_records
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.shapes.world import alignment_pairs
+from llava_reward_nb.shapes.records import alignment_pairs
 from llava_reward_nb.trainer import train_perspective
 
 folder, dies = sys.argv[2:]
@@ -224,7 +224,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
 torch.set_num_threads(1)
 from test_trainer import config, tiny
 from llava_reward_nb.data import load_records
-from llava_reward_nb.shapes.world import alignment_pairs
+from llava_reward_nb.shapes.records import alignment_pairs
 from llava_reward_nb.trainer import train_perspective
 pairs = load_records(alignment_pairs(8, seed=0))
 args = config(sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), max_steps=2, lora_dropout=0., warmup_steps=0, optim='sgd', learning_rate=.1)

@@ -878,7 +878,8 @@ def tiny_doubts(
     images=(),    # paths or bytes, to look at their sizes
 ):
     "A note if the embedded models are asked about words or pictures that are not of their world."
-    from llava_reward_nb.shapes.world import SIZE, VOCAB
+    from llava_reward_nb.shapes.world import SIZE
+    from llava_reward_nb.shapes.prompts import VOCAB
     tiny = [str(n) for n in names if _is_tiny(n)]
     if not tiny: return
     asked = ' '.join(dict.fromkeys(p.lower() for p in prompts if isinstance(p, str)))
@@ -1275,24 +1276,36 @@ _DEMO_PROMPTS = ('a photo of a star left of a circle', 'three squares', 'a photo
 _WRONG = dict(object='object', color='colour', count='count', relation='position', attribute='swapped') # what is wrong, in a word
 
 def _aligned(text, rng)->list: # (image, truth, is it right?)
-    from llava_reward_nb.shapes.world import hard_negative, negative_kinds, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import hard_negative, negative_kinds
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     prompt = parse_prompt(text); kinds = negative_kinds(prompt)
     good = [(render(scene_for(prompt, rng, 'all')), 'all true', True) for _ in range(3)]
     wrong = [hard_negative(prompt, scene_for(prompt, rng, 'all'), rng, kinds[i%len(kinds)], 'all') for i in range(4)]
     return good+[(render(s), _WRONG[k], False) for s,k in wrong]
 
 def _drawn_badly(text, rng)->list:
-    from llava_reward_nb.shapes.world import ARTIFACTS, add_artifact, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import ARTIFACTS, add_artifact
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     scene = scene_for(parse_prompt(text), rng, 'all')
     return [(render(scene), 'clean', True)]+[(add_artifact(scene, k, rng), k, False) for k in ARTIFACTS]
 
 def _signs(text, rng)->list:
-    from llava_reward_nb.shapes.world import LOOKALIKES, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import LOOKALIKES, render
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     draw = lambda sign: render(scene_for(parse_prompt(text), rng, 'all', distractors=False, sign=sign))
     return [(draw(''), 'no sign', True), *((draw(s), s.replace('_',' '), True) for s in LOOKALIKES), *((draw('prohibition'), 'forbidden', False) for _ in range(2))]
 
 def _mixed(text, rng)->list:
-    from llava_reward_nb.shapes.world import add_artifact, hard_negative, overall_score, parse_prompt, render, scene_for
+    from llava_reward_nb.shapes.world import render
+    from llava_reward_nb.shapes.edits import add_artifact, hard_negative
+    from llava_reward_nb.shapes.records import overall_score
+    from llava_reward_nb.shapes.prompts import parse_prompt
+    from llava_reward_nb.shapes.scenes import scene_for
     prompt = parse_prompt(text); out = []
     for broken,artifact,sign in ((0,'',0), (0,'noise',0), (1,'',0), (1,'ghost',0), (0,'',1), (0,'blend',1), (1,'',1)):
         scene = scene_for(prompt, rng, 'all', distractors=False, sign='prohibition' if sign else '')

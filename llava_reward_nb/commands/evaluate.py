@@ -145,7 +145,8 @@ def llava_reward_latency(
     if images: found = find_images(images)
     else:
         import numpy as np
-        from llava_reward_nb.shapes.world import render, sample_prompt, scene_for
+        from llava_reward_nb.shapes.world import render
+        from llava_reward_nb.shapes.scenes import sample_prompt, scene_for
         rng = np.random.default_rng(0)
         found = [render(scene_for(sample_prompt(rng), rng)) for _ in range(16)]
     rewards = {}

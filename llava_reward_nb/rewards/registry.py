@@ -25,7 +25,7 @@ from ..core import (CheckpointError, InputError, as_path, as_prompts, image_key,
 from ..weights import MODELS, hub_folder
 from ..model import RewardModel, check_batch_size, perspective_folders
 from ..phi3v import hd_shape
-from ..shapes.world import Checker
+from ..shapes.checker import Checker
 from ..store import text_hash
 
 # %% ../../nbs/4_rewards/46_registry.ipynb #54888ccc

@@ -21,7 +21,8 @@ from ..evaluation.runs import (PARTICLE_FIELDS, Health, check_names, finite_scor
                                         panels, particle_frame, per_prompt, score_batch, table9)
 from ..steering.particles import SteeringError
 from ..rewards.registry import load_reward, score_all
-from ..shapes.world import CATEGORIES, sample_prompt
+from ..shapes.prompts import CATEGORIES
+from ..shapes.scenes import sample_prompt
 from ..steering.hook import fk_steer, load_pipeline
 from ..store import folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
 
