@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .core import InputError, as_path
 
-# %% ../nbs/1_foundations/12_files.ipynb #a14f8fd1
+# %% ../nbs/1_foundations/12_files.ipynb #8d638460
 def _to_write(
     path, # see `as_path`
 )->Path:
@@ -30,7 +30,7 @@ def _to_write(
         f"{path}: cannot be written (there is no such home); name another place")
     return out
 
-# %% ../nbs/1_foundations/12_files.ipynb #3bb80cdb
+# %% ../nbs/1_foundations/12_files.ipynb #406d72da
 def _ordinary_modes(
     path:Path, # a file, or a folder of files
 ):
@@ -88,7 +88,7 @@ _PAIRS = ('image_a', 'image_b', 'chosen_path', 'reject_path', 'chosen', 'rejecte
           'jpg_0', 'jpg_1', 'image_0', 'image_1')
 _ALWAYS_TEXT = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, *_PAIRS, 'error', 'note', 'name', 'category'}
 
-# %% ../nbs/1_foundations/12_files.ipynb #fba1c648
+# %% ../nbs/1_foundations/12_files.ipynb #19daf345
 def _cell_text(
     value, # plain Python: a number, a truth value, text, a list, a dict or None
 )->str: # '' for None
@@ -97,7 +97,7 @@ def _cell_text(
     if isinstance(value, (list, dict)): return json.dumps(value, ensure_ascii=False)
     return repr(value) if isinstance(value, float) else str(value)
 
-# %% ../nbs/1_foundations/12_files.ipynb #84ff7be8
+# %% ../nbs/1_foundations/12_files.ipynb #430df4df
 def _atin(cell:str):
     "An int or a float."
     return int(cell) if re.fullmatch(r'-?\d{1,4000}', cell) else float(cell)
@@ -112,7 +112,7 @@ def _container_in(cell:str):
     if cell[:1] not in ('[','{'): raise ValueError(cell)
     return json.loads(cell)
 
-# %% ../nbs/1_foundations/12_files.ipynb #7a2b9c24
+# %% ../nbs/1_foundations/12_files.ipynb #53f91928
 def _parsed(
     cells:list, # texts, none of them empty
     read,       # function of a text; ValueError if the text is not its own
@@ -122,7 +122,7 @@ def _parsed(
     except (ValueError, RecursionError): return None
     return values if all(_cell_text(v)==cell for v,cell in zip(values, cells)) else None
 
-# %% ../nbs/1_foundations/12_files.ipynb #636dc98b
+# %% ../nbs/1_foundations/12_files.ipynb #cbb5a30f
 def _column_values(
     cells:list, # the texts of one column; '' is a gap
 )->list:
@@ -148,7 +148,7 @@ def table_kind(
         f"{path}: tables end in {', '.join(TABLES)}; got {kind or 'no suffix'!r}")
     return kind
 
-# %% ../nbs/1_foundations/12_files.ipynb #a4a644c8
+# %% ../nbs/1_foundations/12_files.ipynb #1514b2b2
 def _check_names(
     names:list, # of the columns of a file
     path,       # the file, for the error
@@ -178,7 +178,7 @@ def _delimited_columns(
             f"a cell that holds {delimiter!r} needs quotes")
     return {name:[cells[k] for _,cells in body] for k,name in enumerate(names)}
 
-# %% ../nbs/1_foundations/12_files.ipynb #796145f9
+# %% ../nbs/1_foundations/12_files.ipynb #243a31d9
 def _delimited_rows(
     text:str,      # of the file
     path,          # the file, for errors
@@ -226,7 +226,7 @@ def _jsonl_rows(
             raise InputError(f"{path}, line {at}: not JSON ({e}); mend or remove the line") from None
     return rows
 
-# %% ../nbs/1_foundations/12_files.ipynb #33719de2
+# %% ../nbs/1_foundations/12_files.ipynb #7ef08539
 def _parquet_rows(
     path, # the file
 )->list:
@@ -252,7 +252,7 @@ def _rows_in(
     if kind=='.jsonl': return _jsonl_rows(content, path)
     return _delimited_rows(content, path, '\t' if kind=='.tsv' else ',', text)
 
-# %% ../nbs/1_foundations/12_files.ipynb #8b8e0f43
+# %% ../nbs/1_foundations/12_files.ipynb #1c4832c7
 def read_table(
     path,    # one of `TABLES`
     text=(), # columns of CSV and TSV that stay text besides those of images and prompts; True: all
@@ -286,18 +286,22 @@ def _plain(
     if isinstance(value, os.PathLike): return os.fspath(value)
     return None if type(value).__name__ in ('NAType','NaTType') else value
 
-# %% ../nbs/1_foundations/12_files.ipynb #c94863d8
+# %% ../nbs/1_foundations/12_files.ipynb #09b0191d
 def _plain_rows(
     rows, # list of dicts, or a DataFrame
     nan,  # what a NaN becomes
 )->list: # of dicts with the same columns each
     "Rows with plain values and every column; `InputError` if they are no rows."
+    def check_names(names):
+        names = [str(name) for name in names]
+        if len(set(names))<len(names): raise InputError(
+            f"columns {names} hold a name twice; give each its own")
+    if hasattr(rows, 'columns'): check_names(rows.columns)
     dicts = rows.to_dict('records') if hasattr(rows, 'to_dict') else rows
     if not isinstance(dicts, (list, tuple)) or not all(isinstance(row, Mapping) for row in dicts):
         raise InputError(f"rows are a {type(rows).__name__}; pass a list of dicts, or a DataFrame")
     columns = dict.fromkeys(name for row in dicts for name in row)
-    names = [str(name) for name in getattr(rows, 'columns', columns)]
-    if len(set(names))<len(names): raise InputError(f"columns {names} hold a name twice; give each its own")
+    check_names(columns)
     return [{str(name):_plain(row.get(name), nan) for name in columns} for row in dicts]
 
 # %% ../nbs/1_foundations/12_files.ipynb #0680d0d9
@@ -326,7 +330,7 @@ def _delimited_text(
     if has_bytes: raise TypeError("bytes are no text")
     return line(rows[0] if rows else [])+''.join(line(map(_cell_text, row.values())) for row in rows)
 
-# %% ../nbs/1_foundations/12_files.ipynb #a836551d
+# %% ../nbs/1_foundations/12_files.ipynb #54e84dc8
 def _parquet_column(
     values:list, # of one column
     name:str,    # of the column, for the error
@@ -348,7 +352,7 @@ def _write_parquet(
     names = list(rows[0]) if rows else []
     pq.write_table(pa.table({n:_parquet_column([row[n] for row in rows], n) for n in names}), path)
 
-# %% ../nbs/1_foundations/12_files.ipynb #497f1e40
+# %% ../nbs/1_foundations/12_files.ipynb #aab7679a
 def write_table(
     rows, # list of dicts, or a DataFrame
     path, # one of `TABLES`; .json is a list, .jsonl one object a line
@@ -383,7 +387,7 @@ def find_column(
     raise InputError(f"{where}: no column {' or '.join(map(repr, names))}; "
                      f"it has {', '.join(map(str, have)) or 'none'}{hint}")
 
-# %% ../nbs/1_foundations/12_files.ipynb #eab7b26a
+# %% ../nbs/1_foundations/12_files.ipynb #05e67cd1
 def number(
     x, # a cell of a table
 )->float|None: # None for nothing: None, '', NaN

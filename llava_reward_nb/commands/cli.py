@@ -333,7 +333,7 @@ def perspective_kinds(
 )->dict: # name -> 'bt', 'gpm' or 'cls'
     "The kinds of a model's perspectives; `InputError` for one that it lacks, `CheckpointError` if it has none."
     from llava_reward_nb.model import perspective_folders, published_config
-    from llava_reward_nb.phi3v import read_json
+    from llava_reward_nb.weights import read_json
     from llava_reward_nb.weights import hub_folder
     folder = hub_folder(model)
     one = perspectives[0] if perspectives and len(perspectives)==1 else perspectives
