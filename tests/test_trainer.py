@@ -369,7 +369,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
     pairs = write_records(alignment_pairs(16, seed=0), tmp_path/'pairs')
-    command = [sys.executable, '-c', 'from llava_reward_nb.commands.cli import llava_reward_train; llava_reward_train()', str(pairs), '--name', 'mine', '--out', str(tmp_path/'run'),
+    command = [sys.executable, '-c', 'from llava_reward_nb.commands.train import llava_reward_train; llava_reward_train()', str(pairs), '--name', 'mine', '--out', str(tmp_path/'run'),
                '--batch-size', '1', '--accumulation', '1', '--lora-rank', '4', '--device', 'cpu', '--save-steps', '2', '--epochs', '200']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not checkpoints(tmp_path/'run') and process.poll() is None: time.sleep(.05)

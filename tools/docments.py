@@ -1,0 +1,82 @@
+"""Griffe reads source, not comments; this extension gives the API pages what fastcore's docments say.
+
+The comment beside a parameter, a return annotation or a field becomes its description, and a function under `@patch`
+becomes a method of the class it patches."""
+import ast, io, tokenize
+
+from griffe import (Class, Docstring, DocstringParameter, DocstringReturn, DocstringSectionParameters, DocstringSectionReturns,
+                    DocstringSectionText, Extension)
+
+
+def comments_of(source):
+    "Line number to comment, and the numbers of those lines that hold nothing else."
+    found, alone = {}, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT: continue
+        found[token.start[0]] = token.string.lstrip('#').strip()
+        if not token.line[:token.start[1]].strip(): alone.add(token.start[0])
+    return found, alone
+
+
+def docments(source):
+    "Parameter to description for the function in `source`; `return` names what comes back."
+    found, alone = comments_of(source)
+    node = ast.parse(source).body[0]
+    args = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+    lines, body = {}, node.body[0].lineno
+    for arg in filter(None, args): lines[arg.lineno] = arg.arg  # of two on a line the last one counts
+    told = {}
+    for line, text in found.items():
+        if line >= body: continue
+        if line in alone: name = next((name for at, name in sorted(lines.items()) if at > line), None)
+        else: name = lines.get(line, 'return' if line > max(lines, default=0) or node.returns and line >= node.returns.lineno else None)
+        if name: told[name] = f'{told[name]} {text}' if name in told else text
+    return told
+
+
+def text_of(function): return function.docstring.value if function.docstring else ''
+
+
+class Docments(Extension):
+    def on_function_instance(self, *, node, func, agent, **kwargs):
+        "Parameters and return value as sections of the docstring."
+        if not hasattr(agent, 'lines_collection') or not node: return
+        lines = agent.lines_collection[func.filepath][node.lineno-1:node.end_lineno]
+        told = docments('\n'.join(line[node.col_offset:] for line in lines))
+        if not told: return
+        sections = [DocstringSectionText(text_of(func))] if text_of(func) else []
+        stars = {'variadic positional': '*', 'variadic keyword': '**'}
+        known = [DocstringParameter(stars.get(p.kind.value, '') + p.name, annotation=p.annotation, description=told.get(p.name, ''), value=None if p.kind.value in stars else p.default)
+                 for p in func.parameters if p.name not in ('self', 'cls')]
+        if known: sections.append(DocstringSectionParameters(known))
+        if 'return' in told:
+            sections.append(DocstringSectionReturns([DocstringReturn(name='', annotation=func.returns, description=told['return'])]))
+        if not func.docstring: func.docstring = Docstring('', parent=func)
+        func.docstring.__dict__['parsed'] = sections
+
+    def on_attribute_instance(self, *, node, attr, agent, **kwargs):
+        "The comment beside a field or a constant."
+        if attr.docstring or not hasattr(agent, 'lines_collection') or not node: return
+        source = agent.lines_collection[attr.filepath][node.end_lineno-1]
+        found = source[node.end_col_offset:].strip() if source.isascii() else source.encode()[node.end_col_offset:].decode().strip()
+        if found.startswith('#'): attr.docstring = Docstring(found.lstrip('#').strip(), parent=attr)
+
+    def on_package(self, *, pkg, **kwargs):
+        "Patched functions move into their classes, wherever in the package these are."
+        modules = list(walk(pkg))
+        classes = {c.name: c for m in modules for c in m.members.values() if isinstance(c, Class)}
+        for module in modules:
+            for name, func in list(module.members.items()):
+                if func.is_alias or not func.is_function or not any(str(d.value).split('(')[0] == 'patch' for d in func.decorators): continue
+                first = next(iter(func.parameters), None)
+                owner = classes.get(str(first.annotation).rsplit('.', 1)[-1]) if first and first.annotation else None
+                if owner is None: continue
+                module.del_member(name)
+                owner.set_member(name, func)
+
+
+def walk(module):
+    "A module and all below it."
+    yield module
+    for child in module.members.values():
+        if not child.is_alias and child.is_module: yield from walk(child)
