@@ -2,14 +2,16 @@
 import ast, re, sys, warnings
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
 __version__ = "0.1.0"
 
 _NAMES = {  # name: the module that defines it
-    **dict.fromkeys(('CheckpointError', 'InputError', 'MODELS', 'load_image', 'read_table', 'write_table'), 'core'),
+    **dict.fromkeys(('CheckpointError', 'InputError', 'load_image'), 'core'),
+    **dict.fromkeys(('read_table', 'write_table'), 'files'),
+    'MODELS': 'weights',
     **dict.fromkeys(('RewardModel', 'PerspectiveConfig'), 'model'),
     **dict.fromkeys(('RewardConfig', 'RewardTrainer', 'train_perspective'), 'trainer'),
     **dict.fromkeys(('RewardRecords', 'load_records'), 'data'),
@@ -20,12 +22,13 @@ _NAMES = {  # name: the module that defines it
 __all__ = ['__version__', *sorted(_NAMES)]
 
 _MOVED = {  # where modules of the time before 0.1.0 went
-    'cli': 'commands.cli', 'listing': 'commands.listing', 'main': 'commands.main', 'cards': 'rewards.cards',
+    'cli': 'commands', 'listing': 'commands.listing', 'main': 'commands.main', 'cards': 'rewards.cards',
     **{n: f'rewards.{n}' for n in ('clip', 'imagereward', 'vqa', 'grader', 'ocr', 'real')},
     **{n: f'steering.{n}' for n in ('particles', 'schedulers', 'traces')},
     **{n: f'evaluation.{n}' for n in ('geneval', 'benchmarks', 'tables', 'signs')},
     'tiny_diffusion': 'tiny.diffusion', 'tiny_metrics': 'tiny.metrics', 'guidance': 'tiny.guidance',
 }
+_DIVIDED = {'core': ['files', 'weights']}  # modules of the time before 0.1.0, and those that took over some of their names
 
 
 def _public(path):
@@ -76,4 +79,36 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module): module.__spec__ = self.spec
 
 
+class _Divided(MetaPathFinder):
+    "Lets a divided module offer the names that others took over, with a warning that tells where they are."
+    def find_spec(self, fullname, path=None, target=None):
+        package, _, name = fullname.rpartition('.')
+        if package != __name__ or name not in _DIVIDED: return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            module.__getattr__ = _successor(name)
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _successor(
+    module,  # one of `_DIVIDED`
+):  # its `__getattr__`
+    "Look a name up in the modules that took over the names of `module`."
+    old = f'{__name__}.{module}'
+
+    def __getattr__(name):
+        heirs = [] if name.startswith('_') else [f'{__name__}.{m}' for m in _DIVIDED[module]]
+        owner = next((h for h in heirs if name in _public(find_spec(h).origin)), None)
+        if owner is None: raise AttributeError(f'module {old!r} has no attribute {name!r}')
+        warnings.warn(f'{old}.{name} is now {owner}.{name}; the old path goes in version 0.2',
+                      DeprecationWarning, stacklevel=2)
+        return getattr(import_module(owner), name)
+    return __getattr__
+
+
+sys.meta_path.insert(0, _Divided())
 sys.meta_path.append(_Moved())

@@ -17,8 +17,9 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 
-from .core import (IMAGE_COLUMNS, MAX_PIXELS, PROMPT_COLUMNS, InputError, TransparencyWarning, as_path,
-                                  image_key, image_size, load_image, number, progress, read_table)
+from .core import (MAX_PIXELS, InputError, TransparencyWarning, as_path, image_key, image_size,
+    load_image, progress)
+from .files import IMAGE_COLUMNS, PROMPT_COLUMNS, number, read_table
 from .store import file_hash, pixels_hash
 
 # %% ../nbs/3_paper/35_data.ipynb #3c947aeb

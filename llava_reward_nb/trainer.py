@@ -19,10 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from . import __version__
-from .core import CheckpointError, InputError, atomic_path
+from .core import CheckpointError, InputError
+from .files import atomic_path
 from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .losses import cls_prob
-from .model import PerspectiveConfig, RewardModel, _config_from, _read_json, _read_weights
+from .model import PerspectiveConfig, RewardModel, saved_config
+from .weights import read_json
 from .store import file_hash, folder_lock, tensors_hash
 
 # %% ../nbs/3_paper/36_trainer.ipynb #6a5e9089
@@ -261,17 +263,6 @@ class RewardTrainer(Trainer):
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
 
-# %% ../nbs/3_paper/36_trainer.ipynb #95f7b4d9
-@patch
-def to_dict(self:PerspectiveConfig)->dict:
-    "All fields."
-    return asdict(self)
-
-@patch
-def to_json_string(self:PerspectiveConfig)->str:
-    "All fields, as JSON."
-    return json.dumps(asdict(self), indent=1)
-
 # %% ../nbs/3_paper/36_trainer.ipynb #8774a6e9
 @patch
 def compute_loss(self:RewardTrainer,
@@ -445,7 +436,7 @@ def _check_checkpoint(
     hashes=False,    # read all files, and not only their sizes
 )->str: # name of the perspective in it
     "`CheckpointError` naming the file that is missing or damaged."
-    files = _read_json(folder/'files.json')
+    files = read_json(folder/'files.json')
     listed = lambda x: isinstance(x, list) and len(x)==2
     if not all(map(listed, files.values())): raise CheckpointError(
         f"{folder/'files.json'}: does not list sizes and hashes; the checkpoint is not whole")
@@ -473,16 +464,17 @@ def _load_from_checkpoint(self:RewardTrainer,
     model=None,             # unused: it is always the reward model
 ):
     "Read the perspective back; `CheckpointError` if the checkpoint is of another run."
-    where = Path(resume_from_checkpoint); folder = where/self.perspective
-    saved,mine = _read_json(folder/'reward_config.json'),asdict(self.model.config)
-    self.model._check_base(_config_from(saved, folder, {}), folder)
+    where = Path(resume_from_checkpoint)
+    folder = where/self.perspective
+    saved = saved_config(folder)
+    self.model.check_base(saved, folder)
+    mine = asdict(self.model.config)
     for k in 'base','fingerprint','version': mine.pop(k)
-    diff = _differences(saved, mine) or _differences(_read_json(where/'training_args.json'), self.recipe())
+    diff = _differences(asdict(saved), mine) or _differences(read_json(where/'training_args.json'), self.recipe())
     if diff: raise CheckpointError(
         f"{where}: is of another run ({diff}); go on with the same recipe, base and records, or start anew in "
         "another output_dir")
-    adapter,head = (_read_weights(folder/f'{f}.safetensors') for f in ('adapter_model','head'))
-    self.model._fill(self.perspective, adapter, head, folder)
+    self.model.restore_perspective(self.perspective, folder)
 
 # %% ../nbs/3_paper/36_trainer.ipynb #1a019662
 @patch
@@ -575,22 +567,6 @@ def kept(self:RewardTrainer)->str: # words for an error
     "What is left of a run that stops here."
     found = list(checkpoints(self.args.output_dir))
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-
-# %% ../nbs/3_paper/36_trainer.ipynb #5b759dbd
-@patch
-def activation_checkpointing_enable(self:RewardModel,
-    activation_checkpointing_kwargs=None, # of `torch.utils.checkpoint`
-    **kwargs,                             # more that the language model's method takes
-):
-    "Compute the language model's activations again in the backward pass instead of keeping them."
-    lm,how = self.backbone.model.language_model,activation_checkpointing_kwargs or dict(use_reentrant=False)
-    if hasattr(lm, 'activation_checkpointing_enable'): lm.activation_checkpointing_enable(how, **kwargs)
-    else: lm.gradient_checkpointing_enable(how, **kwargs)
-
-@patch
-def gradient_checkpointing_enable(self:RewardModel, gradient_checkpointing_kwargs=None, **kwargs):
-    "The name that older versions of transformers call it by."
-    self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
 # %% ../nbs/3_paper/36_trainer.ipynb #7a53a4fa
 def train_perspective(

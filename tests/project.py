@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = 'llava_reward_nb'
-NOT_SOURCE = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'demo', 'runs', '_docs', '_proc')
+NOT_SOURCE = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'demo', 'runs', '_docs', '_proc', '_site')
 
 
 def copy_of(folder, *names):

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llava_reward_nb.core import InputError, write_table
+from llava_reward_nb.core import InputError
+from llava_reward_nb.files import write_table
 from llava_reward_nb.data import (RewardCollator, RewardRecords, check_image, load_records, record_kind, split_by_prompt)
 
 FORMATS = ('json', 'jsonl', 'csv', 'parquet')

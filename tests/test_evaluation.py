@@ -9,9 +9,12 @@ from PIL import Image
 from llava_reward_nb import stats
 from llava_reward_nb.evaluation.benchmarks import SPECS, load_benchmark, load_prompts
 from llava_reward_nb.core import InputError
-from llava_reward_nb.evaluation.runs import *
+from llava_reward_nb.evaluation.measures import PUBLISHED, measure, results
+from llava_reward_nb.evaluation.report import make_table, table9
+from llava_reward_nb.evaluation.runs import Run, run_benchmark
+from llava_reward_nb.evaluation.timing import latency, latency_table
 from llava_reward_nb.evaluation.geneval import write_samples
-from llava_reward_nb.shapes.world import Checker
+from llava_reward_nb.shapes.checker import Checker
 from llava_reward_nb.store import identity, make_identity
 from llava_reward_nb.evaluation.tables import Table
 
@@ -431,7 +434,7 @@ def test_functions_under_one_name_are_never_mixed(tmp_path):
 def test_a_trained_reward_is_noticed_on_disk(tmp_path):
     "The reward's folder gets other weights; the same command; the numbers are of the new weights."
     from safetensors.torch import load_file, save_file
-    from llava_reward_nb.core import MODELS
+    from llava_reward_nb.weights import MODELS
     shutil.copytree(MODELS['tiny']/'alignment', tmp_path/'m'/'mine')
     config = tmp_path/'m'/'mine'/'reward_config.json'
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(base=str(MODELS['tiny']/'base'))))
@@ -707,7 +710,7 @@ def test_a_prompt_without_guidance_scores_has_no_best_particle():
 
 @pytest.mark.parametrize('suffix', ['csv', 'tsv', 'json', 'jsonl', 'parquet'])
 def test_particles_from_every_table(tmp_path, suffix):
-    from llava_reward_nb.core import write_table
+    from llava_reward_nb.files import write_table
     g, frame = golden_particles(); m = list(g['final'])
     frame['guidance_score'] = frame.guidance_score.where(frame.prompt != '1'); frame.loc[3, m[0]] = math.nan
     frame['prompt'] = ['007 '+p for p in frame.prompt]

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from llava_reward_nb.core import CheckpointError, InputError, check_loaded
+from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.weights import check_loaded
 from llava_reward_nb.evaluation.geneval import *
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'evaluation'/'geneval.json').read_text(encoding='utf-8'))

@@ -53,3 +53,20 @@ def test_old_paths_lead_to_new_ones(old, new):
     with pytest.warns(DeprecationWarning, match=f'{LIB}.{old} is now {LIB}.{new}'): module = import_module(f'{LIB}.{old}')
     assert module is import_module(f'{LIB}.{new}')
     assert module.__name__ == module.__spec__.name == f'{LIB}.{new}'
+
+
+@pytest.mark.parametrize('old, new, name', [(old, new, name) for old, heirs in package._DIVIDED.items() for new in heirs for name in public(new)])
+def test_a_divided_module_leads_to_names_that_left_it(old, new, name):
+    assert not set(public(old)) & set(public(new))
+    with pytest.warns(DeprecationWarning, match=f'{LIB}.{old}.{name} is now {LIB}.{new}.{name}') as said:
+        exec(f'from {LIB}.{old} import {name}', found := {})
+    assert found[name] is getattr(import_module(f'{LIB}.{new}'), name)
+    assert said[0].filename == '<string>', 'the warning points at whoever imports'
+
+
+@pytest.mark.parametrize('old', package._DIVIDED)
+def test_a_divided_module_has_no_other_names(old):
+    module = import_module(f'{LIB}.{old}')
+    for name in ('nothing', '_private', '__path__'):
+        with pytest.raises(AttributeError, match=name): getattr(module, name)
+    with pytest.raises(ImportError, match='nothing'): exec(f'from {LIB}.{old} import nothing', {})

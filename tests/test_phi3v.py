@@ -3,7 +3,8 @@ import hashlib, json
 
 import numpy as np, pytest, torch
 from llava_reward_nb.phi3v import *
-from llava_reward_nb.phi3v import CLIP_MEAN, CLIP_STD, load_tokenizer
+from llava_reward_nb.phi3v import load_tokenizer
+from llava_reward_nb.core import CLIP_MEAN, CLIP_STD
 from safetensors import safe_open
 from torch.testing import assert_close
 

@@ -4,9 +4,12 @@ import ast, os, re, shlex, subprocess
 import matplotlib, numpy as np, pytest, torch
 from project import ROOT, tool
 
-from llava_reward_nb.core import MODELS
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.data import load_records
-from llava_reward_nb.shapes.world import alignment_pairs, parse_prompt, render, scene_for, write_records
+from llava_reward_nb.shapes.world import render
+from llava_reward_nb.shapes.records import alignment_pairs, write_records
+from llava_reward_nb.shapes.prompts import parse_prompt
+from llava_reward_nb.shapes.scenes import scene_for
 
 TINY = MODELS['tiny']
 STAND_INS = {  # what is full-size in the README, and what takes its place here

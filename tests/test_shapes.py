@@ -6,8 +6,12 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from llava_reward_nb.core import InputError
-from llava_reward_nb.shapes.world import *
-from llava_reward_nb.shapes.world import GAP
+from llava_reward_nb.shapes.checker import Checker
+from llava_reward_nb.shapes.edits import ARTIFACTS, add_artifact, hard_negative, negative_kinds
+from llava_reward_nb.shapes.prompts import CATEGORIES, PREFIXES, VOCAB, make_prompt, parse_prompt
+from llava_reward_nb.shapes.records import alignment_pairs, fidelity_pairs, overall_pairs, safety_labels
+from llava_reward_nb.shapes.scenes import GAP, describe, sample_prompt, sample_scene, scene_for, statements, worded
+from llava_reward_nb.shapes.world import COLORS, EXTENT, HELD_OUT, LOOKALIKES, SHAPES, SIZE, SPLITS, render
 
 steady = settings(max_examples=60)
 

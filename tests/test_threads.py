@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch.testing import assert_close
 
-from llava_reward_nb.core import MODELS
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.rewards.registry import LLaVAReward, load_reward
-from llava_reward_nb.shapes.world import alignment_pairs
+from llava_reward_nb.rewards.registry import load_reward
+from llava_reward_nb.rewards.llava import LLaVAReward
+from llava_reward_nb.shapes.records import alignment_pairs
 
 NEAR = dict(atol=1e-5, rtol=1e-5)
 NAMES = ['alignment', 'fidelity', 'overall_bt', 'safety']

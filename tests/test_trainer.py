@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
 
-from llava_reward_nb.core import MODELS, CheckpointError, InputError, read_table
+from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.weights import MODELS
+from llava_reward_nb.files import read_table
 from llava_reward_nb.data import load_records
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.phi3v import Phi3VModel
-from llava_reward_nb.shapes.world import alignment_pairs, safety_labels, write_records
+from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
 from llava_reward_nb.store import folder_lock
 from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, checkpoints, label_metrics, pairwise_accuracy,
                                      planned_updates, train_perspective)
@@ -107,10 +109,10 @@ from transformers import TrainerCallback
 sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
 torch.set_num_threads(1)
 from test_trainer import config
-from llava_reward_nb.core import MODELS
+from llava_reward_nb.weights import MODELS
 from llava_reward_nb.data import load_records
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.shapes.world import alignment_pairs
+from llava_reward_nb.shapes.records import alignment_pairs
 from llava_reward_nb.trainer import train_perspective
 
 folder, dies = sys.argv[2:]
@@ -222,7 +224,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
 torch.set_num_threads(1)
 from test_trainer import config, tiny
 from llava_reward_nb.data import load_records
-from llava_reward_nb.shapes.world import alignment_pairs
+from llava_reward_nb.shapes.records import alignment_pairs
 from llava_reward_nb.trainer import train_perspective
 pairs = load_records(alignment_pairs(8, seed=0))
 args = config(sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), max_steps=2, lora_dropout=0., warmup_steps=0, optim='sgd', learning_rate=.1)
@@ -367,7 +369,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
     pairs = write_records(alignment_pairs(16, seed=0), tmp_path/'pairs')
-    command = [sys.executable, '-c', 'from llava_reward_nb.commands.cli import llava_reward_train; llava_reward_train()', str(pairs), '--name', 'mine', '--out', str(tmp_path/'run'),
+    command = [sys.executable, '-c', 'from llava_reward_nb.commands.train import llava_reward_train; llava_reward_train()', str(pairs), '--name', 'mine', '--out', str(tmp_path/'run'),
                '--batch-size', '1', '--accumulation', '1', '--lora-rank', '4', '--device', 'cpu', '--save-steps', '2', '--epochs', '200']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not checkpoints(tmp_path/'run') and process.poll() is None: time.sleep(.05)

@@ -20,13 +20,17 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import (IMAGE_COLUMNS, PROMPT_COLUMNS, InputError, as_path, find_column, hub_folder, number,
-                                  open_image, read_table, table_kind)
+from ..core import InputError, as_path, open_image
+from ..files import IMAGE_COLUMNS, PROMPT_COLUMNS, find_column, number, read_table, table_kind
+from ..weights import hub_folder
 from ..data import Fault
 from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered, read_tasks, tiny_tasks
-from ..shapes.world import (ARTIFACTS, CATEGORIES, COLORS, LOOKALIKES, SHAPES, Checker, add_artifact,
-                                    alignment_pairs,
-    hard_negative, make_prompt, overall_group, parse_prompt, render, safety_labels, sample_prompt, scene_for)
+from ..shapes.world import COLORS, LOOKALIKES, SHAPES, render
+from ..shapes.edits import ARTIFACTS, add_artifact, hard_negative
+from ..shapes.prompts import CATEGORIES, make_prompt, parse_prompt
+from ..shapes.checker import Checker
+from ..shapes.records import alignment_pairs, overall_group, safety_labels
+from ..shapes.scenes import sample_prompt, scene_for
 
 # %% ../../nbs/6_evaluation/61_benchmarks.ipynb #6090e72c
 @dataclass(frozen=True)

@@ -22,9 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..rewards.clip import crop_image, normalise, to_floats
-from ..core import (CheckpointError, InputError, as_images, as_path, atomic_path, default_device, image_list, load_image,
-                                  load_pretrained, progress, read_table, resolve_model)
-from ..shapes.world import CATEGORIES, COLORS, MIN_IOU, SHAPES, SIZE, Checker, Prompt, sample_prompt
+from ..core import (CheckpointError, InputError, as_images, as_path, default_device, image_list,
+    load_image, progress)
+from ..files import atomic_path, read_table
+from ..weights import load_pretrained, resolve_model
+from ..shapes.world import COLORS, SHAPES, SIZE
+from ..shapes.prompts import CATEGORIES, Prompt
+from ..shapes.checker import MIN_IOU, Checker
+from ..shapes.scenes import sample_prompt
 from ..store import identity, make_identity
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #f676d873

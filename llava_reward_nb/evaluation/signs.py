@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .. import stats
-from ..core import InputError, progress, write_table
+from ..core import InputError, progress
+from ..files import write_table
 from ..rewards.ocr import plain
 
 # %% ../../nbs/6_evaluation/63_signs.ipynb #5b1bdfa2

@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from ..core import InputError, as_path, as_prompts, check_writable, image_list, load_image, progress
+from ..core import InputError, as_path, as_prompts, image_list, load_image, progress
+from ..files import check_writable
 from ..store import make_identity
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #a8f7d197

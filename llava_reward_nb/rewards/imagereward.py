@@ -18,9 +18,11 @@ from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
 from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, normalise,
                                   opened_batches, reward_mlp, to_floats)
-from ..core import (CheckpointError, as_prompts, atomic_path, default_device, image_list, load_weights,
-                                  resolve_model, tensor_shapes)
-from ..phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from ..core import CheckpointError, as_prompts, default_device, image_list
+from ..files import atomic_path
+from ..weights import load_weights, resolve_model, tensor_shapes
+from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from ..weights import blame
 from ..store import make_identity
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #0cb7e9e7

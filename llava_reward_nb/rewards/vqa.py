@@ -26,10 +26,13 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
 
 from ..backbones import PassLock, evaluating
 from .clip import check_pixels
-from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device, default_dtype, hub_folder,
-    image_list, image_size, load_image, load_pretrained, load_weights, progress, tensor_shapes, weight_files)
-from ..phi3v import (CLIP_L14_336, CLIP_MEAN, CLIP_STD, blame, check_vocabulary, config_facts, exact_patches,
-    load_tokenizer, plain_ids, read_config, read_json, tokenizer_hash)
+from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
+    default_dtype, image_list, image_size, load_image, progress)
+from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
+from ..phi3v import (CLIP_L14_336, check_vocabulary, config_facts, exact_patches,
+    load_tokenizer, plain_ids, read_config, tokenizer_hash)
+from ..weights import blame, read_json
+from ..core import CLIP_MEAN, CLIP_STD
 from ..store import make_identity
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #b665b960

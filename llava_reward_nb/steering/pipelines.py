@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..core import MODELS, CheckpointError, default_device, progress, resolve_model
+from ..core import CheckpointError, default_device, progress
+from ..weights import MODELS, resolve_model
 from .particles import SteeringError, resample_steps, whole
 from .schedulers import stochastic
 from .traces import Trace, merge_traces

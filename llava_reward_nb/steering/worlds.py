@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from PIL import Image
-from ..shapes.world import parse_prompt, render
+from ..shapes.world import render
+from ..shapes.prompts import parse_prompt
 from .schedulers import stochastic
 
 # %% ../../nbs/5_steering/53_worlds.ipynb #003f0195

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..rewards.clip import clip_tokenizer
-from ..core import atomic_path, progress, write_table
-from ..shapes.world import CATEGORIES, SIZE, VOCAB, Checker, render, sample_prompt, scene_for
+from ..core import progress
+from ..files import atomic_path, write_table
+from ..shapes.world import SIZE, render
+from ..shapes.prompts import CATEGORIES, VOCAB
+from ..shapes.checker import Checker
+from ..shapes.scenes import sample_prompt, scene_for
 from ..steering.pipelines import load_pipeline
 from .mllm import fit, launch
 

@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..rewards.clip import CLIP_MEAN, CLIP_STD, CLIPScore, clip_tokenizer, token_ids
-from ..core import write_table
+from ..rewards.clip import CLIPScore, clip_tokenizer, token_ids
+from ..core import CLIP_MEAN, CLIP_STD
+from ..files import write_table
 from ..rewards.imagereward import ImageReward, bert_tokenizer, prompt_ids
-from ..shapes.world import SIZE, VOCAB, alignment_pairs, overall_pairs, render, sample_prompt, scene_for, statements
+from ..shapes.world import SIZE, render
+from ..shapes.prompts import VOCAB
+from ..shapes.records import alignment_pairs, overall_pairs
+from ..shapes.scenes import sample_prompt, scene_for, statements
 from .mllm import (TINY, TINY_MEAN, TINY_STD, Tower, accuracy_rows, fit, launch, probe_loss, scene_labels, study,
                                   tiny_base)
 

@@ -24,14 +24,19 @@ from torch import nn, Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..backbones import load_backbone
-from ..core import atomic_path, progress, write_table
+from ..core import progress
+from ..files import atomic_path, write_table
 from ..data import load_records
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VModel, Phi3VProcessor, plain_ids
 from ..stats import interval, mean
-from ..shapes.world import (ARTIFACTS, COLORS, KINDS, LOOKALIKES, SHAPES, SIZE, VOCAB, Scene, add_artifact, alignment_pair,
-                                    alignment_pairs, describe, fidelity_pairs, hard_negative, make_prompt, nameless_color, outline, overall_pairs, relation_of, render,
-                                    safety_labels, sample_prompt, scene_for, statements, worded)
+from llava_reward_nb.shapes.world import (COLORS, LOOKALIKES, SHAPES, SIZE, Scene, nameless_color, outline,
+    render)
+from ..shapes.edits import ARTIFACTS, add_artifact, hard_negative
+from ..shapes.scenes import KINDS, describe, sample_prompt, scene_for, statements, worded
+from ..shapes.prompts import VOCAB, make_prompt, relation_of
+from llava_reward_nb.shapes.records import (alignment_pair, alignment_pairs, fidelity_pairs, overall_pairs,
+    safety_labels)
 from ..trainer import RewardConfig, train_perspective
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #acbaed25
