@@ -428,9 +428,9 @@ def steer(
     thumbnail:int=96,   # longest side of the previews kept in the trace, pixels; 0: none
     **config,           # fields of `SteerConfig`: n_particles, lam, potential, steps, ...
 )->Steering: # a context manager; `.trace` is what happened
-    "Steer what a pipeline samples in a `with` block (arXiv 2501.06848); SteeringError for settings that do not work."
+    "Steer what is sampled in a `with` block (arXiv 2501.06848); SteeringError for settings that cannot work."
     known = {f.name for f in fields(SteerConfig)}
     unknown = sorted(config.keys()-known)
     if unknown: raise SteeringError(f"no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    return Steering(pipe, reward, prompts, SteerConfig(**config), held_out=held_out, decode=decode, vae=vae, size=size,
-                    batch_size=batch_size, thumbnail=thumbnail)
+    return Steering(pipe, reward, prompts, SteerConfig(**config), held_out=held_out, decode=decode, vae=vae,
+                    size=size, batch_size=batch_size, thumbnail=thumbnail)

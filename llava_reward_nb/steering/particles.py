@@ -91,7 +91,7 @@ def log_potential(
     memory:Tensor,  # What the potential remembers of the steps before, (..., k)
     lam:float,      # Strength, >= 0
 )->tuple: # (log potential, new memory), both (..., k)
-    "Factor that a weight gets before the last step (arXiv 2501.06848, section 3); SteeringError for another kind."
+    "Factor of a weight before the last step (arXiv 2501.06848, section 3); SteeringError for another kind."
     if kind=='difference': return lam*(rewards-memory), rewards
     if kind=='reward': return lam*rewards, memory
     if kind=='max': memory = torch.maximum(memory, rewards)
@@ -139,13 +139,14 @@ def weigh(self:Particles,
     rewards:Tensor,   # Rewards of all particles, (p, k); not finite = weight zero, with a warning
     last:bool=False,  # The final images: makes the product of potentials exp(lam*reward)
 )->Tensor: # Log potentials, (p, k)
-    "Multiply the weights by this step's potentials; SteeringError for a wrong shape or a group without a finite reward."
+    "Multiply weights by this step's potentials; SteeringError for a wrong shape or a group without finite rewards."
     r = torch.as_tensor(rewards).double().cpu()
     if r.shape!=self.log_w.shape: raise SteeringError(
         f"rewards have shape {tuple(r.shape)}; needed: one for each particle, {tuple(self.log_w.shape)}")
     bad = ~torch.isfinite(r)
     if bad.any(): warnings.warn(
-        f"{int(bad.sum())} of {r.numel()} rewards are not finite; these particles get weight zero", stacklevel=2)
+        f"{int(bad.sum())} of {r.numel()} rewards are not finite; these particles get weight zero",
+        stacklevel=2)
     dead = (bad|~torch.isfinite(self.log_w)).all(-1)
     if dead.any(): raise SteeringError(
         f"no particle of group {dead.nonzero()[0].item()} has a finite reward; "
