@@ -46,7 +46,7 @@ def install(config, python):
     (HOME/'lowest.in').write_text('\n'.join(bounded(config)))
     (HOME/'tools.in').write_text('\n'.join(tools))
     if not (env/'bin/python').exists(): must(uv/'bin/uv', 'venv', '-q', '--python', python, env)
-    must(uv/'bin/uv', 'pip', 'compile', '-q', '--resolution', 'lowest', '--no-deps', '--python', env/'bin/python',
+    must(uv/'bin/uv', 'pip', 'compile', '-q', '--upgrade', '--resolution', 'lowest', '--no-deps', '--python', env/'bin/python',
          '--only-binary', ':all:', HOME/'lowest.in', '-o', HOME/'lowest.txt')
     must(uv/'bin/uv', 'pip', 'install', '-q', '--python', env/'bin/python', '-r', HOME/'lowest.txt', '-r', HOME/'tools.in')
     must(uv/'bin/uv', 'pip', 'install', '-q', '--python', env/'bin/python', '--no-deps', '-e', '.')
