@@ -16,7 +16,8 @@ from torch import nn, Tensor
 
 from .core import CheckpointError
 from .weights import hub_folder
-from .phi3v import Phi3VModel, Phi3VProcessor, blame, hd_shape, read_json, tokenizer_hash
+from .phi3v import Phi3VModel, Phi3VProcessor, hd_shape, tokenizer_hash
+from .weights import blame, read_json
 
 # %% ../nbs/3_paper/33_backbones.ipynb #78496eb6
 class PassLock:
