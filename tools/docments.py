@@ -2,36 +2,14 @@
 
 The comment beside a parameter, a return annotation or a field becomes its description, and a function under `@patch`
 becomes a method of the class it patches."""
-import ast, io, tokenize
+import sys
+from pathlib import Path
 
 from griffe import (Class, Docstring, DocstringParameter, DocstringReturn, DocstringSectionParameters, DocstringSectionReturns,
                     DocstringSectionText, Extension)
 
-
-def comments_of(source):
-    "Line number to comment, and the numbers of those lines that hold nothing else."
-    found, alone = {}, set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT: continue
-        found[token.start[0]] = token.string.lstrip('#').strip()
-        if not token.line[:token.start[1]].strip(): alone.add(token.start[0])
-    return found, alone
-
-
-def docments(source):
-    "Parameter to description for the function in `source`; `return` names what comes back."
-    found, alone = comments_of(source)
-    node = ast.parse(source).body[0]
-    args = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
-    lines, body = {}, node.body[0].lineno
-    for arg in filter(None, args): lines[arg.lineno] = arg.arg  # of two on a line the last one counts
-    told = {}
-    for line, text in found.items():
-        if line >= body: continue
-        if line in alone: name = next((name for at, name in sorted(lines.items()) if at > line), None)
-        else: name = lines.get(line, 'return' if line > max(lines, default=0) or node.returns and line >= node.returns.lineno else None)
-        if name: told[name] = f'{told[name]} {text}' if name in told else text
-    return told
+sys.path.insert(0, str(Path(__file__).parent))
+from docs import docments
 
 
 def text_of(function): return function.docstring.value if function.docstring else ''

@@ -1,7 +1,7 @@
 """The site's pages and navigation, made from the notebooks and the package: a hook of MkDocs (see `mkdocs.yml`).
 
 `python tools/docs.py` checks the site that was built: every link leads somewhere, and nothing comes from another host."""
-import ast, base64, json, posixpath, re, shutil, sys
+import ast, base64, io, json, posixpath, re, shutil, sys, tokenize
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -14,6 +14,7 @@ FILES = {'CHANGELOG.md': 'Changes', 'CONTRIBUTING.md': 'Contributing', f'{LIB}/b
 FENCE = re.compile(r'^( *)(```+|~~~+).*?^\1\2[ \t]*$', re.M | re.S)
 MATH = re.compile(r'(?<![\\$])(\$\$?)(?!\s*\$)(.+?)(?<!\\)\1(?!\$)', re.S)
 PLAINER = {'lVert': r'\Vert', 'rVert': r'\Vert', 'lvert': r'\vert', 'rvert': r'\vert', 'arg': r'\operatorname{arg}'}  # what latex2mathml does not know
+BADGES = re.compile(r'^(\[!\[[^]]*\]\([^)]*\)\]\([^)]*\)\s*)+', re.M)  # pictures from other hosts, for GitHub alone
 CODE = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.S)
 CSS = '''
 .md-grid { max-width: 76rem; }
@@ -142,7 +143,7 @@ def moved_links(text, source, page, repository):
 def prose(text, source, page, repository):
     "A Markdown cell or file, as a part of a page."
     def change(text): return MATH.sub(FORMULAS.take, loose_lists(moved_links(text, source, page, repository)))
-    return outside_code(text, change)
+    return outside_code(BADGES.sub('', text), change)
 
 
 def fenced(text, language):
@@ -159,7 +160,9 @@ def output_of(output, save):
         if mime in data: return f'![output]({save(base64.b64decode(data[mime]), mime.split("/")[1])})'
     if 'image/svg+xml' in data: return f"![output]({save(''.join(data['image/svg+xml']).encode(), 'svg')})"
     if 'text/markdown' in data: return data['text/markdown']
-    if 'text/html' in data: return '<div>' + re.sub(r'\n\s*\n', '\n', data['text/html']) + '</div>'
+    if 'text/html' in data:  # a table of pandas takes the theme's looks when it brings none
+        html = re.sub(r'<table border="1" class="dataframe">', '<table>', data['text/html'])
+        return '<div>' + re.sub(r'\n\s*\n', '\n', html) + '</div>'
     return fenced(data['text/plain'], 'text') if 'text/plain' in data else ''
 
 
@@ -221,6 +224,35 @@ def stage(repository):
     for name, text in pages.items():
         (PAGES/name).parent.mkdir(parents=True, exist_ok=True)
         (PAGES/name).write_text(text, encoding='utf-8')
+
+
+# --- What comments say
+
+
+def comments_of(source):
+    "Line number to comment, and the numbers of those lines that hold nothing else."
+    found, alone = {}, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT: continue
+        found[token.start[0]] = token.string.lstrip('#').strip()
+        if not token.line[:token.start[1]].strip(): alone.add(token.start[0])
+    return found, alone
+
+
+def docments(source):
+    "Parameter to description for the function in `source`; `return` names what comes back."
+    found, alone = comments_of(source)
+    node = ast.parse(source).body[0]
+    args = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+    lines, body = {}, node.body[0].lineno
+    for arg in filter(None, args): lines[arg.lineno] = arg.arg  # of two on a line the last one counts
+    told = {}
+    for line, text in found.items():
+        if line >= body: continue
+        if line in alone: name = next((name for at, name in sorted(lines.items()) if at > line), None)
+        else: name = lines.get(line, 'return' if line > max(lines, default=0) or node.returns and line >= node.returns.lineno else None)
+        if name: told[name] = f'{told[name]} {text}' if name in told else text
+    return told
 
 
 # --- Hooks of MkDocs
