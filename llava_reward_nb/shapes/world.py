@@ -205,12 +205,13 @@ def show_images(
 ):
     "Show small images in rows, with small titles."
     import matplotlib.pyplot as plt
+    wrapped = [textwrap.wrap(title, 18) for title in titles or []]
+    longest = max(map(len, wrapped), default=0) # lines of a title
     rows = -(-len(images)//columns)
-    height = 1.15*rows*(1.32 if titles else 1)
-    fig,axes = plt.subplots(rows, columns, figsize=(1.15*columns,height), dpi=75, squeeze=False)
+    size = 1.15*columns, 1.15*rows*(1+.12*longest)
+    fig,axes = plt.subplots(rows, columns, figsize=size, dpi=75, squeeze=False)
     for ax in axes.flat: ax.axis('off')
-    for i,(ax,image) in enumerate(zip(axes.flat, images)):
-        ax.imshow(image, interpolation='nearest')
-        if titles: ax.set_title('\n'.join(textwrap.wrap(titles[i], 18)), fontsize=6.5)
+    for ax,image in zip(axes.flat, images): ax.imshow(image, interpolation='nearest')
+    for ax,lines in zip(axes.flat, wrapped): ax.set_title('\n'.join(lines), fontsize=6.5)
     plt.tight_layout(pad=.3)
     plt.show()
