@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..core import InputError
 from .prompts import RELATIONS, Prompt, matches
-from .scenes import JITTER, Spot, between, compose, is_free, open_color, pick, pick_two, turn
-from .world import (COLORS, EXTENT, SHAPES, SIZE, Obj, Scene, allowed_colors, check_split,
-    fill_polygon, outline, paint_object, render, rgb_of)
+from llava_reward_nb.shapes.scenes import (JITTER, Spot, between, compose, is_free, open_color, pick,
+    pick_two, turn)
+from .world import (COLORS, EXTENT, SHAPES, SIZE, Obj, Scene, allowed_colors,
+    check_split, fill_polygon, outline, paint_object, render, rgb_of)
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #f9a12a8c
 def _changed(scene:Scene, change)->Scene: # each object replaced by what `change` makes of it
@@ -108,7 +109,7 @@ def hard_negative(
     prompt:Prompt,      # what held
     scene:Scene,        # a scene of which it holds
     rng,                # numpy Generator
-    kind:str=None,      # one of `negative_kinds(prompt)`; default: the most telling one 3 times in 5, else any
+    kind:str=None,      # one of `negative_kinds(prompt)`; default: the first of them 3 times in 5, else any
     split:str='train',  # which color-shape pairs may appear
 )->tuple: # (Scene, kind)
     "Edit a scene so that exactly one fact breaks (and what rests on it); `InputError` if that cannot be."
@@ -190,7 +191,7 @@ def add_artifact(
     kind:str,     # one of `ARTIFACTS`
     rng,          # numpy Generator
 )->Image.Image: # RGB, 64x64
-    "Render a scene with an artifact; 'deform', 'cut' and 'blend' spoil one object or more; `InputError` otherwise."
+    "Render a scene with an artifact; 'deform', 'cut' and 'blend' spoil one object or more."
     if kind not in ARTIFACTS: raise InputError(f"artifact {kind!r}; use one of {', '.join(ARTIFACTS)}")
     if kind=='blur': return render(scene).filter(ImageFilter.GaussianBlur(between(rng,1.3,2.)))
     if kind=='noise': return _noisy(render(scene), rng)

@@ -97,7 +97,9 @@ def rests_on(self:Fact,
     return self.kind=='relation' and other.kind in ('color','attribute')
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #6496e00a
-CATEGORIES = ('single_object', 'two_objects', 'counting', 'colors', 'position', 'color_attribution') # GenEval's six
+CATEGORIES = ( # GenEval's six
+    'single_object', 'two_objects', 'counting', 'colors', 'position', 'color_attribution',
+)
 PREFIXES = ('a photo of ', 'an image of ', '')
 
 class Term(NamedTuple):
@@ -122,7 +124,8 @@ def _facts(terms:tuple, relation:str)->tuple:
     facts += [Fact('count', ((shape,color),), n) for n,shape,color in terms if n>1]
     bound = tuple((shape,color) for n,shape,color in terms if n==1 and color)
     if bound: facts.append(Fact('color' if len(bound)==1 else 'attribute', bound))
-    if relation: facts.append(Fact('relation', tuple((shape,color) for _,shape,color in terms), relation=relation))
+    items = tuple((shape,color) for _,shape,color in terms)
+    if relation: facts.append(Fact('relation', items, relation=relation))
     return tuple(facts)
 
 def _category(terms:tuple, relation:str)->str:
@@ -135,15 +138,17 @@ def _category(terms:tuple, relation:str)->str:
 # %% ../../nbs/2_shapes/21_prompts.ipynb #4cac3856
 def _check_terms(terms:tuple, relation:str):
     for term in terms:
-        if term.n not in (1,*NUMBERS) or term.shape not in SHAPES or term.color not in ('',*COLORS): raise InputError(
+        known = term.n in (1,*NUMBERS) and term.shape in SHAPES and term.color in ('',*COLORS)
+        if not known: raise InputError(
             f"{tuple(term)} has no words; use a number of 1 to 4, a shape ({', '.join(SHAPES)}) "
             f"and a color ({', '.join(COLORS)}, '' for any)")
     if relation and (relation not in RELATIONS or [term.n for term in terms]!=[1,1]): raise InputError(
-        f"relation {relation!r} of {len(terms)} terms; use one of {', '.join(RELATIONS)}, of two single objects")
+        f"relation {relation!r} of {len(terms)} terms; use one of {', '.join(RELATIONS)}, "
+        f"between two single objects")
     for a,b in combinations(terms, 2):
         if a.shape==b.shape and (a.color==b.color or '' in (a.color,b.color)): raise InputError(
-            f"prompt names {_noun(1,a.shape,a.color)} and {_noun(1,b.shape,b.color)}, which may be the same one; "
-            f"use a number ('two {a.shape}s') or different colors")
+            f"prompt names {_noun(1,a.shape,a.color)} and {_noun(1,b.shape,b.color)}, "
+            f"which may be the same one; use a number ('two {a.shape}s') or different colors")
 
 def make_prompt(
     terms,                       # `Term`s or tuples (n, shape, color), color '' for none
@@ -182,7 +187,8 @@ def parse_prompt(
     text:str, # such as 'a photo of a red circle'
 )->Prompt:
     "Read a prompt; `InputError` for words or forms outside the grammar, listing what can be read."
-    if not isinstance(text, str): raise InputError(f"prompt {text!r} is a {type(text).__name__}; pass a string")
+    if not isinstance(text, str): raise InputError(
+        f"prompt {text!r} is a {type(text).__name__}; pass a string")
     body = ' '.join(text.lower().split()).rstrip(' .')
     prefix = next(p for p in PREFIXES if body.startswith(p)) # the last one is empty
     body = body[len(prefix):]
@@ -194,7 +200,8 @@ def parse_prompt(
     return make_prompt(terms, relation, prefix)
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #5f894c84
-_PHRASES = (*PREFIXES, *RELATIONS, *NUMBERS.values(), *COLORS, *SHAPES, *(f'{shape}s' for shape in SHAPES), 'and')
+_PLURALS = [f'{shape}s' for shape in SHAPES]
+_PHRASES = [*PREFIXES, *RELATIONS, *NUMBERS.values(), *COLORS, *SHAPES, *_PLURALS, 'and']
 VOCAB = sorted(set(' '.join(_PHRASES).split()))
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #225d367a

@@ -114,8 +114,8 @@ def overall_group(
     rng,                # numpy Generator
     split:str='train',  # see `sample_prompt`
     k:int=4,            # images
-)->list: # k(k-1)/2 records; `kind`: 'facts', 'artifact' or 'sign' differs, 'several' do, or 'tie'; rates are scores
-    "All pairs of k images of one prompt, ranked by `overall_score`."
+)->list: # k(k-1)/2 records; `kind` is what differs ('several' for more than one thing), or 'tie'
+    "All pairs of k images of one prompt, ranked by `overall_score`, which is also their rate."
     prompt = _small_prompt(rng, split)
     images = [_candidate(rng,prompt,split) for _ in range(k)]
     records = []
@@ -168,7 +168,7 @@ def write_records(
     folder,       # made if needed; images go to `images/` below it
     desc:str='writing images', # words before the progress bar
 )->Path: # the JSONL file
-    "Write images as PNG and records as `records.jsonl`, paths relative to `folder`; a shared image is written once."
+    "Write images as PNG (each once) and records as `records.jsonl`, with paths relative to `folder`."
     folder = Path(folder)
     names = {} # of images, by identity
     rows = []

@@ -10,9 +10,10 @@ __all__ = ['RADII', 'SIGN_RADII', 'GAP', 'JITTER', 'KINDS', 'pick', 'pick_two', 
 from dataclasses import dataclass, replace
 
 from ..core import InputError
-from .prompts import CATEGORIES, NUMBERS, PREFIXES, RELATIONS, Prompt, Term, make_prompt, relation_of
-from .world import (COLORS, EXTENT, HELD_COLOR, HELD_OUT, SHAPES, SIZE, Obj, Scene, Sign,
-    allowed_colors, check_split, nameless_color)
+from llava_reward_nb.shapes.prompts import (CATEGORIES, NUMBERS, PREFIXES, RELATIONS, Prompt, Term,
+    make_prompt, relation_of)
+from .world import (COLORS, EXTENT, HELD_COLOR, HELD_OUT, SHAPES, SIZE, Obj, Scene,
+    Sign, allowed_colors, check_split, nameless_color)
 
 # %% ../../nbs/2_shapes/22_scenes.ipynb #e92b9de4
 def pick(
@@ -51,7 +52,7 @@ def open_color(
 # %% ../../nbs/2_shapes/22_scenes.ipynb #00aeeb87
 def _two_colors(rng, a:str, b:str, split:str)->list: # terms of two shapes, each with its colour
     allowed = allowed_colors(b, split)
-    free = [color for color in allowed_colors(a, split) if color in allowed] # so that they may also be swapped
+    free = [color for color in allowed_colors(a, split) if color in allowed] # these may also be swapped
     color_a,color_b = pick_two(rng, free)
     if split!='unseen': return [Term(1,a,color_a), Term(1,b,color_b)]
     color_a = HELD_COLOR[a]
@@ -76,7 +77,8 @@ def sample_prompt(
     "Draw a prompt; `InputError` for an unknown category or split."
     check_split(split)
     category = category or pick(rng, CATEGORIES)
-    if category not in CATEGORIES: raise InputError(f"category {category!r}; use one of {', '.join(CATEGORIES)}")
+    if category not in CATEGORIES: raise InputError(
+        f"category {category!r}; use one of {', '.join(CATEGORIES)}")
     relation = pick(rng, list(RELATIONS)) if category=='position' else ''
     return make_prompt(_terms(rng,category,split), relation, pick(rng,PREFIXES))
 
@@ -202,7 +204,7 @@ def scene_for(
     distractors:bool=True,   # add objects the prompt does not name, sometimes
     sign:str='',             # 'prohibition' or one of `LOOKALIKES`; '' for none
 )->Scene:
-    "Draw a scene of which every fact holds; `InputError` for a pair that the split holds out, or over 4 objects."
+    "Draw a scene of which every fact holds; `InputError` for a held-out pair or over 4 objects."
     check_split(split)
     for _,shape,color in prompt.terms:
         if color and color not in allowed_colors(shape,split): raise InputError(
@@ -225,7 +227,7 @@ def sample_scene(
     split:str='train',  # which color-shape pairs may appear
     sign:str='',        # kind of sign, '' for none
 )->Scene:
-    "Draw a scene; three times in five several objects share a shape; two objects always stand in a clear relation."
+    "Draw a scene: 3 times in 5 some objects share a shape; of two objects the relation is always clear."
     check_split(split)
     n = n or 1+int(rng.random()*4)
     alike = 2+int(rng.random()*(n-1)) if n>1 and rng.random()<.6 else 1
@@ -249,13 +251,14 @@ def describe(
     scene:Scene, # 1 to 4 objects
     rng=None,    # numpy Generator: of two objects either may come first; default: the left or upper one
 )->str:
-    "Say everything about a scene (but for its sign), objects from left to right; `InputError` if it is empty."
+    "Say everything about a scene but its sign, objects from left to right; `InputError` if it is empty."
     if not scene.objects: raise InputError("the scene has no objects to describe; pass one with 1 to 4")
     objects = sorted(worded(scene).objects, key=lambda o: o.x)
     if len(objects)==2 and not _are_alike(*objects) and relation_of(*objects):
         flip = relation_of(*objects)=='below' if rng is None else rng.random()<.5
         a,b = objects[::-1] if flip else objects
-        return make_prompt([Term(1,a.shape,a.color), Term(1,b.shape,b.color)], relation_of(a,b), prefix='').text
+        terms = Term(1,a.shape,a.color), Term(1,b.shape,b.color)
+        return make_prompt(terms, relation_of(a,b), prefix='').text
     counts = {}
     for o in objects: counts[o.shape,o.color] = counts.get((o.shape,o.color),0)+1
     return make_prompt([Term(n,*name) for name,n in counts.items()], prefix='').text
@@ -313,7 +316,8 @@ def _claim_attribute(rng, objects:tuple, truth:bool, split:str):
     color_a,color_b = (a.color,b.color) if truth else (b.color,a.color)
     allowed = allowed_colors(a.shape, split)
     if color_b not in allowed_colors(b.shape,split): color_b = b.color
-    if color_a not in allowed: color_a = pick(rng, [color for color in allowed if color not in (a.color,b.color)])
+    others = [color for color in allowed if color not in (a.color,b.color)]
+    if color_a not in allowed: color_a = pick(rng, others)
     return _claim(Term(1,a.shape,color_a), Term(1,b.shape,color_b))
 
 # %% ../../nbs/2_shapes/22_scenes.ipynb #c355bfcd

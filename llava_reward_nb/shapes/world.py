@@ -26,7 +26,9 @@ COLORS = dict(
 DARK = (38,38,42) # what signs are drawn in; no object has this colour
 
 # %% ../../nbs/2_shapes/20_world.ipynb #946041c5
-HELD_OUT = frozenset({('green','circle'), ('yellow','square'), ('blue','triangle'), ('red','star')}) # (color, shape)
+HELD_OUT = frozenset({ # (color, shape)
+    ('green','circle'), ('yellow','square'), ('blue','triangle'), ('red','star'),
+})
 HELD_COLOR = {shape: color for color,shape in HELD_OUT} # the colour that is held out for each shape
 SPLITS = ('train', 'nameless', 'unseen', 'all')
 
@@ -50,7 +52,7 @@ _LIGHT = (234,234,234) # what backgrounds are close to
 def nameless_color(
     rng, # numpy Generator
 )->tuple: # (r,g,b), 0 to 255
-    "A random colour for any shape, at least 60 away in RGB from the background and from each colour in `HELD_OUT`."
+    "A random colour for any shape, at least 60 away in RGB from backgrounds and from all held-out colours."
     avoid = np.array([_LIGHT, *(COLORS[color] for color,_ in sorted(HELD_OUT))])
     while True:
         rgb = rng.integers(0, 256, 3)
@@ -60,7 +62,7 @@ def nameless_color(
 @dataclass(frozen=True)
 class Obj:
     "One coloured shape."
-    shape:str       # one of `SHAPES`; an outline, as (x,y) corners in units of r, can be drawn, but has no name
+    shape:str       # one of `SHAPES`; a tuple of (x,y) corners in units of r can be drawn, but has no name
     color:str       # a key of `COLORS`; an (r,g,b) can be drawn, but has no name
     x:float         # centre, in pixels of a 64x64 image, from the left
     y:float         # from the top
@@ -187,7 +189,7 @@ SUPERSAMPLE = 4 # canvas pixels per image pixel, in each direction
 def render(
     scene:Scene,        # what to draw
     size:int=SIZE,      # side of the image, in pixels
-    paint=paint_object, # draws one object; called with the canvas, the object, and canvas pixels per scene pixel
+    paint=paint_object, # draws one object; takes the canvas, the object, and canvas pixels per scene pixel
 )->Image.Image: # RGB, (size, size)
     "Draw a scene, anti-aliased."
     side = SUPERSAMPLE*size
