@@ -22,7 +22,7 @@ _NAMES = {  # name: the module that defines it
 __all__ = ['__version__', *sorted(_NAMES)]
 
 _MOVED = {  # where modules of the time before 0.1.0 went
-    'cli': 'commands.cli', 'listing': 'commands.listing', 'main': 'commands.main', 'cards': 'rewards.cards',
+    'cli': 'commands', 'listing': 'commands.listing', 'main': 'commands.main', 'cards': 'rewards.cards',
     **{n: f'rewards.{n}' for n in ('clip', 'imagereward', 'vqa', 'grader', 'ocr', 'real')},
     **{n: f'steering.{n}' for n in ('particles', 'schedulers', 'traces')},
     **{n: f'evaluation.{n}' for n in ('geneval', 'benchmarks', 'tables', 'signs')},

@@ -6,8 +6,12 @@ import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_reward_nb.commands import cli
-from llava_reward_nb.commands.cli import UsageError, llava_reward_compare, llava_reward_demo, llava_reward_score, llava_reward_train
+from llava_reward_nb.commands import score
+from llava_reward_nb.commands.demo import llava_reward_demo
+from llava_reward_nb.commands.items import JudgeItem
+from llava_reward_nb.commands.score import llava_reward_compare, llava_reward_score
+from llava_reward_nb.commands.terminal import UsageError
+from llava_reward_nb.commands.train import llava_reward_train
 from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.files import read_table, write_table
 from llava_reward_nb.weights import resolve_model
@@ -23,8 +27,8 @@ NAMES = ['alignment', 'fidelity', 'overall', 'overall_bt', 'safety']
 
 def start(command, *args, code=None, **kwargs):
     "A command in a process of its own, as the console script starts it."
-    code = code or f'from llava_reward_nb.commands.cli import {command}; {command}()'
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(cli.__file__).parents[2]))
+    code = code or f'from llava_reward_nb.commands import {command}; {command}()'
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(score.__file__).parents[2]))
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
@@ -77,7 +81,7 @@ def rm(): return RewardModel.from_pretrained(TINY, device='cpu')
 def no_model(monkeypatch):
     "Loading a model is long work: a test with this fixture shows that the fault is found before."
     def load(*args, **kwargs): raise AssertionError('the model was loaded')
-    monkeypatch.setattr(cli, 'load', load)
+    monkeypatch.setattr(score, 'load', load)
     monkeypatch.setattr(RewardModel, 'from_pretrained', load)
 
 
@@ -130,11 +134,11 @@ def test_ranking_and_pairs(home, tmp_path, rm):
 def test_an_image_in_many_pairs_is_run_once(home, monkeypatch, rm):
     seen = []
     monkeypatch.setattr(rm, 'embed_all', lambda images, *a, f=rm.embed_all: (seen.extend(images), f(images, *a))[1], raising=False)
-    monkeypatch.setattr(cli, 'PIECE', 2)
+    monkeypatch.setattr(score, 'PIECE', 2)
     a, b, c = ((str(home/f'{n}.png'), 'a star') for n in ('circle', 'square', 'star'))
     pairs = [(a, b), (a, c), (b, c)]
-    items = [cli.Item((x, y), text, {}) for (x, text), (y, _) in pairs]
-    got = cli.judge_items([cli.perspective_judge(rm, ['overall'])], items)
+    items = [JudgeItem((x, y), text, {}) for (x, text), (y, _) in pairs]
+    got = score.judge_items([score.perspective_judge(rm, ['overall'])], items)
     assert len(seen) == 3 and got[0][0] == got[1][0] and got[1][1] == got[2][1]
     torch.testing.assert_close(torch.tensor([got[0][0]['overall'], got[0][1]['overall'], got[1][1]['overall']]),
                                rm.embed([x for x, _ in (a, b, c)], 'a star', 'overall'))
@@ -262,7 +266,7 @@ def test_help_teaches(f):
 SLOW = '''
 import sys, time
 from pathlib import Path
-from llava_reward_nb.commands.cli import _said_plainly, report
+from llava_reward_nb.commands.terminal import _said_plainly, report
 def slow(self, data): open(self, 'w').write('image,al'); print('writing', flush=True); time.sleep(100)
 Path.write_bytes = slow
 with _said_plainly('score'): report([dict(image='a.png', alignment=1.)], sys.argv[1])

@@ -9,7 +9,10 @@ from PIL import Image
 from llava_reward_nb import stats
 from llava_reward_nb.evaluation.benchmarks import SPECS, load_benchmark, load_prompts
 from llava_reward_nb.core import InputError
-from llava_reward_nb.evaluation.runs import *
+from llava_reward_nb.evaluation.measures import PUBLISHED, measure, results
+from llava_reward_nb.evaluation.report import make_table, table9
+from llava_reward_nb.evaluation.runs import Run, run_benchmark
+from llava_reward_nb.evaluation.timing import latency, latency_table
 from llava_reward_nb.evaluation.geneval import write_samples
 from llava_reward_nb.shapes.checker import Checker
 from llava_reward_nb.store import identity, make_identity
@@ -311,7 +314,7 @@ def test_every_table_fills_offline(name, tmp_path):
 
 
 def test_images_are_opened_once_for_all_rewards(tmp_path, monkeypatch):
-    from llava_reward_nb.evaluation.benchmarks import Item
+    from llava_reward_nb.evaluation.records import Item
     opened = []
     monkeypatch.setattr(Item, 'load', lambda self, load=Item.load: opened.append(self.id) or load(self))
     run = run_benchmark('imagereward', dict(a=Counting(), b=Counting(), c=Counting()), out=tmp_path)

@@ -9,7 +9,7 @@ from conftest import script
 from PIL import Image
 from safetensors.torch import load_file
 
-from llava_reward_nb.commands import cli
+from llava_reward_nb.commands import items, score, terminal
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.files import read_table, write_table
 from llava_reward_nb.evaluation.runs import Run
@@ -45,7 +45,7 @@ def do(here, monkeypatch, capsys):
 
 def start(code, *args, **kwargs):
     "A Python process."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(cli.__file__).parents[2]))
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(score.__file__).parents[2]))
     env |= kwargs.pop('env', {})
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
@@ -98,10 +98,10 @@ def three(here):
 
 KILLED = '''
 import time
-from llava_reward_nb.commands import cli
-from llava_reward_nb.commands.cli import llava_reward_score
+from llava_reward_nb.commands import score
+from llava_reward_nb.commands.score import llava_reward_score
 from llava_reward_nb.model import RewardModel
-cli.PIECE = 1
+score.PIECE = 1
 done,quick = [],RewardModel.embed_all
 def slow(self, images, *args):
     if len(done)==2: time.sleep(1000)
@@ -129,7 +129,7 @@ def stop(do, monkeypatch):
     "A command in which Ctrl-C is pressed when two images are judged."
     def stop(*args):
         with monkeypatch.context() as m:
-            m.setattr(cli, 'PIECE', 1)
+            m.setattr(score, 'PIECE', 1)
             quick, done = RewardModel.embed_all, []
             def tired(self, images, *a):
                 if len(done) == 2: raise KeyboardInterrupt
@@ -262,7 +262,7 @@ def test_two_evaluations_in_one_folder(here):
 
 
 def test_two_scorings_into_one_file(do, here):
-    with cli.kept_scores(here/'s.csv'):
+    with items.kept_scores(here/'s.csv'):
         code, out, err = do('score', 'a.png', '--prompt', 'a red circle', *FAST, '--out', 's.csv')
     assert code == 1 and 'another process' in err and not (here/'s.csv').exists()
 
@@ -347,12 +347,12 @@ def test_impossible_folders_are_found_first(do, here, command, args):
 def test_images_are_opened_a_few_at_a_time(do, here, monkeypatch):
     write_table([dict(image=f'n{k}.png', prompt='a red circle') for k in range(20)], here/'many.csv')
     for k in range(20): shutil.copy('a.png', f'n{k}.png')
-    monkeypatch.setattr(cli, 'PIECE', 4)
+    monkeypatch.setattr(score, 'PIECE', 4)
     most = []
-    def looks(jobs, f=cli._looks):
+    def looks(jobs, f=score._looks):
         most.append(len(jobs))
         return f(jobs)
-    monkeypatch.setattr(cli, '_looks', looks)
+    monkeypatch.setattr(score, '_looks', looks)
     assert do('score', '--table', 'many.csv', *FAST, '--batch-size', 2)[0] == 0
     assert most == [4]*5
 
@@ -378,7 +378,7 @@ def test_a_score_called_like_a_column(do, here):
 def test_closed_pipe(here):
     "`| head` gets its lines; nothing is said, and the file is written."
     write_table([dict(image='a.png', prompt='a red circle', note='x'*40) for _ in range(40)], here/'long.csv')
-    p = start('from llava_reward_nb.commands.cli import llava_reward_score as c; c()', '--table', 'long.csv', *FAST, '--out', 'o.csv')
+    p = start('from llava_reward_nb.commands.score import llava_reward_score as c; c()', '--table', 'long.csv', *FAST, '--out', 'o.csv')
     p.stdout.close()
     err = p.stderr.read()
     assert p.wait(300) == 141 and 'Traceback' not in err and 'roken' not in err, err
@@ -420,7 +420,7 @@ def test_prompts_in_any_script(do, here):
     code, out, err = do('score', '--table', 'words.csv', *FAST, '--out', 'o.csv')
     assert code == 0 and cells('o.csv', 'prompt') == cells('words.csv', 'prompt') and '\x1b' not in out
     lines = [line for line in out.splitlines() if line.startswith('a.png')]
-    assert len({cli._wide(line) for line in lines}) == 1
+    assert len({terminal.text_width(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize('env', [dict(LANG='C', LC_ALL='C', TERM='dumb', PYTHONIOENCODING='ascii', COLUMNS='')])
@@ -435,7 +435,7 @@ def test_a_heartbeat_where_no_bar_is_seen(capfd):
         calls.append(1)
         if len(calls) == 2: twice.set()
         return 'still at it'
-    with cli.heartbeat(say, every=.01): assert twice.wait(60)
+    with terminal.heartbeat(say, every=.01): assert twice.wait(60)
     assert 'still at it …' in capfd.readouterr().err
 
 

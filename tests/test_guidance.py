@@ -8,16 +8,18 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from llava_reward_nb.commands import evaluate as commands
+from llava_reward_nb.commands.steer import llava_reward_steer
 
 from llava_reward_nb.tiny import guidance
 
 from llava_reward_nb import store
 from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.files import read_table, write_table
-from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS, panels, table9
+from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS
+from llava_reward_nb.evaluation.report import panels, table9
 from llava_reward_nb.tiny.guidance import compare_guidance, guidances, paired, rises
 from llava_reward_nb.steering.particles import SteeringError
-from llava_reward_nb.steering.hook import load_pipeline
+from llava_reward_nb.steering.pipelines import load_pipeline
 from llava_reward_nb.store import make_identity
 from llava_reward_nb.tiny.diffusion import tiny_parts
 
@@ -262,7 +264,7 @@ def args(folder, out, *more):
 def start(*a, first=''):
     "The command in a process of its own, as the console script starts it, after the code `first`."
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parents[2]))
-    return subprocess.Popen([sys.executable, '-c', f'{first}\nfrom llava_reward_nb.commands.evaluate import llava_reward_steer\nllava_reward_steer()', *map(str, a)], env=env, text=True,
+    return subprocess.Popen([sys.executable, '-c', f'{first}\nfrom llava_reward_nb.commands.steer import llava_reward_steer\nllava_reward_steer()', *map(str, a)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -303,5 +305,5 @@ def test_killed_command_goes_on(folder, tmp_path):
     (dict(model='no/such/pipeline'), CheckpointError, 'no such folder'), (dict(prompts=['none.txt']), ValueError, 'no such file'), (dict(prompts=[' ']), ValueError, 'no prompt'),
     (dict(prompts=['a cat'], held_out=['checker']), ValueError, 'checker'), (dict(device='gpu9'), ValueError, '--device')])
 def test_mistakes_are_found_before_the_run(tmp_path, change, error, says):
-    with pytest.raises(error, match=says): commands.llava_reward_steer(**{**dict(prompts=['a star'], out=str(tmp_path/'x')), **change})
+    with pytest.raises(error, match=says): llava_reward_steer(**{**dict(prompts=['a star'], out=str(tmp_path/'x')), **change})
     assert not (tmp_path/'x').exists()

@@ -5,16 +5,21 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 
-from llava_reward_nb.commands import cli
+from llava_reward_nb.commands import score
 
 from llava_reward_nb.commands import listing
 from llava_reward_nb.core import InputError
 from llava_reward_nb.files import write_table
-from llava_reward_nb.evaluation.runs import make_table, results, run_benchmark, significance
+from llava_reward_nb.evaluation.runs import run_benchmark
+from llava_reward_nb.evaluation.report import make_table
+from llava_reward_nb.evaluation.measures import results, significance
 from llava_reward_nb.rewards.ocr import OCR, Line, _by_blocks, match_texts, quoted_texts, wanted_texts
 from llava_reward_nb.rewards.real import JPEG
-from llava_reward_nb.rewards.registry import load_reward, score_all
+from llava_reward_nb.rewards.registry import load_reward
+from llava_reward_nb.rewards.combine import score_all
+from llava_reward_nb.evaluation.benchmarks import SPECS
 from llava_reward_nb.evaluation.signs import Sign, draw_sign
+from llava_reward_nb.rewards.cards import CARDS
 
 OPEN, SHUT = draw_sign(Sign('OPEN')), draw_sign(Sign('CLOSED'))
 
@@ -27,8 +32,8 @@ def ocr():
 
 def command(*args, cwd, code=0, before=''):
     "Run `llava_reward_score` as a script; its output and errors."
-    script = f"import sys\nfrom llava_reward_nb.commands.cli import llava_reward_score\nsys.argv = ['llava_reward_score', *{[str(a) for a in args]}]\n{before}\nllava_reward_score()"
-    env = {**os.environ, 'PYTHONPATH': str(Path(cli.__file__).parents[2]), 'OMP_NUM_THREADS': '1'}
+    script = f"import sys\nfrom llava_reward_nb.commands.score import llava_reward_score\nsys.argv = ['llava_reward_score', *{[str(a) for a in args]}]\n{before}\nllava_reward_score()"
+    env = {**os.environ, 'PYTHONPATH': str(Path(score.__file__).parents[2]), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', script], cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == code, done.stdout+done.stderr
     return done.stdout, done.stderr
@@ -50,8 +55,8 @@ def test_prompts_without_text_are_named_and_left_out(tmp_path, monkeypatch):
     OPEN.save('a.png')
     rows = [dict(image='a.png', prompt=p) for p in ('a "OPEN" sign', 'a red circle', 'a sign «ОТКРЫТО»', "a sign 'CLOSED'")]
     write_table(rows, 't.csv')
-    with pytest.raises(InputError, match="'a red circle' asks for no text.*--skip-bad"): cli.llava_reward_score([], table='t.csv', reward=['ocr'])
-    cli.llava_reward_score([], table='t.csv', reward=['ocr'], skip_bad=True, out='s.csv')
+    with pytest.raises(InputError, match="'a red circle' asks for no text.*--skip-bad"): score.llava_reward_score([], table='t.csv', reward=['ocr'])
+    score.llava_reward_score([], table='t.csv', reward=['ocr'], skip_bad=True, out='s.csv')
     got = list(csv.DictReader(open('s.csv', newline='')))
     assert [bool(r['error']) for r in got] == [False, True, True, False] and [r['ocr'] for r in got][1:3] == ['', '']
     assert float(got[0]['ocr']) == 1 and float(got[3]['ocr']) < .5
@@ -61,9 +66,9 @@ def test_prompts_without_text_are_named_and_left_out(tmp_path, monkeypatch):
 def test_rewards_that_read_no_prompt_need_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     OPEN.save('a.png')
-    cli.llava_reward_score(['a.png'], reward=['jpeg:incompressibility'])
+    score.llava_reward_score(['a.png'], reward=['jpeg:incompressibility'])
     assert 'jpeg:incompressibility' in capsys.readouterr().out
-    with pytest.raises(InputError, match='no prompt'): cli.llava_reward_score(['a.png'], reward=['ocr'])
+    with pytest.raises(InputError, match='no prompt'): score.llava_reward_score(['a.png'], reward=['ocr'])
 
 
 def test_a_missing_package_is_one_line(tmp_path):
@@ -137,5 +142,9 @@ def test_names():
 
 def test_list_of_rewards(capsys):
     listing.llava_reward_rewards([])
-    said = capsys.readouterr().out
-    assert all(n in said for n in ('ocr', 'nudenet', 'jpeg', 'hpsv3', 'tiny-clip'))
+    printed = capsys.readouterr().out
+    for name in 'ocr', 'nudenet', 'jpeg', 'hpsv3', 'tiny-clip': assert name in printed
+
+
+def test_cards_name_tables_that_exist():
+    for name, card in CARDS.items(): assert set(card.tables) <= set(SPECS), name
