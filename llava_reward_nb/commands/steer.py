@@ -18,7 +18,8 @@ from ..evaluation.measures import metric_columns
 from ..evaluation.report import panels, table9
 from ..rewards.registry import load_reward
 from ..rewards.combine import score_all
-from ..steering.hook import RECIPES, SteerConfig, load_pipeline
+from ..steering.hook import SteerConfig
+from ..steering.pipelines import RECIPES, load_pipeline
 from ..steering.particles import SteeringError, resample_steps
 from ..tiny.guidance import WAYS, compare_guidance
 
