@@ -1,12 +1,13 @@
 # Everything a contributor runs. A target first makes `.venv` when there is none, or when what it is made from has changed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test machines export readme bundle
+.PHONY: help demo test lowest machines export readme docs bundle
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
 step = printf '\n== %s\n'
 took = && printf '== took %d min %02d s\n' $$((SECONDS/60)) $$((SECONDS%60))
@@ -27,6 +28,9 @@ test: $(READY) ## Check that notebooks and package agree, run every notebook, th
 	@$(step) '3/3 tests, the wheel in a fresh environment among them'
 	@$(BIN)/python -m pytest --durations=5 --ignore=tests/test_project.py tests
 
+lowest: ## Install the lowest versions of settings.ini in .venv-lowest and test with them (PYTHON=python3.10; minutes)
+	@$(PYTHON) tools/lowest.py
+
 machines: $(READY) ## Run notebooks and numeric tests as other CPUs compute them, on 1 and 2 threads (hours)
 	@$(BIN)/python tools/machines.py
 
@@ -35,6 +39,10 @@ export: $(READY) ## Write the package from the notebooks, then clean the noteboo
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS)/.ready ## Build the site from notebooks and source in _site/, without the network, and check its links
+	@$(DOCS)/bin/mkdocs build --strict --quiet && $(DOCS)/bin/python tools/docs.py $(took)
 
 bundle: export OMP_NUM_THREADS = 1
 bundle: export MALLOC_MMAP_THRESHOLD_ = 1000000000
@@ -46,8 +54,17 @@ bundle: $(READY) ## Retrain the embedded models (hours; when interrupted, run it
 	@$(BIN)/python -c "from llava_reward_nb.tiny.guidance import build_guidance; build_guidance()"
 	@$(BIN)/python tools/card.py
 
-$(READY): settings.ini setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \
+needs_311 = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \
 	Python 3.11 or newer; $(PYTHON) is %d.%d. Name another, such as: make PYTHON=python3.11" % v[:2])'
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@$(needs_311)
 	@$(step) 'preparing $(VENV) (the first time takes minutes)'
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]' && touch $@ $(took)
+
+# The site needs neither the package nor torch: it reads source. So its tools live apart.
+$(DOCS)/.ready: settings.ini constraints.txt
+	@$(needs_311)
+	@$(step) 'preparing $(DOCS)'
+	@$(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip install -qq -c constraints.txt \
+	  $$(sed -n 's/^docs_requirements = //p' settings.ini) && touch $@ $(took)

@@ -25,7 +25,7 @@ from .core import (CheckpointError, InputError, as_path, as_prompts, default_dev
 from .weights import MODELS, hub_folder, read_tensors, tensor_shapes
 from .files import atomic_path
 from .losses import make_loss
-from .phi3v import blame, read_json
+from .weights import blame, read_json
 from .skipca import ValueHead
 from .store import make_identity
 

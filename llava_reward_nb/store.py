@@ -276,7 +276,9 @@ def records(self:ScoreStore,
     self.flush()
     frames = [_read_part(p) for p in _parts(self.folder)]
     if not frames: return _schema().empty_table().to_pandas()
-    return pd.concat(frames, ignore_index=True).drop_duplicates(list(each), keep='last', ignore_index=True)
+    rows = pd.concat(frames, ignore_index=True)
+    newest = {key: i for i,key in enumerate(zip(*(rows[c] for c in each)))} # pandas 2 merges texts that agree up to a NUL
+    return rows.iloc[sorted(newest.values())].reset_index(drop=True)
 
 # %% ../nbs/1_foundations/14_store.ipynb #e53c9d59
 @patch

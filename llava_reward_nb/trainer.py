@@ -24,7 +24,7 @@ from .files import atomic_path
 from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .losses import cls_prob
 from .model import PerspectiveConfig, RewardModel, saved_config
-from .phi3v import read_json
+from .weights import read_json
 from .store import file_hash, folder_lock, tensors_hash
 
 # %% ../nbs/3_paper/36_trainer.ipynb #6a5e9089

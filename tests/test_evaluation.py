@@ -9,7 +9,10 @@ from PIL import Image
 from llava_reward_nb import stats
 from llava_reward_nb.evaluation.benchmarks import SPECS, load_benchmark, load_prompts
 from llava_reward_nb.core import InputError
-from llava_reward_nb.evaluation.runs import *
+from llava_reward_nb.evaluation.measures import PUBLISHED, measure, results
+from llava_reward_nb.evaluation.report import make_table, table9
+from llava_reward_nb.evaluation.runs import Run, run_benchmark
+from llava_reward_nb.evaluation.timing import latency, latency_table
 from llava_reward_nb.evaluation.geneval import write_samples
 from llava_reward_nb.shapes.checker import Checker
 from llava_reward_nb.store import identity, make_identity

@@ -13,7 +13,8 @@ from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import PerspectiveConfig, RewardModel, name_fault
 from llava_reward_nb.phi3v import PatchConv2d, Phi3VModel
-from llava_reward_nb.rewards.registry import LLaVAReward, load_reward
+from llava_reward_nb.rewards.registry import load_reward
+from llava_reward_nb.rewards.llava import LLaVAReward
 from llava_reward_nb.skipca import ValueHead
 
 IMAGES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (h, w, 3), dtype=np.uint8)) for i, (w, h) in enumerate([(64, 64), (90, 50)])]

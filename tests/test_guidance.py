@@ -15,7 +15,8 @@ from llava_reward_nb.tiny import guidance
 from llava_reward_nb import store
 from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.files import read_table, write_table
-from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS, panels, table9
+from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS
+from llava_reward_nb.evaluation.report import panels, table9
 from llava_reward_nb.tiny.guidance import compare_guidance, guidances, paired, rises
 from llava_reward_nb.steering.particles import SteeringError
 from llava_reward_nb.steering.hook import load_pipeline

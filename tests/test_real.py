@@ -10,10 +10,13 @@ from llava_reward_nb.commands import score
 from llava_reward_nb.commands import listing
 from llava_reward_nb.core import InputError
 from llava_reward_nb.files import write_table
-from llava_reward_nb.evaluation.runs import make_table, results, run_benchmark, significance
+from llava_reward_nb.evaluation.runs import run_benchmark
+from llava_reward_nb.evaluation.report import make_table
+from llava_reward_nb.evaluation.measures import results, significance
 from llava_reward_nb.rewards.ocr import OCR, Line, _by_blocks, match_texts, quoted_texts, wanted_texts
 from llava_reward_nb.rewards.real import JPEG
-from llava_reward_nb.rewards.registry import load_reward, score_all
+from llava_reward_nb.rewards.registry import load_reward
+from llava_reward_nb.rewards.combine import score_all
 from llava_reward_nb.evaluation.signs import Sign, draw_sign
 
 OPEN, SHUT = draw_sign(Sign('OPEN')), draw_sign(Sign('CLOSED'))

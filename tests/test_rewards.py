@@ -12,7 +12,10 @@ from llava_reward_nb.rewards import registry as module
 from llava_reward_nb.core import CheckpointError, InputError, Reward
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.rewards.registry import REWARDS, SHORT, LLaVAReward, hd_pixels, load_reward, score_all
+from llava_reward_nb.rewards.registry import REWARDS, SHORT, load_reward
+from llava_reward_nb.rewards.llava import LLaVAReward
+from llava_reward_nb.backbones import hd_pixels
+from llava_reward_nb.rewards.combine import score_all
 from llava_reward_nb.shapes.world import render
 from llava_reward_nb.shapes.checker import Checker
 from llava_reward_nb.shapes.records import alignment_pairs

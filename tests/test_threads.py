@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import RewardModel
-from llava_reward_nb.rewards.registry import LLaVAReward, load_reward
+from llava_reward_nb.rewards.registry import load_reward
+from llava_reward_nb.rewards.llava import LLaVAReward
 from llava_reward_nb.shapes.records import alignment_pairs
 
 NEAR = dict(atol=1e-5, rtol=1e-5)

@@ -69,7 +69,7 @@ def llava_reward_demo(
     prompts:int=6,  # for which images are steered
 ):
     "See the embedded models at work: scenes are rendered, scored from their files, compared, ranked, measured and drawn; then rewards steer a diffusion model."
-    from llava_reward_nb.evaluation.runs import table9
+    from llava_reward_nb.evaluation.report import table9
     from llava_reward_nb.tiny.guidance import demo_steering
     from llava_reward_nb.tiny.mllm import evaluate_tiny
     if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")

@@ -14,7 +14,9 @@ from .terminal import UsageError, command, did_you_mean, heartbeat, waiting
 from ..core import InputError, as_path
 from ..files import check_writable, read_table, write_table
 from ..evaluation.benchmarks import SPECS
-from ..evaluation.runs import Run, latency, make_table, run_benchmark
+from ..evaluation.runs import Run, run_benchmark
+from ..evaluation.timing import latency
+from ..evaluation.report import make_table
 from ..rewards.registry import load_reward
 
 # %% ../../nbs/9_doors/95_evaluate.ipynb #971ea543

@@ -14,8 +14,10 @@ from .items import check_names, check_settings, tiny_doubts
 from .terminal import UsageError, command, did_you_mean, heartbeat, note, waiting
 from ..core import InputError, as_path
 from ..files import PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column, read_table
-from ..evaluation.runs import metric_columns, panels, table9
-from ..rewards.registry import load_reward, score_all
+from ..evaluation.measures import metric_columns
+from ..evaluation.report import panels, table9
+from ..rewards.registry import load_reward
+from ..rewards.combine import score_all
 from ..steering.hook import RECIPES, SteerConfig, load_pipeline
 from ..steering.particles import SteeringError, resample_steps
 from ..tiny.guidance import WAYS, compare_guidance

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from ..core import InputError
-from .registry import REWARDS, SHORT, LLaVAReward
+from .registry import REWARDS, SHORT
+from .llava import LLaVAReward
 from ..shapes.checker import Checker
 
 # %% ../../nbs/4_rewards/49_cards.ipynb #4ca3a651

@@ -25,7 +25,8 @@ from ..core import (CLIP_MEAN, CLIP_STD, CheckpointError, InputError, MAX_PIXELS
     default_device, image_list, image_size, open_image)
 from ..files import atomic_path
 from ..weights import hub_folder, load_weights, read_tensors, resolve_model
-from ..phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from ..weights import blame
 from ..store import make_identity
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #79e13f32

@@ -21,7 +21,8 @@ from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_fi
 from ..core import CheckpointError, as_prompts, default_device, image_list
 from ..files import atomic_path
 from ..weights import load_weights, resolve_model, tensor_shapes
-from ..phi3v import blame, check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
+from ..weights import blame
 from ..store import make_identity
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #0cb7e9e7

@@ -29,8 +29,9 @@ from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
     default_dtype, image_list, image_size, load_image, progress)
 from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
-from ..phi3v import (CLIP_L14_336, blame, check_vocabulary, config_facts, exact_patches,
-    load_tokenizer, plain_ids, read_config, read_json, tokenizer_hash)
+from ..phi3v import (CLIP_L14_336, check_vocabulary, config_facts, exact_patches,
+    load_tokenizer, plain_ids, read_config, tokenizer_hash)
+from ..weights import blame, read_json
 from ..core import CLIP_MEAN, CLIP_STD
 from ..store import make_identity
 

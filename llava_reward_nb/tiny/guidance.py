@@ -17,10 +17,12 @@ from ..core import InputError, load_image, progress
 from ..weights import MODELS
 from ..files import atomic_path, read_table
 from ..files import write_table
-from ..evaluation.runs import (PARTICLE_FIELDS, Health, check_names, finite_scores, metric_columns,
-                                        panels, particle_frame, per_prompt, score_batch, table9)
+from ..evaluation.runs import PARTICLE_FIELDS, Health, check_column_names, score_batch
+from ..evaluation.measures import finite_scores, metric_columns, particle_frame, per_prompt
+from ..evaluation.report import panels, table9
 from ..steering.particles import SteeringError
-from ..rewards.registry import load_reward, score_all
+from ..rewards.registry import load_reward
+from ..rewards.combine import score_all
 from ..shapes.prompts import CATEGORIES
 from ..shapes.scenes import sample_prompt
 from ..steering.hook import fk_steer, load_pipeline
@@ -176,7 +178,7 @@ def _check_comparison(prompts, rewards:dict, metrics:dict, ways, lam, kwargs:dic
         raise SteeringError("prompts must be a non-empty list of non-empty strings")
     twice = [p for p in dict.fromkeys(prompts) if list(prompts).count(p)>1]
     if twice: raise SteeringError(f"prompt {twice[0]!r} occurs twice; pass each once (seeds= makes more particles of it)")
-    check_names([*rewards, *metrics])
+    check_column_names([*rewards, *metrics])
     both = [n for n in metrics if n in rewards and metrics[n] is not rewards[n]]
     if both: raise SteeringError(f"{both[0]!r} names a reward and another metric; give one another name")
     each = [k for k,v in kwargs.items() if isinstance(v, (list,tuple,Tensor,np.ndarray)) and k not in _LISTS]
