@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule', 'learning_rates', 'planned_updates',
-           'check_plan', 'RewardTrainer', 'checkpoints', 'train_perspective']
+           'check_plan', 'check_records', 'RewardTrainer', 'checkpoints', 'train_perspective']
 
 # %% ../nbs/3_paper/36_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
@@ -225,7 +225,7 @@ def _several(records)->list:
     "The sets of records in None, in one set, or in a dict of them."
     return [r for r in (records.values() if isinstance(records, dict) else [records]) if r is not None]
 
-def _check_records(records, config:PerspectiveConfig, name:str):
+def check_records(records, config:PerspectiveConfig, name:str):
     "ValueError if these records cannot teach this loss."
     for r in _several(records):
         if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
@@ -249,7 +249,7 @@ class RewardTrainer(Trainer):
     ):
         self.perspective,self.loss = model.active,model.config.make_loss()
         train_dataset,eval_dataset = _as_records(train_dataset),_as_records(eval_dataset)
-        for r in train_dataset,eval_dataset: _check_records(r, model.config, model.active)
+        for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
         processor = model.backbone.processor
         for r in train_dataset,eval_dataset: _check_fit(r, processor)
         if not any(p.requires_grad for p in model.parameters()): raise ValueError(
@@ -586,7 +586,7 @@ def train_perspective(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
     usual = PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
     config = config or model.configs.get(name, usual)
-    for r in records,eval_records: _check_records(r, config, name)
+    for r in records,eval_records: check_records(r, config, name)
     check_plan(records, args)
     for r in records,eval_records: _check_fit(r, model.backbone.processor)
     set_seed(args.seed)
