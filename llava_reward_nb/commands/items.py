@@ -48,7 +48,8 @@ _NO_PIXELS = ('BUFR','EPS','GRIB','HDF5','MPEG','WMF') # formats that Pillow kno
 
 def image_suffixes()->set: # in lower case, with their dots
     "What counts as an image in a folder."
-    return {s for s,kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _NO_PIXELS}
+    kinds = Image.OPEN.keys()-set(_NO_PIXELS)
+    return {suffix for suffix,kind in Image.registered_extensions().items() if kind in kinds}
 
 # %% ../../nbs/9_doors/91_items.ipynb #264d292b
 def _inside(folder:Path)->tuple: # files; how many entries are hidden
@@ -176,7 +177,7 @@ def table_items(
     prompt_column:str=None, # default: found by `PROMPT_COLUMNS`
     needed:bool=True, # without prompts nothing can be judged
 )->list: # of `JudgeItem`
-    "One item for each row; `InputError` for files that cannot be read, columns that are missing or not clear."
+    "One item for each row; `InputError` for files that cannot be read, columns that are missing or unclear."
     path = as_path(path)
     columns = [image_column] if isinstance(image_column, str) else list(image_column or ())
     rows = read_table(path, text=[*columns, prompt_column])
@@ -207,7 +208,8 @@ def _prompt_error(prompt)->str|None:
     "What is wrong with a prompt."
     if not isinstance(prompt, str):
         return f"prompt {prompt!r:.60} is a {type(prompt).__name__}; it must be text ('' if there is none)"
-    if as_unicode(prompt)!=prompt: return f"prompt {prompt!r:.60} is not valid Unicode; remove lone surrogates"
+    if as_unicode(prompt)!=prompt:
+        return f"prompt {prompt!r:.60} is not valid Unicode; remove lone surrogates"
 
 # %% ../../nbs/9_doors/91_items.ipynb #01495eb3
 def _is_blank(x)->bool: return x is None or isinstance(x, str) and not x.strip()
@@ -216,7 +218,7 @@ def _image_error(x, name:str)->str|None:
     "What is wrong with an image."
     from llava_reward_nb.data import check_image
     if _is_blank(x): return f'{name}: no image; give a path'
-    on_disk = isinstance(x, (str, os.PathLike)) and '://' not in str(x) # `open_image` explains what to do with an address
+    on_disk = isinstance(x, (str, os.PathLike)) and '://' not in str(x) # `open_image` explains addresses
     try: check_image(x) if on_disk else open_image(x, name)
     except InputError as e: return str(e)
 
@@ -245,7 +247,8 @@ def placed(
     item:JudgeItem, # in error
 )->str: # one sentence
     "The error of an item, with its place."
-    return f'{item.place}: {item.error}' if item.place and not item.error.startswith(item.place) else item.error
+    known = not item.place or item.error.startswith(item.place)
+    return item.error if known else f'{item.place}: {item.error}'
 
 def stop_if_bad(
     items:list, # checked
@@ -285,7 +288,7 @@ def perspective_kinds(
     model, # see `RewardModel.from_pretrained`
     perspectives:list=None, # names; None: all
 )->dict: # name -> 'bt', 'gpm' or 'cls'
-    "The kinds of a model's perspectives; `InputError` for one that it lacks, `CheckpointError` if it has none."
+    "The kinds of a model's perspectives; `InputError` if it lacks one, `CheckpointError` if it has none."
     from llava_reward_nb.model import perspective_folders, saved_config
     from llava_reward_nb.weights import hub_folder
     folder = hub_folder(model)
@@ -307,9 +310,10 @@ def scorable(
     "Perspectives with scores; `InputError` if one without was asked for, or none is left."
     none = [n for n,k in kinds.items() if k=='gpm']
     some = [n for n in kinds if n not in none]
+    other = f", or {', '.join(some)} here" if some else ''
     if none and (asked or not some): raise InputError(
-        f"perspective {none[0]!r} is a general preference: it has no score for one image, only preferences between "
-        "images; use llava_reward_compare"+(f", or {', '.join(some)} here" if some else ''))
+        f"perspective {none[0]!r} is a general preference: it has no score for one image, only preferences "
+        f"between images; use llava_reward_compare{other}")
     return some
 
 # %% ../../nbs/9_doors/91_items.ipynb #cf72646f
@@ -346,8 +350,10 @@ def tiny_doubts(
     asked = ' '.join(dict.fromkeys(p.lower() for p in prompts if isinstance(p, str)))
     strange = [repr(w) for w in dict.fromkeys(re.findall(r'\w+', asked)) if w not in VOCAB]
     unknown = []
-    if strange: unknown.append(', '.join(strange[:3])+(f' and {len(strange)-3} more words' if len(strange)>3 else ''))
-    if any(max(image_size(x))>4*SIZE for x in images): unknown.append(f'pictures larger than {4*SIZE}x{4*SIZE}')
+    more = f' and {len(strange)-3} more words' if len(strange)>3 else ''
+    if strange: unknown.append(', '.join(strange[:3])+more)
+    most = 4*SIZE
+    if any(max(image_size(x))>most for x in images): unknown.append(f'pictures larger than {most}x{most}')
     if unknown: note(f"{', '.join(tiny)}: knows only drawings of coloured shapes; its numbers for "
                      f"{' and '.join(unknown)} mean nothing. For real images name another model or reward")
 
@@ -362,13 +368,14 @@ def check_names(
 ):
     "`UsageError` if there is none, or one twice; `InputError` for one that cannot be a reward."
     from llava_reward_nb.rewards.registry import load_reward
-    if not rewards: raise UsageError(f"name one or more with --reward: {', '.join(reward_names())}, or a folder")
+    known = reward_names()
+    if not rewards: raise UsageError(f"name one or more with --reward: {', '.join(known)}, or a folder")
     twice = sorted({r for r in rewards if rewards.count(r)>1})
     if twice: raise UsageError(f"--reward {' '.join(twice)}: named twice")
     for r in rewards:
         head,_,perspective = r.partition('/')
         if head=='tiny' and perspective: perspective_kinds('tiny', [perspective])
-        elif r.partition(':')[0] in reward_names() or as_path(r).is_dir(): continue
+        elif r.partition(':')[0] in known or as_path(r).is_dir(): continue
         else: load_reward(r) # raises, and lists the names there are
 
 # %% ../../nbs/9_doors/91_items.ipynb #27d85ff1
@@ -390,7 +397,8 @@ def check_settings(
         try: torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as e:
             why = str(e).splitlines()[0][:100]
-            raise InputError(f"--device {device}: cannot be used here ({why}); leave it out for the best there is") from None
+            raise InputError(f"--device {device}: cannot be used here ({why}); leave it out for the best "
+                             "there is") from None
     if out is not None:
         try:
             check_writable(out)
@@ -404,8 +412,8 @@ def clear_columns(
 ):
     "Empty the columns that are going to be written; `InputError` for a name that has another use."
     taken = [c for c in written if c in (*items[0].own,'error') or written.count(c)>1]
-    if taken: raise InputError(f"{taken[0]!r} would be the name of two columns of the result; rename the perspective "
-                               "(its folder) or the column")
+    if taken: raise InputError(f"{taken[0]!r} would be the name of two columns of the result; rename the "
+                               "perspective (its folder) or the column")
     old = [c for c in (*written,'error') if any(c in i.row for i in items)]
     if old: note(f"the table has {', '.join(old)} already; written anew")
     for i in items: i.row = {k:v for k,v in i.row.items() if k not in old}|dict.fromkeys(written)
@@ -448,7 +456,7 @@ def check_rows(
 def kept_scores(
     out, # table to write in the end, or None: nothing is kept
 ): # `ScoreStore` or None
-    "A store of scores beside a file; it goes when the block succeeds. `InputError` if another process has it."
+    "Scores beside a file, until the block succeeds; `InputError` if another process has them."
     if out is None:
         yield None
         return

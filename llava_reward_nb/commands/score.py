@@ -15,13 +15,14 @@ from functools import partial
 import torch
 from PIL import Image
 
-from .items import (DTYPES, JudgeItem, check_items, check_names, check_rows, check_settings,
-                                            clear_columns, image_items, kept_scores, mark_empty_prompts,
-                                            perspective_kinds, placed, result_rows, reward_names, say_left_out,
-                                            scorable, stop_if_bad, table_items, tiny_doubts)
-from .terminal import UsageError, bar, cell_text, command, heartbeat, note, report, waiting
-from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key, image_size, open_image,
-                                  progress)
+from .items import (
+    DTYPES, JudgeItem, check_items, check_names, check_rows, check_settings, clear_columns, image_items,
+    kept_scores, mark_empty_prompts, perspective_kinds, placed, result_rows, reward_names, say_left_out,
+    scorable, stop_if_bad, table_items, tiny_doubts)
+from .terminal import (
+    UsageError, bar, cell_text, command, heartbeat, note, report, waiting)
+from ..core import (
+    CheckpointError, InputError, TransparencyWarning, as_path, image_key, image_size, open_image, progress)
 from ..files import write_table
 from ..store import ScoreStore, identity, pixels_hash
 
@@ -56,8 +57,8 @@ def reward_judge(
     return Judge([name], run, lambda name: identity(reward))
 
 # %% ../../nbs/9_doors/92_score.ipynb #6f184481
-def _answers(judge:Judge, images:list, prompts:list)->list: # for each image a dict name -> numbers, or a str: what is wrong
-    "What a judge says of a batch."
+def _answers(judge:Judge, images:list, prompts:list)->list: # a dict name -> numbers, or a str, for each image
+    "What a judge says of a batch: numbers, or what is wrong."
     try: got = {n:v.tolist() for n,v in judge.run(images, prompts).items()}
     except CheckpointError: raise
     except ValueError as e:
@@ -160,7 +161,7 @@ def judge_items(
     store:ScoreStore=None, # of an earlier run and of this one
     skip_bad:bool=True, # go on after an error
 )->list: # for each item a list with, for each image, a dict name -> tuple of numbers
-    "Ask all judges about all items, a few images in memory at a time; `InputError` for a failure, unless `skip_bad`."
+    "Ask judges about items, a few images in memory at a time; `InputError` for a failure, unless `skip_bad`."
     made_by = {n:j.made_by(n) for j in judges for n in j.names} if store else {}
     keep = partial(_keep, store, made_by) if store else lambda look,numbers: None
     known = _remembered(store, made_by)
@@ -180,7 +181,8 @@ def judge_items(
                 item = items[look.item]
                 item.error = item.error or _wrong(look, judges, errors)
                 numbers[look.item][look.side] = known.get(look.asked, {})
-                if item.error and not skip_bad: raise InputError(f'{placed(item)}; --skip-bad leaves it out and goes on')
+                if item.error and not skip_bad:
+                    raise InputError(f'{placed(item)}; --skip-bad leaves it out and goes on')
                 look.image = None # room for the next piece
             done += len(piece)
             bar.update(len(piece))
@@ -191,9 +193,14 @@ def _rounded(x)->float: return round(float(x), 6)
 
 def _with(name:str, items:list, numbers:list)->tuple: # items, tensor (n,d), or (n,2,d) of pairs
     "The items that have numbers of that name, and the numbers."
-    have = [(item,[x[name] for x in images]) for item,images in zip(items, numbers) if all(name in x for x in images)]
-    values = torch.tensor([v if len(v)>1 else v[0] for _,v in have])
-    return [item for item,_ in have],values
+    good = []
+    values = []
+    for item,images in zip(items, numbers):
+        if not all(name in x for x in images): continue
+        vectors = [x[name] for x in images]
+        good.append(item)
+        values.append(vectors if len(vectors)>1 else vectors[0])
+    return good,torch.tensor(values)
 
 def score_items(
     rm, # reward model
@@ -228,7 +235,8 @@ def compare_items(
     for n in names:
         good,vectors = _with(n, items, numbers)
         if not good: continue
-        for item,p in zip(good, rm.configs[n].make_loss().prob(vectors[:,0], vectors[:,1])): item.row[n] = _rounded(p)
+        for item,p in zip(good, rm.configs[n].make_loss().prob(vectors[:,0], vectors[:,1])):
+            item.row[n] = _rounded(p)
     return result_rows(items)
 
 # %% ../../nbs/9_doors/92_score.ipynb #77865b1c
@@ -239,7 +247,7 @@ def rank_items(
     batch_size:int=8, # images at a time
     store:ScoreStore=None, # see `judge_items`
     skip_bad:bool=True, # see `judge_items`
-)->list: # rows: the items' own, for each perspective its value and `<name>_rank`, 1 = best; `error` if any item has one
+)->list: # rows: the items' own, for each perspective its value and `<name>_rank`, 1 = best; perhaps `error`
     "Rank the items that are not in error."
     numbers = judge_items([perspective_judge(rm, names)], items, batch_size, store, skip_bad)
     for n in names:
@@ -288,7 +296,8 @@ def load(
     from llava_reward_nb.model import RewardModel
     waiting(f'loading {model}')
     one = names[0] if len(names)==1 else None
-    rm = RewardModel.from_pretrained(model, one or names, base, device, getattr(torch, dtype) if dtype else None, num_crops)
+    dtype = getattr(torch, dtype) if dtype else None
+    rm = RewardModel.from_pretrained(model, one or names, base, device, dtype, num_crops)
     return rm.merge() if one else rm
 
 # %% ../../nbs/9_doors/92_score.ipynb #0c67ae4d
@@ -310,9 +319,10 @@ def mark_misfits(
 def _given_columns(image_column, prompt_column, table, n:int)->list: # names of the columns of images
     "Columns named on the command line; UsageError if they make no sense."
     named = [image_column] if isinstance(image_column, str) else list(image_column or ())
-    if not table and (named or prompt_column): raise UsageError("--image-column and --prompt-column are of a --table")
-    if named and len(named)!=n: raise UsageError(
-        f"--image-column {' '.join(named)}: name {'one column' if n==1 else 'two columns, of the two images'}")
+    if not table and (named or prompt_column):
+        raise UsageError("--image-column and --prompt-column are of a --table")
+    needed = 'one column' if n==1 else 'two columns, of the two images'
+    if named and len(named)!=n: raise UsageError(f"--image-column {' '.join(named)}: name {needed}")
     columns = [*named, prompt_column] if prompt_column else named
     if len(set(columns))<len(columns): raise UsageError(
         f"--image-column, --prompt-column: {' '.join(columns)} name a column twice")
@@ -326,7 +336,8 @@ def _items_of(images, prompt, table, image_column, prompt_column, out, n:int=1, 
     if not table: return image_items(images, prompt)
     items = table_items(table, prompt, n, columns, prompt_column, needed)
     onto_itself = out and as_path(out).resolve()==as_path(table).resolve()
-    if onto_itself and any(not isinstance(x, (str, type(None))) for i in items for x in i.images): raise InputError(
+    holds_images = any(not isinstance(x, (str, type(None))) for i in items for x in i.images)
+    if onto_itself and holds_images: raise InputError(
         f"--out {out}: would overwrite the images that the table holds; name another file")
     return items
 
@@ -372,8 +383,8 @@ def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, ou
     used = {n:kinds[n] for n in scorable(kinds, bool(perspective))}
     columns = [c for n,kind in used.items() for c in ((n, f'{n}_prob') if kind=='cls' else (n,))]
     _check(items, used, columns, out, skip_bad, [model])
-    notes = [f"not shown: {n}, a general preference, which has no score for one image; use llava_reward_compare"
-             for n in kinds if n not in used]
+    why = 'a general preference, which has no score for one image; use llava_reward_compare'
+    notes = [f'not shown: {n}, {why}' for n in kinds if n not in used]
     with kept_scores(out) as store:
         rm = _ready(items, list(used), model, how, skip_bad)
         rows = score_items(rm, used, items, batch_size, store, skip_bad)
@@ -386,7 +397,7 @@ def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, ou
   llava_reward_score --table items.csv --out scores.parquet --skip-bad
   llava_reward_score --table metadata.jsonl --image-column file_name --prompt-column text --out scores.jsonl
   llava_reward_score photo.jpg --perspective safety
-  llava_reward_score a.png --prompt "a red circle" --model me/my-rewards --base microsoft/Phi-3.5-vision-instruct
+  llava_reward_score a.png --prompt "a red circle" --model me/rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
 
 A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts,
@@ -394,13 +405,13 @@ found by the usual names: image, file_name, …; prompt, text, caption. All colu
 Scores of different perspectives are not comparable with each other, only within a column. `<name>_prob`,
 beside a classifier's score, is its probability: for safety, of being safe.
 With --out, finished scores are kept as they come: after an interruption the same command goes on.
-Exit codes: 0 done (with --skip-bad also if rows were left out), 1 something given cannot be used, 2 wrong usage,
-130 interrupted.''', words=lambda: dict(reward=reward_names(), dtype=DTYPES))
+Exit codes: 0 done (with --skip-bad also if rows were left out), 1 something given cannot be used, 2 wrong
+usage, 130 interrupted.''', words=lambda: dict(reward=reward_names(), dtype=DTYPES))
 def llava_reward_score(
     images:list[str], # image files and folders (all images inside)
     prompt:str='', # the prompt that the images were made for
     table:str=None, # .csv, .tsv, .json, .jsonl or .parquet of images and prompts, in place of images
-    model:str=None, # reward model: a folder, a hub id, or 'tiny', which knows shapes only and is taken if left out
+    model:str=None, # reward model: a folder, a hub id, or 'tiny', which knows shapes only; 'tiny' if left out
     perspective:list[str]=None, # which perspectives; all that have scores if left out
     reward:list[str]=None, # any rewards by name or folder, in place of --model and --perspective
     base:str=None, # folder or hub id of the base model, if the reward model does not say
@@ -480,8 +491,8 @@ score or, for a general preference, by the mean probability of being preferred t
 columns of images (image_a and image_b, jpg_0 and jpg_1, …; paths, relative to the table, or the images
 themselves) and one of prompts; all columns are kept, and P(a preferred) for each perspective is added.
 With --out, finished work is kept as it comes: after an interruption the same command goes on.
-Exit codes: 0 done (with --skip-bad also if some were left out), 1 something given cannot be used, 2 wrong usage,
-130 interrupted.''', words=lambda: dict(dtype=DTYPES))
+Exit codes: 0 done (with --skip-bad also if some were left out), 1 something given cannot be used, 2 wrong
+usage, 130 interrupted.''', words=lambda: dict(dtype=DTYPES))
 def llava_reward_compare(
     images:list[str], # two or more image files or folders
     prompt:str='', # the prompt that the images were made for

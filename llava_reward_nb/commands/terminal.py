@@ -202,8 +202,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(option, dest=name, action='store_true', help=help)
             return
         if default not in (None, ''): help += f' (default: {default})'
-        self.add_argument(option, dest=name, metavar=word.upper(), default=default, nargs='+' if several else None,
-                          type=str if several else kind, help=help)
+        self.add_argument(option, dest=name, metavar=word.upper(), default=default, help=help,
+                          nargs='+' if several else None, type=str if several else kind)
 
 # %% ../../nbs/9_doors/90_terminal.ipynb #78f2da40
 def parser_for(
@@ -246,9 +246,9 @@ def warnings_as_notes():
 
 def _transparent(names:list)->str:
     "The note about images with transparent pixels."
-    many = len(names)>1
-    return (f"{len(names)} image{'s have' if many else ' has'} transparent pixels, judged by the colours behind "
-            f"them as if opaque ({'first: ' if many else ''}{names[0]})")
+    judged = 'transparent pixels, judged by the colours behind them as if opaque'
+    if len(names)==1: return f'1 image has {judged} ({names[0]})'
+    return f'{len(names)} images have {judged} (first: {names[0]})'
 
 # %% ../../nbs/9_doors/90_terminal.ipynb #8b1ab7fd
 _PACKAGES = dict(PIL='pillow', yaml='pyyaml', sklearn='scikit-learn', cv2='opencv-python') # module -> package
@@ -312,7 +312,7 @@ def command(
     interrupted:str='', # what to do after Ctrl-C
     words=None, # () -> dict: parameter -> list of words that may stand there, for completion in a shell
 ): # decorator
-    "Make a function with docments a console command (`.main(args, name)`, `.parser(name)`); it stays a function."
+    "Make a function with docments a console command: `.main(args, name)`, `.parser(name)`, `.words()`."
     def decorate(func):
         def parser(name=None):
             name = name or func.__name__

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['llava_reward_train']
 
-# %% ../../nbs/9_doors/93_train.ipynb #74f35f62
+# %% ../../nbs/9_doors/93_train.ipynb #be7eb21f
 import sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from .items import DTYPES, check_settings
-from .terminal import UsageError, command, report, waiting
+from .terminal import UsageError, command, did_you_mean, report, waiting
 from ..core import CheckpointError, InputError, as_path
 from ..files import check_writable
 from ..weights import hub_folder
 
-# %% ../../nbs/9_doors/93_train.ipynb #c93c2819
+# %% ../../nbs/9_doors/93_train.ipynb #48db8b42
 @dataclass
 class _Start:
     "What training starts from."
@@ -32,10 +32,11 @@ def _check_base(name:str):
     folder = hub_folder(name)
     if (folder/'config.json').is_file() or (folder/'base').is_dir(): return
     found = list(perspective_folders(folder).values())
-    if found: raise CheckpointError(f"--base {name}: holds perspectives and no base; to train {found[0]} further, pass "
-                                    f"--from {found[0]}; to build on the base it was trained on, name that one")
+    if found: raise CheckpointError(
+        f"--base {name}: holds perspectives and no base; to train {found[0]} further, pass --from "
+        f"{found[0]}; to build on the base it was trained on, name that one")
 
-# %% ../../nbs/9_doors/93_train.ipynb #a233c275
+# %% ../../nbs/9_doors/93_train.ipynb #aed350e0
 def _starting_point(
     spec:str, # a perspective, its folder or its run
     name:str, # of the perspective that is trained; None: as it is called
@@ -50,13 +51,14 @@ def _starting_point(
     found = perspective_folders(folder, one)
     if len(found)!=1:
         many = 'has several: '+', '.join(found) if found else 'has no perspective'
-        raise CheckpointError(f"--from {spec}: {many}; name one, such as {spec}/{next(iter(found), 'alignment')}")
+        one = next(iter(found), 'alignment')
+        raise CheckpointError(f"--from {spec}: {many}; name one, such as {spec}/{one}")
     (called,where), = found.items()
     if base: _check_base(base)
     beside = (folder/'base').is_dir() and folder!=where
     return _Start(name or called, base or (model if beside else None), where)
 
-# %% ../../nbs/9_doors/93_train.ipynb #1a6cd35c
+# %% ../../nbs/9_doors/93_train.ipynb #7b98f762
 def _checked(check, sources, **kwargs)->list: # records, or None, for each source
     "Records that pass a check, such as `load_records`; what is left out is said on stderr."
     with warnings.catch_warnings(record=True) as caught:
@@ -65,7 +67,7 @@ def _checked(check, sources, **kwargs)->list: # records, or None, for each sourc
     for w in caught: print('warning:', w.message, file=sys.stderr)
     return records
 
-# %% ../../nbs/9_doors/93_train.ipynb #431b76c1
+# %% ../../nbs/9_doors/93_train.ipynb #4df27f82
 def _new_head(
     kind:str, # of the records, 'pair' or 'label'
     loss:str, # 'bt', 'gpm' or 'cls'; None: 'bt' for pairs, 'cls' for labels
@@ -77,7 +79,7 @@ def _new_head(
     loss = loss or ('bt' if kind=='pair' else 'cls')
     return PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), .1 if tau is None else tau)
 
-# %% ../../nbs/9_doors/93_train.ipynb #57f692c2
+# %% ../../nbs/9_doors/93_train.ipynb #bafa7bd9
 def _check_place(out:Path, name:str, resume:bool):
     "`InputError` for a name that cannot be used, or a folder that cannot be written or has a run already."
     from llava_reward_nb.model import name_fault
@@ -90,19 +92,23 @@ def _check_place(out:Path, name:str, resume:bool):
     if checkpoints(out) and not resume: raise InputError(
         f"{out}: has checkpoints of an earlier run; go on with --resume, or choose another --out")
 
-# %% ../../nbs/9_doors/93_train.ipynb #fcb757c7
+# %% ../../nbs/9_doors/93_train.ipynb #e9ac8d5f
 def _training_recipe(out, precision, gradient_checkpointing, workers, eval_steps, cpu, rank, **settings):
     "The recipe of a run."
     from llava_reward_nb.trainer import RewardConfig
-    if precision not in (None, *DTYPES): raise InputError(f"--precision {precision}: use one of {', '.join(DTYPES)}")
+    if precision not in (None, *DTYPES):
+        guess = did_you_mean(precision, DTYPES)
+        raise InputError(f"--precision {precision}: use one of {', '.join(DTYPES)}{guess}")
     if workers<0: raise InputError(f"--workers {workers}: must be 0 or more")
-    renamed = 'activation_checkpointing' in RewardConfig.__dataclass_fields__ # in newer versions of transformers
-    if gradient_checkpointing: settings['activation_checkpointing' if renamed else 'gradient_checkpointing'] = True
+    if gradient_checkpointing:
+        newer = 'activation_checkpointing' # its name in newer versions of transformers
+        settings[newer if newer in RewardConfig.__dataclass_fields__ else 'gradient_checkpointing'] = True
     if precision: settings |= dict(bf16=precision=='bfloat16', fp16=precision=='float16')
     if eval_steps: settings |= dict(eval_strategy='steps', eval_steps=eval_steps)
-    return RewardConfig(str(out), dataloader_num_workers=workers, use_cpu=cpu, lora_rank=rank, lora_alpha=2*rank, **settings)
+    settings |= dict(dataloader_num_workers=workers, use_cpu=cpu, lora_rank=rank, lora_alpha=2*rank)
+    return RewardConfig(str(out), **settings)
 
-# %% ../../nbs/9_doors/93_train.ipynb #9110072f
+# %% ../../nbs/9_doors/93_train.ipynb #ef0b2d93
 def _shown_metrics(metrics:dict)->dict:
     "The metrics of a training that a table shows."
     keys = ('train_loss', *(f'eval_{k}' for k in ('loss','accuracy','accuracy_without_ties','f1','recall')))
@@ -118,13 +124,14 @@ def _eval_printer():
                 print(f'update {state.global_step} of {state.max_steps}: {said}')
     return Printer()
 
-# %% ../../nbs/9_doors/93_train.ipynb #8b9125bf
+# %% ../../nbs/9_doors/93_train.ipynb #b785a505
 def _train(rm, name, train, held_out, args, config, resume):
     "Train and report; after Ctrl-C, say how to go on."
     from llava_reward_nb.trainer import checkpoints, train_perspective
     print(f"{train}{f'; held out: {held_out}' if held_out else ''}")
     out = Path(args.output_dir)
-    try: metrics = train_perspective(rm, name, train, args, config, held_out, resume, callbacks=[_eval_printer()])
+    callbacks = [_eval_printer()]
+    try: metrics = train_perspective(rm, name, train, args, config, held_out, resume, callbacks=callbacks)
     except KeyboardInterrupt:
         kept = list(checkpoints(out))
         print(f"{kept[-1]} is kept: the same command with --resume goes on from there" if kept else
@@ -136,7 +143,7 @@ def _train(rm, name, train, held_out, args, config, resume):
         if left: print(f"left out: {left} of {len(r)+left} records of {r.name}")
     print(f"saved: {out/name}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
 
-# %% ../../nbs/9_doors/93_train.ipynb #ae033308
+# %% ../../nbs/9_doors/93_train.ipynb #c5b2c7ff
 def _prepare_and_train(records, held_out, start:_Start, args, head:dict, how:dict, resume:bool, reading:dict):
     "Read and check the records, load the model, train."
     from llava_reward_nb.data import check_fit, load_records
@@ -152,7 +159,7 @@ def _prepare_and_train(records, held_out, start:_Start, args, head:dict, how:dic
     sets = _checked(check_fit, sets, processor=rm.backbone.processor, skip_bad=reading['skip_bad'])
     _train(rm, start.name, *sets, args, config, resume)
 
-# %% ../../nbs/9_doors/93_train.ipynb #719151a2
+# %% ../../nbs/9_doors/93_train.ipynb #e84ecce9
 _EXAMPLES = '''  llava_reward_train pairs.jsonl --name alignment --base microsoft/Phi-3.5-vision-instruct \\
     --out runs/alignment --eval held_out.jsonl
   llava_reward_train labels.csv --name safety --loss cls --out runs/safety
@@ -161,8 +168,8 @@ _EXAMPLES = '''  llava_reward_train pairs.jsonl --name alignment --base microsof
   llava_reward_score a.png --prompt "a red circle" --model runs/alignment
 
 Pairs have the fields prompt, chosen_path, reject_path (and c_rate, r_rate: equal ones are ties); labels have
-prompt, path and label (1 or 0). Other common names are understood. Paths are relative to the file. Run the same
-command with --resume after an interruption: the weights will be the same as without it. On several GPUs:
+prompt, path and label (1 or 0). Other common names are understood. Paths are relative to the file. Run the
+same command with --resume after an interruption: the weights will be the same as without it. On several GPUs:
 torchrun --nproc-per-node 8 --no-python llava_reward_train …'''
 
 _WORDS = dict(loss=('bt','gpm','cls'), dtype=DTYPES, precision=DTYPES)
@@ -175,7 +182,7 @@ def llava_reward_train(
     out:str=None, # folder of this run: the perspective, its checkpoints and its log (needed)
     base:str=None, # multimodal LLM to build on: a folder, a hub id, or 'tiny', which is taken if left out
     from_:str=None, # start from the weights of a saved perspective: its folder, its run, or tiny/alignment
-    loss:str=None, # bt (Bradley-Terry) or gpm (general preference) for pairs, cls for labels; bt or cls if left out
+    loss:str=None, # bt (Bradley-Terry) or gpm (general preference) for pairs, cls for labels; else bt or cls
     dim:int=None, # numbers per image of a gpm head, even; 2 if left out
     tau:float=None, # temperature of the preference probability; 0.1 if left out
     eval:str=None, # held-out records to measure on at the end
@@ -188,8 +195,8 @@ def llava_reward_train(
     num_crops:int=None, # crops an image is cut into; the base's own setting if left out
     device:str=None, # cpu, or the best there is if left out
     dtype:str=None, # of the frozen base: float32, bfloat16 or float16; what suits the device if left out
-    precision:str=None, # of the computation: float32, bfloat16 or float16; bfloat16 if left out and the GPU has it
-    gradient_checkpointing:bool=False, # compute activations twice instead of keeping them: less memory, a third more time
+    precision:str=None, # of the computation: float32, bfloat16 or float16; bfloat16 if the GPU has it
+    gradient_checkpointing:bool=False, # compute activations twice: much less memory, a third more time
     workers:int=0, # processes that load images while the device computes
     save_steps:int=500, # updates between checkpoints
     seed:int=42, # of the new weights and of the order of records
@@ -198,24 +205,26 @@ def llava_reward_train(
     prompt_column:str=None, # column of the prompts, where its name does not tell
     image_column:str=None, # column of the labelled images, where its name does not tell
 ):
-    "Train a perspective on a frozen multimodal LLM, by the paper's recipe: a new one, or a saved one further."
+    "Train a perspective on a frozen multimodal LLM by the paper's recipe: a new one, or a saved one further."
     kept = dict(loss=loss, dim=dim, tau=tau, lora_rank=lora_rank, num_crops=num_crops)
     given = [k.replace('_','-') for k,v in kept.items() if v is not None]
     if from_ and given: raise UsageError(
         f"--{given[0]}: --from keeps what the perspective was trained with; leave it out")
     if eval_steps and not eval: raise UsageError("--eval-steps needs held-out records: pass --eval")
     start = _starting_point(from_, name, base) if from_ else _Start(name, base or 'tiny')
-    if not start.name or not out: raise UsageError("give the new perspective a --name and a folder with --out")
+    if not start.name or not out:
+        raise UsageError("give the new perspective a --name and a folder with --out")
     check_settings(device, dtype, None, batch_size, num_crops)
     out = as_path(out)
     _check_place(out, start.name, resume)
     if not from_: _check_base(start.base)
     rank = 128 if lora_rank is None else lora_rank
     args = _training_recipe(
-        out, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', rank, num_train_epochs=epochs,
-        learning_rate=lr, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-        save_steps=save_steps, seed=seed)
+        out, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', rank,
+        num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, save_steps=save_steps, seed=seed)
     columns = {k:v for k,v in dict(prompt=prompt_column, path=image_column).items() if v}
+    reading = dict(skip_bad=skip_bad, columns=columns)
     head = dict(loss=loss, dim=dim, tau=tau)
     how = dict(device=device, dtype=dtype and getattr(torch, dtype), num_crops=num_crops)
-    _prepare_and_train(records, eval, start, args, head, how, resume, dict(skip_bad=skip_bad, columns=columns))
+    _prepare_and_train(records, eval, start, args, head, how, resume, reading)
