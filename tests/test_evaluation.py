@@ -314,7 +314,7 @@ def test_every_table_fills_offline(name, tmp_path):
 
 
 def test_images_are_opened_once_for_all_rewards(tmp_path, monkeypatch):
-    from llava_reward_nb.evaluation.benchmarks import Item
+    from llava_reward_nb.evaluation.records import Item
     opened = []
     monkeypatch.setattr(Item, 'load', lambda self, load=Item.load: opened.append(self.id) or load(self))
     run = run_benchmark('imagereward', dict(a=Counting(), b=Counting(), c=Counting()), out=tmp_path)

@@ -1,17 +1,18 @@
 "Perspectives with names, options, files and places that nobody foresaw: honoured, or refused by name."
-import json, random, shutil
+import json, os, random, re, shlex, shutil, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
 from llava_reward_nb.backbones import load_backbone
-from llava_reward_nb.core import CheckpointError, InputError
+from llava_reward_nb.core import CheckpointError, InputError, load_image
 from llava_reward_nb.weights import MODELS
-from llava_reward_nb.model import PerspectiveConfig, RewardModel, name_fault
+from llava_reward_nb.model import PerspectiveConfig, RewardModel, model_card, name_fault
 from llava_reward_nb.phi3v import PatchConv2d, Phi3VModel
 from llava_reward_nb.rewards.registry import load_reward
 from llava_reward_nb.rewards.llava import LLaVAReward
@@ -204,7 +205,7 @@ def test_damaged_files_of_every_kind(kinds, kind, cases, tmp_path):
         except (CheckpointError, InputError) as e:
             seen += 1
             assert str(folder) in str(e) or name.name in str(e), e
-        else: assert kind != 'ours' or bad == whole or name.name == 'checksums.json', f'{name}: damage went unnoticed'
+        else: assert kind != 'ours' or bad == whole or name.name in ('checksums.json', 'README.md'), f'{name}: damage went unnoticed'
         (folder/name).write_bytes(whole)
     assert seen > cases/4
     use(folder)
@@ -440,6 +441,71 @@ def test_perspectives_may_be_one_name_and_must_be_names(saved):
     rm = load(saved[0])
     assert list(rm.embed_all(IMAGES, PROMPTS, 'mine')) == ['mine']
     with pytest.raises(ValueError, match='no perspective'): rm.score(IMAGES, PROMPTS, ['mine'])
+
+
+# --- model cards ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('perspective', ['safety', 'overall'])
+def test_what_a_card_says_to_type_works(perspective, tmp_path):
+    "The lines of Python and of the terminal, in the folder that holds the perspective; both kinds of head."
+    rm = RewardModel.from_pretrained('tiny', perspective, device='cpu')
+    card = (rm.save_perspective(perspective, tmp_path/'my reward')/'README.md').read_text()
+    for name, image in zip('ab', IMAGES): image.save(tmp_path/f'{name}.png')
+    python, shell = re.findall(r'```(?:python|sh)\n(.*?)```', card, re.S)
+    command, *args = shlex.split(shell)
+    terminal = f'from llava_reward_nb.commands import {command}; {command}()'
+    env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(Path(__file__).parents[1]))
+    said = [subprocess.run([sys.executable, '-c', code, *a], cwd=tmp_path, env=env, capture_output=True, text=True) for code, a in ((python, []), (terminal, args))]
+    assert [p.returncode for p in said] == [0, 0], said[0].stderr+said[1].stderr
+    images = [load_image(tmp_path/f'{name}.png') for name in 'ab']
+    want = rm.compare(*images, 'a red circle') if perspective == 'overall' else rm(images[0], 'a red circle')
+    assert_close(float(re.search(r'\[(.*?)\]', said[0].stdout)[1]), want.item(), atol=1e-3, rtol=1e-3)
+    printed = [float(x) for x in re.findall(r'-?\d+\.\d+', said[1].stdout)]
+    assert any(abs(x-want.item()) < .02 for x in printed), said[1].stdout
+
+
+@pytest.mark.parametrize('edit', ['note', 'marker', 'bytes', 'empty', 'lost'])
+def test_an_edited_card_is_kept_and_means_nothing_to_loading(saved, edit):
+    folder, want = saved
+    card, rm = folder/'README.md', load(folder)
+    text, identity = card.read_text(), rm.identity
+    edits = dict(note=text+'\nTried on cats.\n', marker=re.sub('<!--.*-->', '', text)+'mine', empty='')
+    if edit == 'lost': card.unlink()
+    else: card.write_bytes(b'\xff\x00' if edit == 'bytes' else edits[edit].encode())
+    mine = card.read_bytes() if card.exists() else None
+    again = load(folder)
+    assert again.identity == identity
+    assert_close(again(IMAGES, PROMPTS), want, atol=0, rtol=0)
+    again.save_perspective('mine', folder)
+    assert again.identity == load(folder).identity == identity
+    assert card.read_bytes() == (text.encode() if edit == 'lost' else mine)
+
+
+def test_a_card_of_ours_follows_the_weights(saved):
+    folder, _ = saved
+    rm, before = load(folder), (folder/'README.md').read_text()
+    rm.configs['mine'].tau = .25
+    rm.save_perspective('mine', folder)
+    assert '| temperature | 0.1 |' in before and '| temperature | 0.25 |' in (folder/'README.md').read_text()
+
+
+def test_line_ends_of_windows_are_no_edit(saved):
+    folder, _ = saved
+    card = folder/'README.md'
+    text = card.read_bytes()
+    card.write_bytes(text.replace(b'\n', b'\r\n'))
+    load(folder).save_perspective('mine', folder)
+    assert card.read_bytes() == text
+
+
+@pytest.mark.parametrize('base', ['owner/name', 'a: b', '- x', '"quoted"', "it's", '#1', 'models/phi', 'C:\\models\\phi', 'no', '模型', None])
+def test_front_matter_is_yaml_whatever_the_base(base):
+    rm = fresh().add_perspective('mine', PerspectiveConfig(base=base), lora_rank=2)
+    card = model_card('mine', replace(rm.config, base=base), rm.peft.peft_config['mine'])
+    _, front, text = card.split('---\n', 2)
+    front = yaml.safe_load(front)
+    assert front.get('base_model') == base and front['library_name'] == 'llava_reward_nb' and 'reward-model' in front['tags']
+    assert text.count('\n## ') == 3 and 'not recorded' in text
 
 
 @pytest.mark.parametrize('name', ['', 'llava-reward:', 'clipscore:', 'hpsv2:', 'aesthetic:', 'imagereward:', 'vqascore:', 'pyes:', 'hpsv3:'])

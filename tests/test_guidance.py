@@ -19,7 +19,7 @@ from llava_reward_nb.evaluation.runs import PARTICLE_FIELDS
 from llava_reward_nb.evaluation.report import panels, table9
 from llava_reward_nb.tiny.guidance import compare_guidance, guidances, paired, rises
 from llava_reward_nb.steering.particles import SteeringError
-from llava_reward_nb.steering.hook import load_pipeline
+from llava_reward_nb.steering.pipelines import load_pipeline
 from llava_reward_nb.store import make_identity
 from llava_reward_nb.tiny.diffusion import tiny_parts
 

@@ -158,6 +158,19 @@ def test_navigation_follows_the_book(docs):
     assert pages[0] == 'index.md' and numbers == sorted(numbers) and len(numbers) == len(set(numbers))
 
 
+def test_links_between_files_lead_somewhere(docs):
+    "Without building the site: what `make docs` would say, but for headings. README's links are `tools/readme.py`'s to check."
+    by_name = {p.stem for p in docs.notebooks()}
+    lost = []
+    for path in [*docs.notebooks()[1:], *(ROOT/name for name in docs.FILES)]:
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells'] if path.suffix == '.ipynb' else [{'cell_type': 'markdown', 'source': path.read_text(encoding='utf-8')}]
+        for text in (''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'):
+            for target in re.findall(r'\]\(([^)\s#]+)[^)\s]*\)', docs.CODE.sub('', docs.FENCE.sub('', text))):
+                known = re.match('[a-z]+:', target) or (path.parent/target).exists() or target.endswith('.html') and target[:-5].split('/')[-1] in by_name
+                if not known: lost.append(f'{path.relative_to(ROOT).as_posix()}: {target}')
+    assert not lost, f'links that lead nowhere: {lost}'
+
+
 def test_site_settings_agree(settings, docs):
     site = yaml.safe_load(read('mkdocs.yml'))
     assert site['repo_url'] == settings['git_url'] and site['site_url'] == settings['doc_host'] + settings['doc_baseurl'] + '/'

@@ -9,7 +9,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from llava_reward_nb.steering.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
 from llava_reward_nb.steering.schedulers import FlowSDEScheduler
-from llava_reward_nb.steering.hook import decode_latents, fk_steer, steer
+from llava_reward_nb.steering.hook import steer
+from llava_reward_nb.steering.previews import decode_latents
+from llava_reward_nb.steering.pipelines import fk_steer
 from llava_reward_nb.steering.schedulers import stochastic
 
 torch.set_num_threads(1)
@@ -145,8 +147,8 @@ def test_ancestors_are_the_images(pipe):
         seen['last'] = images
         return brightness(images, prompts)
     res = fk_steer(pipe, ['red circle', 'a'], spy, n_particles=4, lam=300., potential='difference', seed=2, **pipe.kw)
-    a = res.trace.looks[-1]['ancestors']
-    assert res.trace.looks[-1]['resampled'].all()
+    a = res.trace.looks[-1].ancestors
+    assert res.trace.looks[-1].resampled.all()
     for p in range(2):
         for i in range(4): assert same(res.images[p][i], seen['last'][4*p+a[p, i]])
 
@@ -155,7 +157,7 @@ def test_copies_are_copies(pipe):
     "A reward that only likes particle 2 at every look: all images descend from slot 2, and the last look makes them equal."
     def favourite(images, prompts): return torch.tensor([0., 0., 1., 0.]*(len(images)//4))
     res = fk_steer(pipe, 'red circle', favourite, n_particles=4, lam=100., potential='reward', steps=[2], ess_min=1., seed=3, **pipe.kw)
-    assert res.trace.roots.tolist() == [[2]*4] or res.trace.looks[0]['ancestors'].tolist() == [[2]*4]
+    assert res.trace.roots.tolist() == [[2]*4] or res.trace.looks[0].ancestors.tolist() == [[2]*4]
     assert all(same(im, res.images[0][0]) for im in res.images[0])
 
 
@@ -198,7 +200,7 @@ def test_schedulers(sd, name):
     free = fk_steer(p, ['red', 'a'], brightness, method='best-of-n', **kw)
     res = fk_steer(p, ['red', 'a'], brightness, **kw)
     assert res.rewards.mean() > free.rewards.mean()
-    assert [l['step'] for l in res.trace.looks] == [1, 3, 4, 6, 7] and res.trace.n_steps == 8
+    assert [l.step for l in res.trace.looks] == [1, 3, 4, 6, 7] and res.trace.n_steps == 8
     for ims, r in zip(res.images, res.rewards): assert torch.allclose(brightness(ims, None).double(), r, atol=2/255)
     again = fk_steer(p, ['a'], brightness, **kw)
     assert all(same(a, b) for a, b in zip(res.images[1], again.images[0]))
@@ -236,13 +238,13 @@ def test_image_to_image(sd):
     p.set_progress_bar_config(disable=True)
     fk = steer(p, brightness, 'a', n_particles=2, steps=[1])
     with fk: p(['a'], image=Image.new('RGB', (64, 64)), strength=.5, num_inference_steps=8, num_images_per_prompt=2)
-    assert fk.trace.n_steps==4 and [l['step'] for l in fk.trace.looks]==[1, 3]
+    assert fk.trace.n_steps==4 and [l.step for l in fk.trace.looks]==[1, 3]
 
 
 def test_tiny_autoencoder_previews(sd):
     taesd = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,)*4, decoder_block_out_channels=(8,)*4, num_encoder_blocks=(1,)*4, num_decoder_blocks=(1,)*4).eval()
     res = fk_steer(sd, 'a', brightness, vae=taesd, n_particles=2, num_inference_steps=5)
-    assert res.trace.looks[0]['thumbs'][0][0].size == (64, 64)
+    assert res.trace.looks[0].thumbs[0][0].size == (64, 64)
 
 
 def test_half_precision_overflow(sd):
@@ -270,7 +272,7 @@ def test_rewards_that_fail(sd):
     with pytest.raises(SteeringError, match=r'shape \(3,\) for 4 images'): go(lambda i, p: torch.zeros(3))
     with pytest.raises(SteeringError, match='group 0 has a finite reward'), pytest.warns(UserWarning, match='not finite'): go(lambda i, p: torch.full((4,), math.nan))
     with pytest.warns(UserWarning, match='1 of 4 rewards'): res = go(lambda i, p: torch.tensor([math.nan, 1., 1., 1.]))
-    assert res.trace.looks[0]['ancestors'].tolist()[0] == [1, 1]
+    assert res.trace.looks[0].ancestors.tolist()[0] == [1, 1]
     with pytest.raises(SteeringError, match="held-out reward 'b'"): fk_steer(sd, 'a', brightness, held_out=dict(b=lambda i, p: 3.), n_particles=2, num_inference_steps=5)
     assert 'step' not in vars(sd.scheduler)
 
@@ -290,12 +292,12 @@ def test_errors_before_the_run(sd):
 def test_published_and_beam(sd):
     kw = dict(n_particles=4, lam=10., num_inference_steps=10, seed=0)
     pub = fk_steer(sd, 'red', brightness, published=True, ess_min=1., **kw)
-    assert [l['step'] for l in pub.trace.looks]==[2, 4, 6, 8, 9] and all(l['resampled'].all() for l in pub.trace.looks[:-1])
+    assert [l.step for l in pub.trace.looks]==[2, 4, 6, 8, 9] and all(l.resampled.all() for l in pub.trace.looks[:-1])
     assert torch.allclose(brightness(pub.images[0], None).double(), pub.rewards[0], atol=2/255)
     # the same draws as the public code would make from one generator: initial latents, then noise and multinomials in turn
     beam = fk_steer(sd, 'red', brightness, method='beam', keep=1, **kw)
-    for l in beam.trace.looks[:-1]: assert (l['ancestors']==l['rewards'].argmax()).all()
-    assert len(set(beam.trace.looks[-1]['ancestors'][0].tolist()))==4
+    for l in beam.trace.looks[:-1]: assert (l.ancestors==l.rewards.argmax()).all()
+    assert len(set(beam.trace.looks[-1].ancestors[0].tolist()))==4
 
 
 # ---- what goes with a prompt ----

@@ -20,7 +20,8 @@ from ..evaluation.report import panels, table9
 from ..files import PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column, read_table
 from ..rewards.combine import score_all
 from ..rewards.registry import load_reward
-from ..steering.hook import RECIPES, SteerConfig, load_pipeline
+from ..steering.hook import SteerConfig
+from ..steering.pipelines import RECIPES, load_pipeline
 from ..steering.particles import SteeringError, resample_steps
 from ..tiny.guidance import WAYS, compare_guidance
 

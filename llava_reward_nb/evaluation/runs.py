@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..core import CheckpointError, InputError, as_path, progress
 from ..files import atomic_path, read_table, write_table
-from .benchmarks import Benchmark, load_benchmark
+from .benchmarks import load_benchmark
+from .records import Benchmark
 from .geneval import GenEval, shapes_geneval
 from ..rewards.grader import BudgetSpent, EndpointError
 from ..rewards.registry import load_reward

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESAMPLERS', 'POTENTIALS', 'SteeringError', 'normalized', 'ess', 'multinomial', 'stratified', 'systematic',
            'residual', 'log_potential', 'whole', 'Particles', 'resample_steps', 'trace_roots', 'family_se', 'prune',
-           'PublishedParticles', 'particle_summary']
+           'PublishedParticles']
 
 # %% ../../nbs/5_steering/50_particles.ipynb #ee2218d3
 import math, operator, warnings
@@ -25,7 +25,8 @@ def normalized(
     "Weights as probabilities, safe from overflow; SteeringError if a whole row is dead."
     top = log_w.amax(-1, keepdim=True)
     if not torch.isfinite(top).all(): raise SteeringError(
-        "every particle of a group has weight zero (no finite reward); look at the reward on one of the images")
+        "every particle of a group has weight zero (no finite reward); "
+        "look at the reward on one of the images")
     w = (log_w-top).exp()
     return w/w.sum(-1, keepdim=True)
 
@@ -36,14 +37,15 @@ def ess(
     "1 / sum of squared normalised weights (Kong 1992); SteeringError if a whole row is dead."
     return 1/normalized(log_w).square().sum(-1)
 
-# %% ../../nbs/5_steering/50_particles.ipynb #d41898e4
+# %% ../../nbs/5_steering/50_particles.ipynb #f299e08b
 def _lookup(w, u):
     "Index of the slice of the cumulative weights that each position in [0, 1) falls in"
-    cdf = w.cumsum(-1)
-    return torch.searchsorted(cdf/cdf[-1], u.clamp(max=1-2**-53), right=True)
+    cumulative = w.cumsum(-1)
+    return torch.searchsorted(cumulative/cumulative[-1], u.clamp(max=1-2**-53), right=True)
 
 def _rand(n, generator): return torch.rand(n, generator=generator, dtype=torch.float64)
 
+# %% ../../nbs/5_steering/50_particles.ipynb #d41898e4
 def multinomial(
     w:Tensor,                  # Probabilities, (k,), float64
     generator:torch.Generator, # Source of randomness (CPU)
@@ -89,24 +91,26 @@ def log_potential(
     memory:Tensor,  # What the potential remembers of the steps before, (..., k)
     lam:float,      # Strength, >= 0
 )->tuple: # (log potential, new memory), both (..., k)
-    "Factor that a particle's weight gets before the last step (arXiv 2501.06848, section 3); SteeringError for another kind."
-    if kind=='max': m = torch.maximum(memory, rewards); return lam*m, m
+    "Factor of a weight before the last step (arXiv 2501.06848, section 3); SteeringError for another kind."
     if kind=='difference': return lam*(rewards-memory), rewards
-    if kind=='sum': m = memory+rewards; return lam*m, m
     if kind=='reward': return lam*rewards, memory
-    raise SteeringError(f"potential {kind!r}; choose one of {', '.join(POTENTIALS)}")
+    if kind=='max': memory = torch.maximum(memory, rewards)
+    elif kind=='sum': memory = memory+rewards
+    else: raise SteeringError(f"potential {kind!r}; choose one of {', '.join(POTENTIALS)}")
+    return lam*memory, memory
 
 # %% ../../nbs/5_steering/50_particles.ipynb #eb02b807
 def whole(
-    name:str,   # how to call it in errors
-    n,          # a whole number, also of numpy
-    least=None, # the smallest that makes sense
+    name:str,       # What to call it in errors
+    n,              # A whole number, also of NumPy or PyTorch
+    least:int=None, # The smallest that makes sense
 )->int:
     "A whole number as an int; SteeringError for anything else."
     try: value = None if isinstance(n, bool) else operator.index(n)
     except TypeError: value = None
     if value is None: raise SteeringError(f"{name} is {n!r:.50}; a whole number is needed")
-    if least is not None and value<least: raise SteeringError(f"{name} is {value}; at least {least} is needed")
+    if least is not None and value<least:
+        raise SteeringError(f"{name} is {value}; at least {least} is needed")
     return value
 
 # %% ../../nbs/5_steering/50_particles.ipynb #af77cf1a
@@ -117,14 +121,17 @@ class Particles:
     k:int                  # particles of each
     lam:float=10.          # strength, >= 0
     potential:str='max'    # one of `POTENTIALS`
+
     def __post_init__(self):
         self.k = whole('the number of particles', self.k)
         if self.k<2: raise SteeringError(f"{self.k} particles; steering chooses among at least 2")
-        if not (isinstance(self.lam, Real) and self.lam>=0 and math.isfinite(self.lam)): raise SteeringError(f"lam is {self.lam!r}; pass a number >= 0")
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)
-        self.log_w, self.log_total, self.log_z = zeros(self.groups, self.k), zeros(self.groups, self.k), zeros(self.groups)
-        log_potential(self.potential, self.log_w, self.log_w, self.lam) # an unknown potential is refused here
-        self.memory = self.log_w - math.inf if self.potential=='max' else self.log_w.clone()
+        if not (isinstance(self.lam, Real) and self.lam>=0 and math.isfinite(self.lam)):
+            raise SteeringError(f"lam is {self.lam!r}; pass a number >= 0")
+        self.log_w = torch.zeros(self.groups, self.k, dtype=torch.float64)
+        self.log_total = self.log_w.clone()
+        self.log_z = torch.zeros(self.groups, dtype=torch.float64)
+        log_potential(self.potential, self.log_w, self.log_w, self.lam) # rejects an unknown potential
+        self.memory = torch.full_like(self.log_w, -math.inf if self.potential=='max' else 0.)
 
 # %% ../../nbs/5_steering/50_particles.ipynb #27defb75
 @patch
@@ -132,14 +139,18 @@ def weigh(self:Particles,
     rewards:Tensor,   # Rewards of all particles, (p, k); not finite = weight zero, with a warning
     last:bool=False,  # The final images: makes the product of potentials exp(lam*reward)
 )->Tensor: # Log potentials, (p, k)
-    "Multiply the weights by this step's potentials; SteeringError for a wrong shape or a group without any finite reward."
+    "Multiply weights by this step's potentials; SteeringError for a wrong shape or a group without finite rewards."
     r = torch.as_tensor(rewards).double().cpu()
-    if r.shape!=self.log_w.shape: raise SteeringError(f"rewards have shape {tuple(r.shape)}; needed: one for each particle, {tuple(self.log_w.shape)}")
+    if r.shape!=self.log_w.shape: raise SteeringError(
+        f"rewards have shape {tuple(r.shape)}; needed: one for each particle, {tuple(self.log_w.shape)}")
     bad = ~torch.isfinite(r)
-    if bad.any(): warnings.warn(f"{int(bad.sum())} of {r.numel()} rewards are not finite; these particles get weight zero", stacklevel=2)
+    if bad.any(): warnings.warn(
+        f"{int(bad.sum())} of {r.numel()} rewards are not finite; these particles get weight zero",
+        stacklevel=2)
     dead = (bad|~torch.isfinite(self.log_w)).all(-1)
-    if dead.any(): raise SteeringError(f"no particle of group {dead.nonzero()[0].item()} has a finite reward; "
-                                       "look at the reward on one of the images (a NaN often means half precision)")
+    if dead.any(): raise SteeringError(
+        f"no particle of group {dead.nonzero()[0].item()} has a finite reward; "
+        "look at the reward on one of the images (a NaN often means half precision)")
     r = torch.where(bad, 0., r)
     log_g, memory = log_potential(self.potential, r, self.memory, self.lam)
     if last: log_g = self.lam*r - self.log_total
@@ -152,10 +163,10 @@ def weigh(self:Particles,
 # %% ../../nbs/5_steering/50_particles.ipynb #3fa3daa7
 @patch
 def resample(self:Particles,
-    generators:list,          # One torch.Generator for each group
-    resampler=systematic,     # One of `RESAMPLERS`' values
-    ess_min:float=.5,         # Resample a group whose ESS is below this share of k; 1: whenever weights differ
-    always:bool=False,        # Resample whatever the ESS
+    generators:list,      # One torch.Generator for each group
+    resampler=systematic, # One of `RESAMPLERS`' values
+    ess_min:float=.5,     # Resample a group whose ESS is below this share of k; 1: whenever weights differ
+    always:bool=False,    # Resample whatever the ESS
 )->tuple: # (ancestors (p, k) long, resampled (p,) bool, ESS before (p,))
     "Draw ancestors where weights have become too unequal; SteeringError if a group is dead."
     ancestors = torch.arange(self.k).repeat(self.groups, 1)
@@ -164,7 +175,9 @@ def resample(self:Particles,
     for g in do.nonzero().flatten().tolist():
         a = ancestors[g] = resampler(normalized(self.log_w[g]), generators[g])
         self.log_z[g] += self.log_w[g].logsumexp(-1) - math.log(self.k)
-        self.log_total[g], self.memory[g], self.log_w[g] = self.log_total[g,a], self.memory[g,a], 0.
+        self.log_total[g] = self.log_total[g,a]
+        self.memory[g] = self.memory[g,a]
+        self.log_w[g] = 0.
     return ancestors, do, before
 
 @patch(as_prop=True)
@@ -175,25 +188,33 @@ def log_z_now(self:Particles)->Tensor: # (p,)
 # %% ../../nbs/5_steering/50_particles.ipynb #65a49f56
 def resample_steps(
     n:int,            # Number of sampling steps
-    start:int=None,   # First index to look at; a fifth of n by default
-    end:int=None,     # Last index, inclusive; four fifths of n by default
-    every:int=None,   # Distance; a fifth of n by default
-    steps=None,       # Explicit indices instead
+    start:int=None,   # First index to look at; a fifth of n if None
+    end:int=None,     # Last index, inclusive; four fifths of n if None
+    every:int=None,   # Distance; a fifth of n if None
+    steps:list=None,  # Explicit indices instead
 )->list: # Sorted indices, the last step n-1 included
     "Loop indices at which particles are scored; SteeringError if they are not steps."
-    if steps is not None and (start,end,every)!=(None,)*3: raise SteeringError("pass either steps or start, end, every; not both")
+    regular = any(v is not None for v in (start, end, every))
+    if steps is not None and regular: raise SteeringError("pass either steps or start, end, every; not both")
     n = whole('the number of steps', n, 1)
-    if steps is None and (start,end,every)==(None,)*3: steps = [j*n//5 for j in range(1, 5)]
-    if steps is not None: steps = [whole('a step', s) for s in steps]
+    if steps is not None: idx = [whole('a step', s) for s in steps]
+    elif regular: idx = _regular_steps(n, start, end, every)
+    else: idx = [j*n//5 for j in range(1, 5)]
+    idx = sorted(set(idx))
+    if idx and not (0<=idx[0] and idx[-1]<n): raise SteeringError(
+        f"resampling at {idx}, but the run has {n} steps, 0 to {n-1}; "
+        "change start, end, every or steps, or take more sampling steps")
+    return sorted({*idx, n-1})
+
+def _regular_steps(n, start, end, every)->range:
+    "Indices at equal distances; SteeringError for numbers that make none"
     start = whole('start', n//5 if start is None else start)
     end = whole('end', 4*n//5 if end is None else end)
     every = whole('every', max(1, n//5) if every is None else every)
     if every<1: raise SteeringError(f"every is {every}; needed: at least 1")
-    if steps is None and start>end: raise SteeringError(f"the schedule starts at {start} after its end {end}; swap them, or pass steps=[] for none")
-    idx = sorted(set(range(start, end+1, every) if steps is None else steps))
-    if idx and not (0<=idx[0] and idx[-1]<n): raise SteeringError(f"resampling at {idx}, but the run has {n} steps, 0 to {n-1}; "
-                                                                  "change start, end, every or steps, or take more sampling steps")
-    return sorted({*idx, n-1})
+    if start>end: raise SteeringError(
+        f"the schedule starts at {start} after its end {end}; swap them, or pass steps=[] for none")
+    return range(start, end+1, every)
 
 # %% ../../nbs/5_steering/50_particles.ipynb #8f21f91d
 def trace_roots(
@@ -211,8 +232,9 @@ def family_se(
 )->float: # Standard error of the weighted mean
     "Standard error of a particle mean from its genealogy (Chan & Lai 2013)."
     w = torch.full_like(values, 1/len(values)) if weights is None else weights
-    dev = w*(values - (w*values).sum())
-    return torch.zeros(int(roots.max())+1, dtype=dev.dtype).index_add_(0, roots, dev).square().sum().sqrt().item()
+    deviations = w*(values - (w*values).sum())
+    families = torch.zeros(int(roots.max())+1, dtype=deviations.dtype).index_add_(0, roots, deviations)
+    return families.square().sum().sqrt().item()
 
 # %% ../../nbs/5_steering/50_particles.ipynb #1e95632b
 def prune(
@@ -229,54 +251,65 @@ def prune(
 # %% ../../nbs/5_steering/50_particles.ipynb #5f16a21f
 @dataclass
 class PublishedParticles:
-    "Weights of one prompt's particles as the public FK code keeps them."
-    k:int                # particles
-    lam:float=10.        # strength
+    "Weights of p groups of k particles as the public FK code keeps them; used like `Particles`."
+    groups:int           # p, number of prompts
+    k:int                # particles of each
+    lam:float=10.        # strength, >= 0
     potential:str='max'  # one of `POTENTIALS`
-    adaptive:bool=False  # before the last step too, resample only if ESS < k/2
     floor:float=0.       # where the memory starts (`reward_min_value`)
+
+    log_z_now = None     # the public code estimates no normalising constant
+
     def __post_init__(self):
-        Particles(1, self.k, self.lam, self.potential) # checks
-        self.memory, self.product = torch.full((self.k,), float(self.floor)), torch.ones(self.k)
+        Particles(self.groups, self.k, self.lam, self.potential) # checks
+        self.memory = torch.full((self.groups, self.k), float(self.floor))
+        self.product = torch.ones(self.groups, self.k)
+        self._forget()
 
-    def weights(self,
-        rewards:Tensor,  # (k,)
-        last:bool,       # at the last step
-    )->tuple: # (weights (k,) float32, candidates for the memory (k,))
-        "Capped weights, and what the memory becomes."
-        r = rewards.float()
-        cand = {'max': torch.maximum(r, self.memory), 'sum': r+self.memory}.get(self.potential, r)
-        if self.potential=='difference': w = (self.lam*(r-self.memory)).exp()
-        else: w = (self.lam*cand).exp()/(self.product if last else 1.)
-        w = w.clamp(0, 1e10)
-        return torch.where(w.isnan(), 0., w), cand
+    def _forget(self):
+        "Weights of one, as at the beginning and after each look"
+        self.weights = torch.ones(self.groups, self.k)
+        self.remembered, self.last = self.memory, False
 
-    def step(self,
-        rewards:Tensor,            # (k,)
-        last:bool,                 # at the last step
-        generator:torch.Generator, # Source of randomness
-    )->tuple: # (ancestors (k,) or None if nobody moves, weights (k,), ESS)
-        "One resampling as the public code does it; SteeringError where it would fail (all weights zero)."
-        w, cand = self.weights(rewards, last)
-        e = 1/(w/w.sum()).square().sum()
-        if (self.adaptive or last) and not e < .5*self.k:
-            self.memory = cand
-            return None, w, e.item()
-        if not w.sum()>0: raise SteeringError("every weight is zero (no finite reward, or all far below); the public code fails here too")
-        a = torch.multinomial(w, self.k, replacement=True, generator=generator)
-        self.memory, self.product = cand[a], self.product[a]*w[a]
-        return a, w, e.item()
+    @property
+    def log_w(self)->Tensor: # (p, k), float64
+        "Log weights since the last look"
+        return self.weights.double().log()
 
-# %% ../../nbs/5_steering/50_particles.ipynb #b747d0bf
-def particle_summary(
-    scores:dict,  # metric name -> scores of one prompt's particles, (k,)
-    guidance:str, # the metric that chooses the best particle
-)->dict: # order (list), and for each metric mean, max, min, std, best_particle
-    "Statistics over the particles of one prompt; SteeringError if the guidance is not among the scores."
-    if guidance not in scores: raise SteeringError(f"no scores of {guidance!r}; there are {', '.join(scores)}")
-    scores = {m: torch.as_tensor(v, dtype=torch.float64) for m,v in scores.items()}
-    guide = scores[guidance]
-    order = torch.where(torch.isfinite(guide), guide, -math.inf).argsort(stable=True).flip(0).tolist()
-    stats = {m: dict(mean=v.mean().item(), max=v.max().item(), min=v.min().item(), std=v.std().item() if len(v)>1 else 0.,
-                     best_particle=v[order[0]].item()) for m,v in scores.items()}
-    return dict(order=order, metrics=stats)
+# %% ../../nbs/5_steering/50_particles.ipynb #91e08c8e
+@patch
+def weigh(self:PublishedParticles,
+    rewards:Tensor,   # Rewards of all particles, (p, k)
+    last:bool=False,  # The final images: divides by the product of potentials so far
+):
+    "Capped weights of this look, and what the memory becomes."
+    r = torch.as_tensor(rewards).float()
+    if self.potential=='max': self.remembered = torch.maximum(r, self.memory)
+    elif self.potential=='sum': self.remembered = r+self.memory
+    else: self.remembered = r
+    if self.potential=='difference': w = (self.lam*(r-self.memory)).exp()
+    else: w = (self.lam*self.remembered).exp()/(self.product if last else 1.)
+    w = w.clamp(0, 1e10)
+    self.weights = torch.where(w.isnan(), 0., w)
+    self.last = last
+
+@patch
+def resample(self:PublishedParticles,
+    generators:list,    # One torch.Generator for each group
+    ess_min:float=.5,   # Below 1: adaptive, a group whose ESS is at least half of k is left alone
+)->tuple: # (ancestors (p, k) long, resampled (p,) bool, ESS before (p,) float32)
+    "Draw ancestors as the public code does; SteeringError where it would fail (all weights zero)."
+    ancestors = torch.arange(self.k).repeat(self.groups, 1)
+    w = self.weights
+    before = 1/(w/w.sum(-1, keepdim=True)).square().sum(-1)
+    may_stay = ess_min<1 or self.last
+    do = before < .5*self.k if may_stay else torch.ones(self.groups, dtype=torch.bool)
+    self.memory = self.remembered.clone()
+    for g in do.nonzero().flatten().tolist():
+        if not w[g].sum()>0: raise SteeringError(
+            "every weight is zero (no finite reward, or all far below); the public code fails here too")
+        a = ancestors[g] = torch.multinomial(w[g], self.k, replacement=True, generator=generators[g])
+        self.memory[g] = self.remembered[g,a]
+        self.product[g] = self.product[g,a]*w[g,a]
+    self._forget()
+    return ancestors, do, before

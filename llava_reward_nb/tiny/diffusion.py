@@ -25,7 +25,7 @@ from ..shapes.world import SIZE, render
 from ..shapes.prompts import CATEGORIES, VOCAB
 from ..shapes.checker import Checker
 from ..shapes.scenes import sample_prompt, scene_for
-from ..steering.hook import load_pipeline
+from ..steering.pipelines import load_pipeline
 from .mllm import fit, launch
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #a189882e

@@ -25,7 +25,7 @@ from ..rewards.registry import load_reward
 from ..rewards.combine import score_all
 from ..shapes.prompts import CATEGORIES
 from ..shapes.scenes import sample_prompt
-from ..steering.hook import fk_steer, load_pipeline
+from ..steering.pipelines import fk_steer, load_pipeline
 from ..store import folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #73daa839
