@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule', 'learning_rates', 'planned_updates',
-           'check_plan', 'RewardTrainer', 'checkpoints', 'train_perspective']
+           'check_plan', 'check_records', 'RewardTrainer', 'checkpoints', 'train_perspective']
 
 # %% ../nbs/3_paper/36_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
@@ -20,23 +20,25 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, get_schedu
 
 from . import __version__
 from .core import CheckpointError, InputError
-from .files import atomic_path
 from .data import RewardCollator, RewardRecords, check_fit, load_records
+from .files import atomic_path
 from .losses import cls_prob
-from .model import PerspectiveConfig, RewardModel, saved_config
+from .model import CARD, PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
+from .stats import TIE, accuracy, f1, mean, pair_decisions, recall, threshold_decisions
 from .store import file_hash, folder_lock, tensors_hash
 
 # %% ../nbs/3_paper/36_trainer.ipynb #6a5e9089
 def pairwise_accuracy(
     prob, # P(chosen preferred) of n pairs, (n,): tensor, array or list
 )->dict: # accuracy (ties count as errors), accuracy_without_ties (nan if all are ties), mean_prob
-    "How often the chosen image is preferred; ValueError without any pair."
+    "How often the chosen image is preferred; ValueError without any pair, or for a NaN."
     p = np.asarray(prob, dtype=np.float64)
     if p.size==0: raise ValueError("no pairs to measure; pass at least one probability")
-    right,ties = (p>.5).sum(),(p==.5).sum()
-    return dict(accuracy=float(right/p.size), accuracy_without_ties=float(right/(p.size-ties)) if ties<p.size else float('nan'),
-                mean_prob=float(p.mean()))
+    chosen = np.ones_like(p)
+    decisions = pair_decisions(TIE*chosen, p)
+    return dict(accuracy=accuracy(decisions, chosen),
+                accuracy_without_ties=accuracy(decisions, chosen, ties=False), mean_prob=mean(p))
 
 # %% ../nbs/3_paper/36_trainer.ipynb #b64107ec
 def label_metrics(
@@ -44,12 +46,15 @@ def label_metrics(
     labels, # their labels, (n,), 0 or 1
 )->dict: # accuracy, f1, recall (nan where undefined)
     "Binary classification metrics with label 1 as positive; ValueError for no images or unequal lengths."
-    said,true = np.asarray(prob)>=.5,np.asarray(labels)==1
-    if said.size==0 or said.shape!=true.shape: raise ValueError(
-        f"{said.size} probabilities and {true.size} labels; pass one of each for every image, at least one")
-    tp,errors = int((said&true).sum()),int((said!=true).sum())
-    return dict(accuracy=float((said==true).mean()), f1=2*tp/(2*tp+errors) if tp+errors else float('nan'),
-                recall=tp/int(true.sum()) if true.any() else float('nan'))
+    p = np.asarray(prob, dtype=np.float64)
+    true = np.asarray(labels, dtype=np.float64)
+    if p.size==0 or p.shape!=true.shape: raise ValueError(
+        f"{p.size} probabilities and {true.size} labels; pass one of each for every image, at least one")
+    said = threshold_decisions(p-.5)
+    positive = (true==1).any()
+    return dict(accuracy=accuracy(said, true),
+                f1=f1(said, true) if positive or (said==1).any() else math.nan,
+                recall=recall(said, true) if positive else math.nan)
 
 # %% ../nbs/3_paper/36_trainer.ipynb #300e08f2
 _SHARDS = "the weights would lie in pieces on several processes; one process a GPU works, see torchrun"
@@ -71,14 +76,15 @@ _REFUSED = dict( # arguments of `TrainingArguments` that this trainer does not h
     batch_eval_metrics="the metrics need all predictions at once",
     include_for_metrics="the metrics are made of probabilities and targets alone",
     save_only_model="a run could not go on from its checkpoints",
-    enable_jit_checkpoint="a stopped run would end as if it were done; save_steps decides what a killed run keeps",
+    enable_jit_checkpoint="a stopped run would end as if it were done; save_steps decides what stays of it",
     ignore_data_skip="a run that goes on would see other records", push_to_hub=_UPLOAD, hub_model_id=_UPLOAD,
     resume_from_checkpoint="pass it to train(), or resume=True to train_perspective()")
 
 def _check_arguments(args):
     "ValueError for an argument that the trainer does not honour."
     for f in fields(args):
-        got,usual = getattr(args, f.name),f.default_factory() if f.default is MISSING else f.default
+        got = getattr(args, f.name)
+        usual = f.default_factory() if f.default is MISSING else f.default
         if f.name in _REFUSED and got!=usual and (got or usual): raise ValueError(
             f"{f.name}={got!r} is not honoured here: {_REFUSED[f.name]}; leave it out")
     order = getattr(args, 'train_sampling_strategy', 'random')
@@ -107,12 +113,12 @@ def _check_numbers(args):
 # %% ../nbs/3_paper/36_trainer.ipynb #5621e625
 @dataclass
 class RewardConfig(TrainingArguments):
-    "How to train: `TrainingArguments` with the paper's recipe as defaults (arXiv 2507.21391), and the sizes of LoRA."
-    learning_rate:float = 2e-4           # peak of the schedule
+    "How to train: `TrainingArguments` with the paper's recipe (arXiv 2507.21391) and LoRA's sizes."
+    learning_rate:float = 2e-4           # peak of the schedule, > 0
     adam_beta2:float = .95               # AdamW's second beta; the first is .9
     lr_scheduler_type:str = 'cosine'     # half a period, down to 0
-    warmup_steps:float = .03             # share of all steps (or, from 1 on, their number) in which the rate rises from 0
-    num_train_epochs:float = 1.          # passes over the records
+    warmup_steps:float = .03             # updates in which the rate rises from 0; below 1: a share of all
+    num_train_epochs:float = 1.          # passes over the records, > 0
     per_device_train_batch_size:int = 4  # records, so twice as many images for pairs
     gradient_accumulation_steps:int = 4  # batches for each update
     bf16:bool|None = None                # compute in bfloat16; None: if the GPU has it
@@ -121,9 +127,9 @@ class RewardConfig(TrainingArguments):
     save_total_limit:int|None = 2        # checkpoints kept
     disable_tqdm:bool|None = None        # no progress bar; None: if this is neither a terminal nor a notebook
     remove_unused_columns:bool = False   # strip records of fields that `forward` does not name
-    lora_rank:int = 128                  # rank of the LoRA matrices of a new perspective
+    lora_rank:int = 128                  # rank of the LoRA matrices of a new perspective, >= 1
     lora_alpha:int = 256                 # their scale is lora_alpha/lora_rank
-    lora_dropout:float = .05             # on their input
+    lora_dropout:float = .05             # on their input, 0 to below 1
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
@@ -132,14 +138,16 @@ class RewardConfig(TrainingArguments):
         if self.fp16 and not gpu: raise ValueError("fp16=True needs a GPU; use bf16=True, or neither")
         if self.bf16 is None: self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory = self.dataloader_pin_memory and gpu # else torch warns at every loop
-        if self.disable_tqdm is None: self.disable_tqdm = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
-        if self.data_seed is None: self.data_seed = self.seed # else the order would depend on who used the random generator before
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
+        if self.data_seed is None: # else the order depends on who used the random generator before
+            self.data_seed = self.seed
         super().__post_init__()
 
 # %% ../nbs/3_paper/36_trainer.ipynb #275a204b
 _SHORT = 34 # shorter runs leave out the schedule's first step, whose rate is 0
 
-def _next(f, k:int)->float: return f(k+1)
+def _next(rate, k:int)->float: return rate(k+1)
 
 def make_schedule(
     args:RewardConfig, # the recipe
@@ -153,7 +161,7 @@ def make_schedule(
                              num_training_steps=updates+short,
                              scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     if not short or not isinstance(schedule, LambdaLR): return schedule
-    return LambdaLR(optimizer, [partial(_next, f) for f in schedule.lr_lambdas])
+    return LambdaLR(optimizer, [partial(_next, rate) for rate in schedule.lr_lambdas])
 
 def learning_rates(
     args:RewardConfig, # the recipe
@@ -182,7 +190,8 @@ def planned_updates(
 
 def _alike(r:dict)->bool:
     "Whether both sides of a pair are the same image for the same prompt."
-    a,b = r['chosen_path'],r['reject_path']
+    a = r['chosen_path']
+    b = r['reject_path']
     same = a is b or isinstance(a, (bytes,Path)) and isinstance(b, (bytes,Path)) and a==b
     files = isinstance(a, Path) and isinstance(b, Path) and a.is_file() and b.is_file()
     same = same or files and filecmp.cmp(a, b, shallow=False)
@@ -194,7 +203,7 @@ def _silent(records:RewardRecords)->str|None:
         same = {r['label'] for r in records}
         if len(same)>1: return None
         return f"all {len(records)} labels are {same.pop()}; bring images with the other label"
-    told = [r for r in records if r['target']!=.5]
+    told = [r for r in records if r['target']!=TIE]
     if not told: return f"all {len(records)} pairs are ties; bring pairs in which one image is better"
     if all(map(_alike, told)): return (
         "in every pair that is no tie both images are the same; bring pairs of different images")
@@ -204,15 +213,16 @@ def check_plan(
     args:RewardConfig,     # the recipe
 )->int: # updates that the run will make
     "ValueError if a run over these records cannot teach anything."
-    n,batch = planned_updates(args, len(records)),args.per_device_train_batch_size*args.world_size
+    n = planned_updates(args, len(records))
+    batch = args.per_device_train_batch_size*args.world_size
     if not n: raise ValueError(
         f"{records.name}: {len(records)} records make no batch of {batch}; bring more, "
         "lower per_device_train_batch_size, or leave dataloader_drop_last out")
     if why := _silent(records): raise ValueError(f"{records.name}: nothing to learn: {why}")
     warmup = args.get_warmup_steps(n)
     if warmup>n: raise ValueError(
-        f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would never reach learning_rate: "
-        "lower it, or train longer")
+        f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would never reach "
+        "learning_rate: lower it, or train longer")
     return n
 
 # %% ../nbs/3_paper/36_trainer.ipynb #280f89e7
@@ -225,11 +235,12 @@ def _several(records)->list:
     "The sets of records in None, in one set, or in a dict of them."
     return [r for r in (records.values() if isinstance(records, dict) else [records]) if r is not None]
 
-def _check_records(records, config:PerspectiveConfig, name:str):
+def check_records(records, config:PerspectiveConfig, name:str):
     "ValueError if these records cannot teach this loss."
     for r in _several(records):
         if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
-            f"{r.name}: {r.kind}s, but perspective {name!r} has loss {config.loss!r}; 'bt' and 'gpm' learn from pairs, 'cls' from labels")
+            f"{r.name}: {r.kind}s, but perspective {name!r} has loss {config.loss!r}; "
+            "'bt' and 'gpm' learn from pairs, 'cls' from labels")
 
 def _check_fit(records, processor):
     "`InputError` naming all records that the model cannot take."
@@ -237,7 +248,7 @@ def _check_fit(records, processor):
 
 # %% ../nbs/3_paper/36_trainer.ipynb #72079cfa
 class RewardTrainer(Trainer):
-    "Trains the active perspective of a reward model; ValueError if the records do not fit its loss or nothing is trainable."
+    "Trains the active perspective; ValueError if the records do not fit its loss or nothing is trainable."
     start = None  # for `recipe`: hash of the weights that the perspective starts with, if they are not new
     inputs = None # for `recipe`: identities of base and records when training began
     def __init__(self,
@@ -247,16 +258,22 @@ class RewardTrainer(Trainer):
         eval_dataset=None,  # records held out, or a dict of several
         **kwargs,           # more arguments of `Trainer`, such as callbacks
     ):
-        self.perspective,self.loss = model.active,model.config.make_loss()
-        train_dataset,eval_dataset = _as_records(train_dataset),_as_records(eval_dataset)
-        for r in train_dataset,eval_dataset: _check_records(r, model.config, model.active)
+        self.perspective = model.active
+        self.loss = model.config.make_loss()
+        self.measured = {} # metric of the weights as they are -> value and records, for `facts`
+        train_dataset = _as_records(train_dataset)
+        eval_dataset = _as_records(eval_dataset)
+        for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
         processor = model.backbone.processor
         for r in train_dataset,eval_dataset: _check_fit(r, processor)
         if not any(p.requires_grad for p in model.parameters()): raise ValueError(
-            f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: load it again without merge()")
+            f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: "
+            "load it again without merge()")
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
-        super().__init__(**{**dict(model=model, args=args, data_collator=RewardCollator(processor), train_dataset=train_dataset,
-                                   eval_dataset=eval_dataset, compute_metrics=lambda seen: self.metrics(seen)), **kwargs})
+        usual = dict(model=model, args=args, data_collator=RewardCollator(processor),
+                     train_dataset=train_dataset, eval_dataset=eval_dataset,
+                     compute_metrics=lambda seen: self.metrics(seen))
+        super().__init__(**{**usual, **kwargs})
         if self.is_deepspeed_enabled or self.is_fsdp_enabled: raise ValueError(
             f"DeepSpeed and FSDP are not honoured here: {_SHARDS}")
         self.label_names = ['target' if self.loss.pairs else 'label']
@@ -266,14 +283,15 @@ class RewardTrainer(Trainer):
 # %% ../nbs/3_paper/36_trainer.ipynb #8774a6e9
 @patch
 def compute_loss(self:RewardTrainer,
-    model,                   # the model, possibly wrapped
-    inputs:dict,             # a batch of the collator
+    model,                     # the model, possibly wrapped
+    inputs:dict,               # a batch of the collator
     return_outputs:bool=False, # give the head vectors too
-    num_items_in_batch=None, # records that the update sees; None: those of this batch
+    num_items_in_batch=None,   # records that the update sees; None: those of this batch
 ): # loss () [, head vectors]
     "The perspective's loss of one batch, as its share of the update."
-    inputs = dict(inputs); target = inputs.pop(self.label_names[0])
-    vectors = model(**inputs)
+    target_name = self.label_names[0]
+    target = inputs[target_name]
+    vectors = model(**{k:v for k,v in inputs.items() if k!=target_name})
     loss = self.loss.loss(*vectors.chunk(2), target) if self.loss.pairs else self.loss.loss(vectors, target)
     if num_items_in_batch is not None: loss = loss*len(target)/num_items_in_batch
     return (loss, vectors) if return_outputs else loss
@@ -282,7 +300,7 @@ def compute_loss(self:RewardTrainer,
 @patch
 def create_scheduler(self:RewardTrainer,
     num_training_steps:int, # updates of the run
-    optimizer=None,         # default: the trainer's
+    optimizer=None,         # None: the trainer's
 ): # scheduler of PyTorch
     "What `make_schedule` gives."
     if self.lr_scheduler is None:
@@ -311,9 +329,11 @@ def prediction_step(self:RewardTrainer,
 )->tuple: # loss (), p (b,), target (b,)
     "Loss and probabilities of one batch."
     inputs = self._prepare_inputs(inputs)
-    with torch.no_grad(), self.compute_loss_context_manager(): loss,v = self.compute_loss(model, inputs, return_outputs=True)
+    with torch.no_grad(), self.compute_loss_context_manager():
+        loss,v = self.compute_loss(model, inputs, return_outputs=True)
     if prediction_loss_only: return loss, None, None
-    return loss, self.loss.prob(*v.chunk(2)) if self.loss.pairs else cls_prob(self.loss.score(v)), inputs[self.label_names[0]]
+    prob = self.loss.prob(*v.chunk(2)) if self.loss.pairs else cls_prob(self.loss.score(v))
+    return loss, prob, inputs[self.label_names[0]]
 
 # %% ../nbs/3_paper/36_trainer.ipynb #d79c499c
 @patch
@@ -321,9 +341,33 @@ def metrics(self:RewardTrainer,
     seen, # what `Trainer` collected: predictions (n,), label_ids (n,)
 )->dict: # see `pairwise_accuracy` and `label_metrics`
     "Metrics of all probabilities; pairs that are ties by their ratings are left out."
-    p,target = seen.predictions,seen.label_ids
+    p = seen.predictions
+    target = seen.label_ids
     if not self.loss.pairs: return label_metrics(p, target)
-    return pairwise_accuracy(p[target!=.5]) if (target!=.5).any() else {}
+    told = target!=TIE
+    return pairwise_accuracy(p[told]) if told.any() else {}
+
+# %% ../nbs/3_paper/36_trainer.ipynb #af514f3a
+_TIMING = re.compile('runtime|per_second|preparation|epoch') # metrics that say nothing of the weights
+
+def _source(records:RewardRecords)->str:
+    "Names of the files that records come from, without their folders, and how many there are."
+    names = [Path(name).name for name in records.name.split(' + ')]
+    return f"{' + '.join(names)} ({len(records)} {records.kind}s)"
+
+@patch
+def evaluate(self:RewardTrainer,
+    eval_dataset=None, # records, or a dict of several; None: those of the trainer
+    **kwargs,          # see `Trainer.evaluate`
+)->dict: # eval_loss and the other metrics, and times
+    "Measure the weights as they are."
+    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
+    records = self.eval_dataset if eval_dataset is None else eval_dataset
+    if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
+    if isinstance(records, RewardRecords):
+        told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
+        self.measured |= {k:f'{v:.4g} on {_source(records)}' for k,v in told.items()}
+    return metrics
 
 # %% ../nbs/3_paper/36_trainer.ipynb #68e6d874
 def _norms(model)->dict:
@@ -369,7 +413,7 @@ def _base_identity(model:RewardModel)->str:
     return f'{kind}, hash {tensors_hash(base)}'
 
 @patch
-def recipe(self:RewardTrainer)->dict:
+def recipe(self:RewardTrainer)->dict: # name -> value
     "What decides, besides the perspective's own configuration, which weights come out."
     args = json.loads(self.args.to_json_string())
     lora = self.model.peft.peft_config[self.perspective]
@@ -380,26 +424,39 @@ def recipe(self:RewardTrainer)->dict:
     return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, **sizes,
                 **{k:args.get(k) for k in _SAME})
 
+# %% ../nbs/3_paper/36_trainer.ipynb #201d683c
+@patch
+def facts(self:RewardTrainer)->TrainingFacts:
+    "What the trainer knows of the weights as they are, for their model card."
+    recipe = self.recipe()
+    identity = recipe.pop('records')
+    records = f'{_source(self.train_dataset)}: {identity}' if identity else 'nothing: no records'
+    logged = [entry for entry in self.state.log_history if 'loss' in entry]
+    metrics = dict(self.measured)
+    if logged: metrics['training loss'] = f"{logged[-1]['loss']:.4g}, logged at update {logged[-1]['step']}"
+    return TrainingFacts(records, dict(updates=self.state.global_step, **recipe), metrics)
+
 # %% ../nbs/3_paper/36_trainer.ipynb #68d17899
 @patch
 def _save(self:RewardTrainer,
-    output_dir=None, # gets a sub-folder with the perspective; default: the run's
+    output_dir=None, # gets a sub-folder with the perspective; None: the run's
     state_dict=None, # unused
 ):
-    "What `save_model` and checkpoints write; ValueError for weights that are not finite, before any is written."
+    "What `save_model` and checkpoints write; ValueError, before any of it, for weights that are not finite."
     if not self.args.should_save: return
     bad = [n for n,p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if bad: raise ValueError(
         f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: "
         f"lower learning_rate {self.args.learning_rate:g}; {self.kept()}")
     folder = Path(output_dir or self.args.output_dir)
-    self.model.save_perspective(self.perspective, folder/self.perspective)
-    with atomic_path(folder/'training_args.json') as p: p.write_text(json.dumps(self.recipe(), indent=1)+'\n')
+    self.model.save_perspective(self.perspective, folder/self.perspective, training=self.facts())
+    recipe = json.dumps(self.recipe(), indent=1)
+    with atomic_path(folder/'training_args.json') as p: p.write_text(recipe+'\n')
 
 # %% ../nbs/3_paper/36_trainer.ipynb #c736229b
 def _listed(folder:Path)->list:
-    "The files of a checkpoint that one process wrote, by their names in it."
-    files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name!='files.json')
+    "The files of a checkpoint that one process wrote and nobody edits, by their names in it."
+    files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name not in ('files.json', CARD))
     by_others = re.compile(r'rng_state_\d+\.pth')
     return [f.relative_to(folder).as_posix() for f in files if not by_others.fullmatch(f.name)]
 
@@ -419,7 +476,8 @@ def checkpoints(
     folder, # a run's output_dir
 )->dict: # whole checkpoint folder -> name of the perspective in it, by ascending step
     "The whole checkpoints of a run; those that a killed process left half-written are not among them."
-    return {p:n for p in _numbered(folder) if (n:=_complete(p))}
+    names = {path:_complete(path) for path in _numbered(folder)}
+    return {path:name for path,name in names.items() if name}
 
 def _numbered(folder)->list:
     "Folders of checkpoints, whole or not, by ascending step."
@@ -432,8 +490,8 @@ def _complete(folder:Path):
     except CheckpointError: return None
 
 def _check_checkpoint(
-    folder:Path,     # of a checkpoint
-    hashes=False,    # read all files, and not only their sizes
+    folder:Path,  # of a checkpoint
+    hashes=False, # read all files, and not only their sizes
 )->str: # name of the perspective in it
     "`CheckpointError` naming the file that is missing or damaged."
     files = read_json(folder/'files.json')
@@ -470,11 +528,13 @@ def _load_from_checkpoint(self:RewardTrainer,
     self.model.check_base(saved, folder)
     mine = asdict(self.model.config)
     for k in 'base','fingerprint','version': mine.pop(k)
-    diff = _differences(asdict(saved), mine) or _differences(read_json(where/'training_args.json'), self.recipe())
+    diff = _differences(asdict(saved), mine)
+    diff = diff or _differences(read_json(where/'training_args.json'), self.recipe())
     if diff: raise CheckpointError(
-        f"{where}: is of another run ({diff}); go on with the same recipe, base and records, or start anew in "
-        "another output_dir")
+        f"{where}: is of another run ({diff}); go on with the same recipe, base and records, or start anew "
+        "in another output_dir")
     self.model.restore_perspective(self.perspective, folder)
+    self.measured.clear()
 
 # %% ../nbs/3_paper/36_trainer.ipynb #1a019662
 @patch
@@ -488,7 +548,7 @@ def _checkpoint(self:RewardTrainer,
     wanted, # True: the last whole checkpoint of output_dir; or a checkpoint's folder; None: start
 ): # Path or None
     "The checkpoint to go on from; ValueError if there is none, or one would be overwritten."
-    where,anew = self.args.output_dir,"delete them, or choose another output_dir"
+    where = self.args.output_dir
     found = checkpoints(where)
     others = set(found.values())-{self.perspective}
     if others: raise ValueError(
@@ -500,7 +560,8 @@ def _checkpoint(self:RewardTrainer,
             f"{wanted}: is not a complete checkpoint ({e}); pass another, or True for the last") from None
         return Path(wanted)
     if found: raise ValueError(
-        f"{where}: has checkpoints of an earlier run; go on with resume_from_checkpoint=True, {anew}")
+        f"{where}: has checkpoints of an earlier run; go on with resume_from_checkpoint=True, delete them, "
+        "or choose another output_dir")
     for p in _numbered(where): warnings.warn(f"{p}: is not whole; the run starts anew", stacklevel=3)
     return None
 
@@ -555,6 +616,7 @@ def training_step(self:RewardTrainer,
     num_items_in_batch=None, # records that the update sees
 )->torch.Tensor: # loss ()
     "Loss and gradients of one batch; ValueError if the loss is not finite, before it changes any weight."
+    self.measured.clear()
     loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     if not loss.isfinite(): raise ValueError(
         f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower "
@@ -580,13 +642,14 @@ def train_perspective(
     **kwargs,                      # more arguments of `RewardTrainer`, such as callbacks
 )->dict: # train_loss, and eval_… metrics if there are held-out records
     "Train a perspective, save it as output_dir/name; ValueError before any work if something does not fit."
-    records,eval_records = _as_records(records),_as_records(eval_records)
+    records = _as_records(records)
+    eval_records = _as_records(eval_records)
     further = name in model.configs
     if further and config is not None: raise ValueError(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
     usual = PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
     config = config or model.configs.get(name, usual)
-    for r in records,eval_records: _check_records(r, config, name)
+    for r in records,eval_records: check_records(r, config, name)
     check_plan(records, args)
     for r in records,eval_records: _check_fit(r, model.backbone.processor)
     set_seed(args.seed)
@@ -597,4 +660,6 @@ def train_perspective(
     result = trainer.train(resume and bool(checkpoints(args.output_dir)))
     trainer.save_model()
     trainer.save_state()
-    return dict(train_loss=result.training_loss, **(trainer.evaluate() if eval_records else {}))
+    measured = trainer.evaluate() if eval_records else {}
+    if args.should_save: model.write_card(name, Path(args.output_dir)/name, trainer.facts())
+    return dict(train_loss=result.training_loss, **measured)

@@ -392,3 +392,51 @@ def test_a_trained_perspective_is_trained_further(tmp_path):
     rm = RewardModel.from_pretrained(tmp_path/'one', base=MODELS['tiny']/'base', device='cpu')
     RewardTrainer(rm, config(tmp_path/'three', learning_rate=1e-6), pairs).train() # the same, without train_perspective
     for k, v in weights(rm.save_perspective('mine', tmp_path/'a3')).items(): assert_close(v, new[k], rtol=0, atol=1e-7)
+
+
+def card(folder): return (folder/'README.md').read_text()
+
+
+def test_a_card_tells_only_what_was_measured_on_its_weights(tmp_path):
+    pairs, held = load_records(alignment_pairs(12, seed=0)), load_records(alignment_pairs(8, seed=1))
+    args = config(tmp_path, max_steps=4, learning_rate=5e-3, eval_strategy='steps', eval_steps=2, save_strategy='steps', save_steps=1, save_total_limit=9)
+    t = RewardTrainer(tiny().add_perspective('mine', lora_rank=8), args, pairs, held)
+    t.train()
+    log = {l['step']: l for l in t.state.log_history if 'eval_loss' in l}
+    for step in range(1, 5):
+        text = card(tmp_path/f'checkpoint-{step}'/'mine')
+        assert f'| updates | {step} |' in text and '(12 pairs): 12 pairs, hash' in text and '| lora_rank | 8 |' in text
+        if step % 2: assert 'eval_' not in text and 'training loss' in text
+        else: assert f"| eval_loss | {log[step]['eval_loss']:.4g} on records (8 pairs) |" in text and 'runtime' not in text
+    t._load_from_checkpoint(str(tmp_path/'checkpoint-2'))
+    assert not any('eval' in k for k in t.facts().metrics)
+    t.evaluate()
+    t.save_model()
+    assert f"| eval_accuracy | {log[2]['eval_accuracy']:.4g} on records (8 pairs) |" in card(tmp_path/'mine')
+
+
+def test_an_edited_card_neither_stops_a_run_nor_is_lost(tmp_path):
+    pairs, args = load_records(alignment_pairs(8, seed=0)), dict(max_steps=4, save_strategy='steps', save_steps=2)
+    train_perspective(tiny(), 'mine', pairs, config(tmp_path, **args), eval_records=pairs)
+    shutil.rmtree(tmp_path/'checkpoint-4')
+    for folder in 'checkpoint-2/mine', 'mine': (tmp_path/folder/'README.md').write_text(f'# My notes on {folder}\n')
+    want = weights(tmp_path/'mine')
+    train_perspective(tiny(), 'mine', pairs, config(tmp_path, **args), eval_records=pairs, resume=True)
+    assert same(weights(tmp_path/'mine'), want)
+    assert card(tmp_path/'mine') == '# My notes on mine\n'
+    assert 'eval_' not in card(tmp_path/'checkpoint-4'/'mine') and '| updates | 4 |' in card(tmp_path/'checkpoint-4'/'mine')
+
+
+def test_a_card_names_files_without_their_folders(tmp_path):
+    files = [write_records(alignment_pairs(4, seed=k), tmp_path/f'pairs {k}') for k in range(2)]
+    pairs = load_records(files[0])+load_records(files[1])
+    train_perspective(tiny(), 'mine', pairs, config(tmp_path/'run', max_steps=1))
+    text = card(tmp_path/'run'/'mine')
+    assert f'Learnt from {files[0].name} + {files[1].name} (8 pairs): 8 pairs, hash' in text and str(tmp_path) not in text.split('## Training')[1]
+
+
+@pytest.mark.parametrize('prob, label, error', [([.2, math.nan], [0, 1], 'NaN'), ([.2, .7], [0, 2], '0 or 1'), ([.2], [0, 1], '1 probabilities and 2 labels')])
+def test_metrics_of_what_cannot_be_measured(prob, label, error):
+    with pytest.raises(ValueError, match=error): label_metrics(prob, label)
+    if math.nan in prob:
+        with pytest.raises(ValueError, match=error): pairwise_accuracy(prob)
