@@ -107,16 +107,25 @@ class RewardModel(nn.Module):
         "As of any module, but not in the middle of another thread's pass."
         with self.lock: return super().train(mode)
 
-    def __call__(self, images=None, prompts=None, perspective=None, **batch):
+    def __call__(self,
+        images=None,          # see `score`; None: `batch` is given
+        prompts=None,         # one for all, or one for each image
+        perspective:str=None, # None: the active one
+        **batch,              # more arguments of `score`, or tensors, see `forward`
+    ):
         "Rewards `(n,)` for images and prompts (see `score`); head vectors for tensors (see `forward`)."
         if images is None: return super().__call__(**batch)
         return self.score(images, prompts, perspective, **batch)
 
     @property
-    def config(self): return self.configs[self._known(self.active)]
+    def config(self):
+        "How the active perspective reads the backbone."
+        return self.configs[self._known(self.active)]
 
     @property
-    def device(self): return next(self.backbone.parameters()).device
+    def device(self):
+        "Where the weights are."
+        return next(self.backbone.parameters()).device
 
     def _known(self, name):
         if isinstance(name, str) and name in self.configs: return name
