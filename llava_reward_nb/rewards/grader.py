@@ -573,7 +573,7 @@ def client(self:Grader):
 # %% ../../nbs/4_rewards/43_grader.ipynb #d5bc7d05
 @patch(as_prop=True)
 def identity(self:Grader)->str:
-    "What decides a grade: endpoint, request (rubric, schema, sampling), size of the image, the score that counts."
+    "What decides a grade: endpoint, model, rubric, schema, sampling, size of the image, counted score."
     request = self._request('', '')
     settings = dict(endpoint=self.base_url, request=request, sides=MAX_SIDES, metric=self.metric)
     return make_identity('Grader', settings)
