@@ -20,8 +20,8 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (CheckpointError, InputError, as_path, as_prompts, default_device,
-    default_dtype, image_list, image_size, load_image, progress)
+from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress, default_device,
+    default_dtype, image_list, image_size, load_image)
 from .files import atomic_path
 from .losses import make_loss
 from .weights import blame, read_json
@@ -349,7 +349,7 @@ def embed_all(self:RewardModel,
     items,prompts,batches = self._plan(images, prompts, batch_size)
     empty = lambda n: torch.zeros(len(items), self.configs[n].dim, dtype=torch.float32, device='cpu')
     out = {n:empty(n) for n in names}
-    for idx in progress(batches, desc='scoring'):
+    for idx in batch_progress(batches, 'scoring'):
         batch = self._encode(items, prompts, idx)
         with self.lock, evaluating(self):
             batch = {k:v.to(self.device) for k,v in batch.items()}
