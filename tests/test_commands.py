@@ -92,9 +92,9 @@ def test_a_terminal_hears_at_once():
     ours, theirs = pty.openpty()
     p = subprocess.Popen([sys.executable, '-c', code], env=environment(), stderr=theirs)
     os.close(theirs)
-    with os.fdopen(ours, 'rb', buffering=0) as terminal: first = terminal.read(100)
-    assert first.startswith('loading …'.encode())
-    assert p.wait(300) == 2
+    with os.fdopen(ours, 'rb', buffering=0) as terminal:
+        assert terminal.read(100).startswith('loading …'.encode())
+        assert p.wait(300) == 2
     log = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
     assert log.returncode == 2 and log.stderr.startswith("llava_reward table: error: table 'none'"), log.stderr
 

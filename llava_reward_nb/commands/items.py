@@ -48,8 +48,9 @@ _NO_PIXELS = ('BUFR','EPS','GRIB','HDF5','MPEG','WMF') # formats that Pillow kno
 
 def image_suffixes()->set: # in lower case, with their dots
     "What counts as an image in a folder."
+    extensions = Image.registered_extensions() # fills Image.OPEN, too
     kinds = Image.OPEN.keys()-set(_NO_PIXELS)
-    return {suffix for suffix,kind in Image.registered_extensions().items() if kind in kinds}
+    return {suffix for suffix,kind in extensions.items() if kind in kinds}
 
 # %% ../../nbs/9_doors/91_items.ipynb #264d292b
 def _inside(folder:Path)->tuple: # files; how many entries are hidden

@@ -67,7 +67,7 @@ def grade_schema()->dict:
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #aa31d923
 class GradeError(ValueError):
-    "An answer that is not a grade; the message says what is wrong with it."
+    "An answer that is not a grade; the message names what is wrong with it."
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #c67d89e7
 def _no_name_twice(pairs)->dict: # a JSON object
