@@ -67,7 +67,7 @@ def grade_schema()->dict:
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #aa31d923
 class GradeError(ValueError):
-    "An answer that is not a grade; the message says what is wrong with it."
+    "An answer that is not a grade; the message names what is wrong with it."
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #c67d89e7
 def _no_name_twice(pairs)->dict: # a JSON object
@@ -668,7 +668,7 @@ def _ask_all(self:Grader, todo:dict)->tuple: # key -> `_Asked`, and why the endp
     with ThreadPoolExecutor(self.concurrency) as pool:
         jobs = {pool.submit(self._ask, key, image, prompt, run):key for key,(image,prompt) in todo.items()}
         try:
-            for job in progress(as_completed(jobs), total=len(jobs), desc='grading'):
+            for job in progress(as_completed(jobs), total=len(jobs), desc='grading', unit='img'):
                 out[jobs[job]] = job.result()
         except BaseException:
             run.stop('interrupted')
