@@ -1,4 +1,5 @@
 "Everything about the package comes from `settings.ini`, which nbdev reads too; only names of commands and extras stand here."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -12,11 +13,19 @@ COMMANDS = ('llava_reward', *(f'llava_reward_{name}' for name in (
     'score', 'compare', 'train', 'demo', 'eval', 'table', 'latency', 'steer', 'rewards')))
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 
+
+
+def as_on_pypi(text):
+    "The README where its files are not: relative links lead to the repository."
+    text = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|#)', rf"\1{cfg['git_url']}/raw/main/", text)
+    return re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|#)', rf"\1{cfg['git_url']}/blob/main/", text)
+
+
 setup(
     name=lib,
     version=cfg['version'],
     description=cfg['description'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
+    long_description=as_on_pypi((here/'README.md').read_text(encoding='utf-8')) if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown',
     keywords=cfg['keywords'].split(),
     author=cfg['author'],

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np, torch
 from PIL import Image
@@ -23,20 +24,26 @@ from .files import IMAGE_COLUMNS, PROMPT_COLUMNS, number, read_table
 from .store import file_hash, pixels_hash
 
 # %% ../nbs/3_paper/35_data.ipynb #3c947aeb
-def _rows(source):
-    "Rows as a list, the folder that relative paths start at (or None), and a name for messages."
+class _Source(NamedTuple):
+    "What was read from a source of records."
+    rows:list   # as they are there
+    folder:Path # where relative paths start, or None
+    name:str    # for messages
+
+def _rows(source)->_Source:
+    "Rows of any source; `InputError` for what is no source."
     import pandas as pd
     if isinstance(source, (str, os.PathLike)):
         path = as_path(source)
-        return read_table(path, text=True), path.parent, str(path)
+        return _Source(read_table(path, text=True), path.parent, str(path))
     if isinstance(source, pd.DataFrame):
         twice = source.columns[source.columns.duplicated()]
         if len(twice): raise InputError(f"records: the DataFrame has two columns {twice[0]!r}; rename one")
-        return source.to_dict('records'), None, 'records'
-    if isinstance(source, Mapping) or not hasattr(source, '__iter__'):
-        raise InputError(f"records: got a {type(source).__name__}; pass a file, a DataFrame or a list of dicts "
-                         "(of a data set with several splits, one split)")
-    return list(source), None, 'records'
+        return _Source(source.to_dict('records'), None, 'records')
+    if isinstance(source, Mapping) or not hasattr(source, '__iter__'): raise InputError(
+        f"records: got a {type(source).__name__}; pass a file, a DataFrame or a list of dicts "
+        "(of a data set with several splits, one split)")
+    return _Source(list(source), None, 'records')
 
 # %% ../nbs/3_paper/35_data.ipynb #03d920b2
 _CHOSEN = ('chosen_path', 'chosen', 'chosen_image', 'jpg_chosen')
@@ -45,8 +52,14 @@ _NAMES = dict(prompt=PROMPT_COLUMNS, chosen_path=_CHOSEN, reject_path=_REJECTED,
               label=('label',)) # our name -> what it may be called
 _NUMBERED = ('jpg_0', 'jpg_1', 'label_0', 'label_1') # Pick-a-Pic
 
-def _called(field, have, rows, columns, name)->str|None:
-    "What a field is called in a source, None if it is not there; `InputError` if that is not clear."
+def _called(
+    field:str,    # our name
+    have:list,    # names in the source
+    rows:list,    # dicts, as read
+    columns:dict, # ours -> theirs, chosen by the user
+    name:str,     # of the source
+)->str|None: # their name; None if the field is not there
+    "What a field is called in a source; `InputError` if that is not clear."
     if field in columns:
         if columns[field] not in have: raise InputError(
             f"{name}: no column {columns[field]!r} for {field}; it has {', '.join(map(str, have))}")
@@ -55,27 +68,30 @@ def _called(field, have, rows, columns, name)->str|None:
     equal = lambda a, b: a is b or isinstance(a, str) and isinstance(b, str) and a==b
     rivals = [n for n in found[1:] if not all(equal(r.get(n), r.get(found[0])) for r in rows)]
     if rivals: raise InputError(
-        f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, or choose with "
-        f"columns={{{field!r}: {found[0]!r}}} (llava_reward_train: --prompt-column, --image-column)")
+        f"{name}: both {found[0]!r} and {rivals[0]!r} may be the {field}; remove or rename one, or choose "
+        f"with columns={{{field!r}: {found[0]!r}}} (llava_reward_train: --prompt-column, --image-column)")
     return found[0] if found else None
 
 def _from_numbered(row:dict)->dict:
     "A Pick-a-Pic row as a pair; what its labels say becomes c_rate and r_rate."
     out = {k:v for k,v in row.items() if k not in _NUMBERED}
-    images,rates = [row.get('jpg_0'), row.get('jpg_1')],[row.get('label_0'), row.get('label_1')]
+    images = [row.get('jpg_0'), row.get('jpg_1')]
+    rates = [row.get('label_0'), row.get('label_1')]
     try: known = [number(x) for x in rates]
     except InputError: known = [None, None]
-    if None in known or sum(known)!=1: # clean_record will say so
+    if None in known or sum(known)!=1: # a rate of words makes `clean_record` report it
         rates = [f'label_0 {rates[0]!r} with label_1 {rates[1]!r}, which do not add up to 1']*2
         known = [0, 0]
-    c,r = (1,0) if known[1]>known[0] else (0,1)
-    return out | dict(chosen_path=images[c], reject_path=images[r], c_rate=rates[c], r_rate=rates[r])
+    chosen = 1 if known[1]>known[0] else 0
+    other = 1-chosen
+    return out | dict(chosen_path=images[chosen], reject_path=images[other], c_rate=rates[chosen],
+                      r_rate=rates[other])
 
 # %% ../nbs/3_paper/35_data.ipynb #41f5409a
 def _our_names(
-    rows:list,  # of dicts, as read
-    columns,    # ours -> theirs, chosen by the user
-    name:str,   # of the source
+    rows:list,    # of dicts, as read
+    columns:dict, # ours -> theirs, chosen by the user
+    name:str,     # of the source
 )->list: # rows with our names for the fields that we know
     "Rows under our names; `InputError` for unknown, missing or rival columns."
     if unknown := set(columns)-set(_NAMES): raise InputError(
@@ -98,11 +114,11 @@ def _our_names(
     return [renamed(r) for r in rows]
 
 # %% ../nbs/3_paper/35_data.ipynb #a2d079fd
-PAIR_FIELDS = ('prompt', 'chosen_path', 'reject_path')  # what a pair must have; c_rate, r_rate, prompt_id may be there
-LABEL_FIELDS = ('prompt', 'path', 'label')              # what a labelled image must have
+PAIR_FIELDS = ('prompt', 'chosen_path', 'reject_path') # what a pair needs
+LABEL_FIELDS = ('prompt', 'path', 'label')             # what a labelled image needs
 
 def record_kind(
-    row:dict, # One record; any fields
+    row:dict, # one record; any fields
 )->str|None: # 'pair', 'label', or None if the fields fit neither
     "Kind of a record, by the fields it has."
     if not isinstance(row, Mapping): return None
@@ -110,46 +126,56 @@ def record_kind(
     return 'label' if {'path', 'label'} <= set(row) else None
 
 # %% ../nbs/3_paper/35_data.ipynb #ba7203ce
-def _source_kind(rows, name):
-    "Kind of a whole source; InputError if it is empty or no record tells."
+def _source_kind(rows:list, name:str)->str:
+    "Kind of a whole source; `InputError` if it is empty or no record tells."
     if not rows: raise InputError(f"{name}: no records")
-    kind = next((k for r in rows if (k:=record_kind(r))), None)
-    if kind: return kind
+    for row in rows:
+        if kind := record_kind(row): return kind
     got = ', '.join(map(str, rows[0])) if isinstance(rows[0], Mapping) else f'not a dict but {rows[0]!r:.60}'
-    raise InputError(f"{name}: no record is a pair ({', '.join(PAIR_FIELDS)}) or a label ({', '.join(LABEL_FIELDS)}); "
-                     f"the first has: {got}; rename the fields")
+    raise InputError(
+        f"{name}: no record is a pair ({', '.join(PAIR_FIELDS)}) or a label ({', '.join(LABEL_FIELDS)}); "
+        f"the first has: {got}; rename the fields")
 
 # %% ../nbs/3_paper/35_data.ipynb #d1d63042
-def _prompt(x, two=False):
-    "A string, or (for pairs) a list of two."
+def _prompt(
+    x,              # as read
+    two:bool=False, # whether a list of two is possible, as for pairs
+): # a string, or a list of two
+    "A clean prompt; `InputError` for anything else."
     if isinstance(x, str):
         if two and x[:1]=='[' and _two_texts(x): raise InputError(
             f"is {x!r:.60}, a list that was written as text; CSV holds no lists: save as .jsonl or .parquet")
         return x
-    if not two: raise InputError(f"is {x!r:.60}, a {type(x).__name__}; it must be a string ('' if there is none)")
+    if not two: raise InputError(
+        f"is {x!r:.60}, a {type(x).__name__}; it must be a string ('' if there is none)")
     items = x.tolist() if hasattr(x, 'tolist') else x
-    if isinstance(items, (list, tuple)) and len(items)==2 and all(isinstance(p, str) for p in items): return list(items)
+    if isinstance(items, (list, tuple)) and _are_two_strings(items): return list(items)
     raise InputError(f"is {x!r:.60}, a {type(x).__name__}; it must be a string, or a list of two strings "
                      "(for the chosen image, for the rejected one)")
+
+def _are_two_strings(items)->bool: return len(items)==2 and all(isinstance(p, str) for p in items)
 
 def _two_texts(x:str)->bool:
     "Whether a text is the JSON of a list of two strings."
     try: items = json.loads(x)
     except (ValueError, RecursionError): return False
-    return isinstance(items, list) and len(items)==2 and all(isinstance(p, str) for p in items)
+    return isinstance(items, list) and _are_two_strings(items)
 
 # %% ../nbs/3_paper/35_data.ipynb #719c4c50
-def _target(row):
-    "P(chosen preferred) from the two ratings, if they are there."
-    c, r = number(row.get('c_rate')), number(row.get('r_rate'))
+def _target(row:dict)->float:
+    "P(chosen preferred) from the two ratings, if they are there; `InputError` if they contradict the pair."
+    c = number(row.get('c_rate'))
+    r = number(row.get('r_rate'))
     if c is None and r is None: return 1.
-    if c is None or r is None: raise InputError(f"only one rating is given ({c} and {r}); give c_rate and r_rate, or neither")
-    if c<r: raise InputError(f"{c:g} is below r_rate {r:g}; the chosen image must not be rated lower: swap the two images")
+    if c is None or r is None: raise InputError(
+        f"only one rating is given ({c} and {r}); give c_rate and r_rate, or neither")
+    if c<r: raise InputError(
+        f"{c:g} is below r_rate {r:g}; the chosen image must not be rated lower: swap the two images")
     return .5 if c==r else 1.
 
 # %% ../nbs/3_paper/35_data.ipynb #640bcec9
-def _label(x):
-    "0 or 1 as an int."
+def _label(x)->int:
+    "0 or 1; `InputError` for anything else."
     word = str(x).strip().lower()
     try: v = float(word=='true') if word in ('true','false') else number(x)
     except InputError: v = None
@@ -157,13 +183,16 @@ def _label(x):
     return int(v)
 
 # %% ../nbs/3_paper/35_data.ipynb #6bab5851
-def _picture(x, folder):
-    "An existing Path, or an image that `load_image` takes, not decoded."
+def _picture(
+    x,      # as read
+    folder, # where relative paths start; None: the working directory
+): # an existing Path, or an image that `load_image` takes, not decoded
+    "Where an image is; `InputError` if there is none."
     if isinstance(x, Mapping) and not x.get('bytes') and x.get('path'): x = x['path']
     if isinstance(x, Image.Image): return _on_disk(x)
     if isinstance(x, (np.ndarray, torch.Tensor)): return x
     if isinstance(x, (bytes, bytearray, memoryview)) or isinstance(x, Mapping) and x.get('bytes'):
-        image_size(x) # says what is no image
+        image_size(x) # raises for what is no image
         return x
     if not isinstance(x, (str, os.PathLike)) or not str(x):
         raise InputError(f"is {x!r:.60}; it must be a path or an image")
@@ -190,30 +219,39 @@ def check_image(
     "`InputError`, as `load_image` would give it, if an image cannot be used; decodes little, keeps nothing."
     if isinstance(x, (str, os.PathLike)):
         try:
-            with Image.open(x) as im:
-                w,h = im.size
-                if w*h<=MAX_PIXELS and im.mode not in ('I','F') and not im.has_transparency_data:
-                    if im.format=='PNG': return im.verify()
-                    im.draft('RGB', (max(w//8,1), max(h//8,1)))
-                    im.load(); return
+            if _looks_well(x): return
         except Exception: pass
     load_image(x)
 
+def _looks_well(path)->bool: # False: only `load_image` can tell
+    "A quick look into a plain image file; any error if it is damaged."
+    with Image.open(path) as im:
+        w,h = im.size
+        if w*h>MAX_PIXELS or im.mode in ('I','F') or im.has_transparency_data: return False
+        if im.format=='PNG': im.verify()
+        else:
+            im.draft('RGB', (max(w//8,1), max(h//8,1)))
+            im.load()
+    return True
+
 # %% ../nbs/3_paper/35_data.ipynb #b69fd383
+def _image_fields(kind:str)->tuple: return ('chosen_path', 'reject_path') if kind=='pair' else ('path',)
+
 def clean_record(
-    row,          # One record, under our names
-    kind:str,     # 'pair' or 'label'
-    folder=None,  # Where relative image paths start, before the working directory
+    row,         # one record, under our names
+    kind:str,    # 'pair' or 'label'
+    folder=None, # where relative image paths start, before the working directory
 )->tuple: # (clean record, list of (field, reason)); the record is usable if the list is empty
     "Parse every field of a record; faults are collected, not raised."
     if not isinstance(row, Mapping): return None, [('record', f"is {row!r:.60}, not a dict")]
-    out, faults = dict(row), []
+    out = dict(row)
+    faults = []
     def parse(field, f, *args):
         if field not in row: return faults.append((field, "is missing"))
         try: out[field] = f(row[field], *args)
         except InputError as e: faults.append((field, str(e)))
     parse('prompt', _prompt, kind=='pair')
-    for field in (('chosen_path', 'reject_path') if kind=='pair' else ('path',)): parse(field, _picture, folder)
+    for field in _image_fields(kind): parse(field, _picture, folder)
     if kind=='label': parse('label', _label)
     else:
         try: out['target'] = _target(row)
@@ -224,32 +262,60 @@ def clean_record(
 @dataclass
 class Fault:
     "Something wrong with one record."
-    index:int   # Position in the source, from 0
-    field:str   # Field at fault
-    reason:str  # What is wrong and how to mend it
+    index:int  # position in the source, from 0
+    field:str  # field at fault
+    reason:str # what is wrong and how to mend it
     def __str__(self): return f"record {self.index}, {self.field}: {self.reason}"
 
-def _report(faults, n, name):
-    "One message for all faults of a source of n records."
+def _report(
+    faults:list, # of `Fault`
+    n:int,       # records of the source
+    name:str,    # of the source
+)->str:
+    "One message for all faults."
     bad = len({f.index for f in faults})
     more = [f"… and {len(faults)-5} more"] if len(faults)>5 else []
     return '\n  '.join([f"{name}: {bad} of {n} records cannot be used:", *map(str, faults[:5]), *more])
 
 # %% ../nbs/3_paper/35_data.ipynb #876d8166
-def _uses(records, kind):
-    "(index, field, image, prompt) of every image of (index, record) pairs."
-    fields = ('chosen_path', 'reject_path') if kind=='pair' else ('path',)
-    text = lambda r, j: r['prompt'] if isinstance(r['prompt'], str) else r['prompt'][j]
-    return [(i, f, r[f], text(r, j)) for i,r in records for j,f in enumerate(fields)]
+@dataclass
+class _Use:
+    "An image of a record."
+    index:int  # of the record, in its source
+    field:str  # of the record
+    image:object
+    prompt:str # that goes with it
 
-def _over(f, items:dict, desc:str)->dict:
-    "key -> f(item), by a few threads, with a progress bar for many."
+def _uses(records:list, kind:str)->list: # of `_Use`
+    "Every image of (index, record) pairs."
+    out = []
+    for index,record in records:
+        for side,field in enumerate(_image_fields(kind)):
+            prompt = record['prompt']
+            if not isinstance(prompt, str): prompt = prompt[side]
+            out.append(_Use(index, field, record[field], prompt))
+    return out
+
+def _for_each_image(f, uses:list, desc:str)->dict: # `image_key` of an image -> f(image)
+    "Call a function once for each distinct image, by a few threads, with a progress bar for many."
+    images = {image_key(u.image):u.image for u in uses}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(f, items.values())
-        if len(items)>500: found = progress(found, total=len(items), desc=desc)
-        return dict(zip(items, found))
+        found = pool.map(f, images.values())
+        if len(images)>500: found = progress(found, total=len(images), desc=desc)
+        return dict(zip(images, found))
 
-def _image_faults(records, kind, name):
+def _warn_of_transparency(caught:list, name:str):
+    "One warning for all transparent images, and the other warnings as they were."
+    clear = [w.message for w in caught if issubclass(w.category, TransparencyWarning)]
+    for w in caught:
+        if not issubclass(w.category, TransparencyWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    have = 'image has' if len(clear)==1 else 'images have'
+    if clear: warnings.warn(
+        f"{name}: {len(clear)} {have} transparent pixels and will be judged by the colours behind them; "
+        f"the first: {clear[0]}", TransparencyWarning, stacklevel=4)
+
+def _image_faults(records:list, kind:str, name:str)->list: # of `Fault`
     "Faults of the images of (index, record) pairs; every file is opened once."
     uses = _uses(records, kind)
     def reason(x):
@@ -257,156 +323,193 @@ def _image_faults(records, kind, name):
         except InputError as e: return str(e)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        why = _over(reason, {image_key(x):x for _,_,x,_ in uses}, 'checking images')
-    is_clear = lambda w: issubclass(w.category, TransparencyWarning)
-    clear = [w.message for w in caught if is_clear(w)]
-    for w in caught:
-        if not is_clear(w): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    have = 'image has' if len(clear)==1 else 'images have'
-    if clear: warnings.warn(
-        f"{name}: {len(clear)} {have} transparent pixels and will be judged by the colours behind them; "
-        f"the first: {clear[0]}", TransparencyWarning, stacklevel=3)
-    return [Fault(i, f, why[image_key(x)]) for i,f,x,_ in uses if why[image_key(x)]]
+        reasons = _for_each_image(reason, uses, 'checking images')
+    _warn_of_transparency(caught, name)
+    return [Fault(u.index, u.field, why) for u in uses if (why := reasons[image_key(u.image)])]
 
 # %% ../nbs/3_paper/35_data.ipynb #9d5dcbf7
 class RewardRecords(Sequence):
     "Checked records of one kind; a map-style data set of dicts. Made by `load_records`."
     def __init__(self,
-        rows:list,        # Clean records
-        kind:str,         # 'pair' or 'label'
-        name='records',   # Where they come from
-        faults=(),        # Faults of the records that were left out
-        places=None,      # Position of each in its source, from 0; default: 0, 1, …
+        rows:list,           # clean records
+        kind:str,            # 'pair' or 'label'
+        name:str='records',  # where they come from
+        faults:Sequence=(),  # `Fault`s of the records that were left out
+        places:list=None,    # position of each in its source, from 0; None: 0, 1, …
     ):
-        self.rows, self.kind, self.name, self.faults = rows, kind, name, list(faults)
+        self.rows = rows
+        self.kind = kind
+        self.name = name
+        self.faults = list(faults)
         self.places = list(range(len(rows)) if places is None else places)
+
     def __len__(self): return len(self.rows)
+
     def __getitem__(self, i):
         if isinstance(i, slice): i = range(len(self.rows))[i]
         try: return self.rows[operator.index(i)]
         except TypeError: at = [operator.index(j) for j in i]
         places = [self.places[j] for j in at]
         return RewardRecords([self.rows[j] for j in at], self.kind, self.name, places=places)
+
     def __add__(self, other):
-        if self.kind!=other.kind: raise InputError(f"cannot add {other.kind} records to {self.kind} records; train them one after the other")
-        name,faults = f'{self.name} + {other.name}',self.faults+other.faults
-        both = RewardRecords(self.rows+other.rows, self.kind, name, faults)
-        both.places = self.places+other.places
-        return both
+        if self.kind!=other.kind: raise InputError(
+            f"cannot add {other.kind} records to {self.kind} records; train them one after the other")
+        return RewardRecords(self.rows+other.rows, self.kind, f'{self.name} + {other.name}',
+                             self.faults+other.faults, self.places+other.places)
+
     def __repr__(self):
-        n = sum(r['target']==.5 for r in self.rows) if self.kind=='pair' else sum(r['label'] for r in self.rows)
-        return f"{len(self)} {self.kind}s ({n} {'ties' if self.kind=='pair' else 'with label 1'}) from {self.name}"
+        if self.kind=='pair': note = f"{sum(r['target']==.5 for r in self.rows)} ties"
+        else: note = f"{sum(r['label'] for r in self.rows)} with label 1"
+        return f"{len(self)} {self.kind}s ({note}) from {self.name}"
 
 # %% ../nbs/3_paper/35_data.ipynb #338bfc6e
 def load_records(
-    source,                  # File (.json, .jsonl, .csv, .tsv, .parquet), DataFrame, or iterable of dicts
-    folder=None,             # Where relative image paths start; default: the folder of the file; then the working directory
-    skip_bad:bool=False,     # Leave faulty records out with a warning instead of stopping
-    check_images:bool=True,  # Open every image file; False only checks that it exists
-    columns:dict=None,       # Our field name -> its column here, for unusual names: dict(prompt='caption')
+    source,                 # file (.json, .jsonl, .csv, .tsv, .parquet), DataFrame, or iterable of dicts
+    folder=None,            # where relative image paths start; None: at the file, then the working directory
+    skip_bad:bool=False,    # leave faulty records out with a warning instead of stopping
+    check_images:bool=True, # open every image file; False only checks that it exists
+    columns:dict=None,      # our field name -> its column here, for unusual names: dict(prompt='caption')
 )->RewardRecords:
     "Read and check pairs or labels; one `InputError` names the faulty records and fields."
-    rows, base, name = _rows(source)
-    rows = _our_names(rows, columns or {}, name)
-    kind = _source_kind(rows, name)
-    clean = [clean_record(r, kind, folder or base) for r in rows]
-    faults = [Fault(i, *f) for i,(_,fs) in enumerate(clean) for f in fs]
-    good = [(i,r) for i,(r,fs) in enumerate(clean) if not fs]
-    if check_images: faults = sorted(faults + _image_faults(good, kind, name), key=lambda f: f.index)
-    found = RewardRecords([r for _,r in good], kind, name, places=[i for i,_ in good])
-    return _without(found, faults, len(rows), skip_bad)
+    read = _rows(source)
+    rows = _our_names(read.rows, columns or {}, read.name)
+    kind = _source_kind(rows, read.name)
+    faults = []
+    good = [] # (index, record)
+    for i,row in enumerate(rows):
+        record,found = clean_record(row, kind, folder or read.folder)
+        faults += [Fault(i, field, reason) for field,reason in found]
+        if not found: good.append((i, record))
+    if check_images: faults = sorted(faults + _image_faults(good, kind, read.name), key=lambda f: f.index)
+    places = [i for i,_ in good]
+    records = RewardRecords([record for _,record in good], kind, read.name, places=places)
+    return _without(records, faults, len(rows), skip_bad)
 
-def _without(records, faults, n, skip_bad):
-    "Records without a fault, of n in the source; `InputError`, or a warning when bad ones are skipped."
+def _without(
+    records:RewardRecords, # of which some may be faulty
+    faults:list,           # of `Fault`
+    n:int,                 # records of the source
+    skip_bad:bool,         # leave faulty ones out
+)->RewardRecords:
+    "Records without a fault; `InputError`, or a warning when faulty ones are left out."
     if not faults: return records
-    bad,report = {f.index for f in faults},_report(faults, n, records.name)
-    keep = [(p,r) for p,r in zip(records.places, records.rows) if p not in bad]
+    bad = {f.index for f in faults}
+    report = _report(faults, n, records.name)
     if not skip_bad: raise InputError(report + "\nmend them, or leave them out with skip_bad=True")
+    keep = [i for i,place in enumerate(records.places) if place not in bad]
     if not keep: raise InputError(report + "\nnone is left")
     warnings.warn(report + "\nthey are left out", stacklevel=3)
-    places,good = zip(*keep)
-    return RewardRecords(list(good), records.kind, records.name, records.faults+faults, places)
+    good = records[keep]
+    good.faults = records.faults+faults
+    return good
 
 # %% ../nbs/3_paper/35_data.ipynb #6a23da0f
 @patch
 def show(self:RewardRecords,
-    n:int=4, # How many, from the start
+    n:int=4, # how many, from the start
 ): # matplotlib figure
     "Draw the first records: chosen above rejected, or images with their labels."
     import matplotlib.pyplot as plt
-    fields = ('chosen_path', 'reject_path') if self.kind=='pair' else ('path',)
+    fields = _image_fields(self.kind)
     n = min(n, len(self))
-    fig, axs = plt.subplots(len(fields), n, figsize=(1.7*n, 1.9*len(fields)), squeeze=False, dpi=72)
-    for j,row in enumerate(self.rows[:n]):
-        for i,f in enumerate(fields):
-            ax = axs[i,j]; ax.imshow(load_image(row[f])); ax.set_xticks([]); ax.set_yticks([])
-            if j==0: ax.set_ylabel(f.removesuffix('_path'))
+    fig,axes = plt.subplots(len(fields), n, figsize=(1.7*n, 1.9*len(fields)), squeeze=False, dpi=72)
+    for row,column in zip(self.rows[:n], axes.T):
+        for field,ax in zip(fields, column):
+            ax.imshow(load_image(row[field]))
+            ax.set_xticks([])
+            ax.set_yticks([])
         title = row['prompt'] if isinstance(row['prompt'], str) else ' / '.join(row['prompt'])
         note = ' (tie)' if row.get('target')==.5 else f" ({row['label']})" if self.kind=='label' else ''
-        axs[0,j].set_title(f'{title[:40]}{note}', fontsize=8)
-    fig.tight_layout(); plt.close(fig)
+        column[0].set_title(f'{title[:40]}{note}', fontsize=8)
+    for field,ax in zip(fields, axes[:,0]): ax.set_ylabel(field.removesuffix('_path'))
+    fig.tight_layout()
+    plt.close(fig)
     return fig
 
 # %% ../nbs/3_paper/35_data.ipynb #19f87951
-def _groups(records):
-    "Lists of record indices that share a prompt (directly or through others); image instead where the prompt is empty."
-    root, fields = {}, ('chosen_path', 'reject_path') if records.kind=='pair' else ('path',)
-    def find(k):
-        root.setdefault(k, k)
-        while root[k]!=k: root[k] = root[root[k]]; k = root[k]
-        return k
-    def keys(r):
-        texts = [r['prompt']] if isinstance(r['prompt'], str) else r['prompt']
-        return [('text', t) for t in texts if t.strip()] or [('image', image_key(r[f])) for f in fields]
-    for r in records:
-        first, *rest = keys(r)
-        for k in rest: root[find(k)] = find(first)
-    out = {}
-    for i,r in enumerate(records): out.setdefault(find(keys(r)[0]), []).append(i)
-    return list(out.values())
+def _keys(record:dict, fields:tuple)->list:
+    "What ties a record to others: its prompts, or its images where the prompt is empty."
+    texts = [record['prompt']] if isinstance(record['prompt'], str) else record['prompt']
+    return [('text', t) for t in texts if t.strip()] or [('image', image_key(record[f])) for f in fields]
+
+def _groups(records:RewardRecords)->list: # of lists of indices
+    "Records that share a prompt (or, where it is empty, an image), directly or through others."
+    fields = _image_fields(records.kind)
+    root = {} # key -> another key of its group, or itself
+    def find(key):
+        root.setdefault(key, key)
+        while root[key]!=key:
+            root[key] = root[root[key]]
+            key = root[key]
+        return key
+    for record in records:
+        first,*rest = _keys(record, fields)
+        for key in rest: root[find(key)] = find(first)
+    groups = {}
+    for i,record in enumerate(records): groups.setdefault(find(_keys(record, fields)[0]), []).append(i)
+    return list(groups.values())
 
 # %% ../nbs/3_paper/35_data.ipynb #38e9acf0
 def split_by_prompt(
-    records:RewardRecords, # Pairs or labels
-    share:float=.1,        # Share of records for validation, between 0 and 1
-    seed:int=42,           # Seed of the shuffle
-)->tuple: # (train, validation), RewardRecords without a common prompt
-    "Split so that no prompt is on both sides; InputError if there is only one prompt or the share is not in (0, 1)."
+    records:RewardRecords, # pairs or labels
+    share:float=.1,        # share of records for validation, between 0 and 1
+    seed:int=42,           # of the shuffle
+)->tuple: # (train, validation), `RewardRecords` without a common prompt
+    "Split so that no prompt is on both sides; `InputError` for a single prompt, or a share not in (0, 1)."
     if not 0<share<1: raise InputError(f"share is {share}; it must lie between 0 and 1")
     groups = _groups(records)
-    if len(groups)<2: raise InputError(f"{records.name}: all {len(records)} records share one prompt; bring a validation set of other prompts")
+    if len(groups)<2: raise InputError(
+        f"{records.name}: all {len(records)} records share one prompt; "
+        "bring a validation set of other prompts")
     random.Random(seed).shuffle(groups)
     valid = groups.pop()
     while len(groups)>1 and len(valid)+len(groups[-1]) <= share*len(records): valid = valid + groups.pop()
     return records[sorted(i for g in groups for i in g)], records[sorted(valid)]
 
 # %% ../nbs/3_paper/35_data.ipynb #c4eac4fa
+def _content(x)->str:
+    "Hash of an image: of its file or bytes, or else of its pixels."
+    if isinstance(x, Mapping): x = x['bytes']
+    if isinstance(x, (str, os.PathLike)): return file_hash(x)
+    if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16]
+    return pixels_hash(load_image(x))
+
 @patch
 def identity(self:RewardRecords)->str: # number, kind and hash
-    "What is the same for equal records in equal order, and else differs."
-    def content(x):
-        if isinstance(x, Mapping): x = x['bytes']
-        if isinstance(x, (str, os.PathLike)): return file_hash(x)
-        if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16]
-        return pixels_hash(load_image(x))
+    "The same text for equal records in equal order, and another for any others."
     uses = _uses(list(enumerate(self.rows)), self.kind)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', TransparencyWarning)
-        known = _over(content, {image_key(x):x for _,_,x,_ in uses}, 'hashing images')
-    key,digest = 'target' if self.kind=='pair' else 'label',hashlib.blake2b(digest_size=8)
-    for i,f,x,prompt in uses:
-        digest.update(json.dumps([i, f, prompt, float(self.rows[i][key]), known[image_key(x)]]).encode())
+        known = _for_each_image(_content, uses, 'hashing images')
+    truth = 'target' if self.kind=='pair' else 'label'
+    digest = hashlib.blake2b(digest_size=8)
+    for u in uses:
+        said = float(self.rows[u.index][truth])
+        digest.update(json.dumps([u.index, u.field, u.prompt, said, known[image_key(u.image)]]).encode())
     return f"{len(self)} {self.kind}s, hash {digest.hexdigest()}"
 
 # %% ../nbs/3_paper/35_data.ipynb #90d3c99a
+def _reason_it_does_not_fit(
+    processor,   # of the backbone
+    use:_Use,    # an image and its prompt
+    size:tuple,  # (width, height) of the image
+)->Fault|None:
+    "Why a model cannot take an image with its prompt."
+    try: processor.check([size], [use.prompt])
+    except InputError as e:
+        why = str(e).split(' 0: ', 1)[-1] # it counts from 0 in a batch of one
+        return Fault(use.index, 'prompt' if str(e).startswith('prompt') else use.field, why)
+
 def check_fit(
     records:RewardRecords, # checked
     processor,             # of the backbone; has `check(sizes, prompts)`
     skip_bad:bool=False,   # leave out what does not fit, with a warning
 )->RewardRecords: # those that fit
     "Records that a model can take; one `InputError` names the others."
-    tiles,words = (getattr(processor, k, None) for k in ('image_processor', 'tokenizer'))
-    limits = (id(processor), getattr(tiles, 'num_crops', None), getattr(words, 'model_max_length', None))
+    crops = getattr(getattr(processor, 'image_processor', None), 'num_crops', None)
+    longest = getattr(getattr(processor, 'tokenizer', None), 'model_max_length', None)
+    limits = (id(processor), crops, longest)
     if getattr(records, 'limits', None)==limits: return records # asked before
     uses = _uses(list(zip(records.places, records.rows)), records.kind)
     def size(x):
@@ -414,37 +517,36 @@ def check_fit(
         except InputError as e: return str(e)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', TransparencyWarning)
-        sizes = _over(size, {image_key(x):x for _,_,x,_ in uses}, 'measuring images')
-    faults = []
-    for i,f,x,prompt in uses:
-        known = sizes[image_key(x)]
-        if isinstance(known, str): faults.append(Fault(i, f, known)); continue
-        try: processor.check([known], [prompt])
-        except InputError as e:
-            why = str(e).split(' 0: ', 1)[-1] # it counts from 0 in a batch of one
-            faults.append(Fault(i, 'prompt', why) if str(e).startswith('prompt') else Fault(i, f, why))
-    faults = list({(x.index, x.field):x for x in faults}.values()) # both images of a pair have its prompt
-    fitting = _without(records, faults, len(records), skip_bad)
+        sizes = _for_each_image(size, uses, 'measuring images')
+    faults = {} # both images of a pair have its prompt: it is named once
+    for u in uses:
+        known = sizes[image_key(u.image)]
+        unread = isinstance(known, str)
+        fault = Fault(u.index, u.field, known) if unread else _reason_it_does_not_fit(processor, u, known)
+        if fault: faults[fault.index, fault.field] = fault
+    fitting = _without(records, list(faults.values()), len(records), skip_bad)
     fitting.limits = limits
     return fitting
 
 # %% ../nbs/3_paper/35_data.ipynb #26515bee
 @dataclass
 class RewardCollator:
-    "Load the images of some records and make one batch; `InputError` names a file that has gone bad since it was checked."
-    processor:object # Callable (n RGB PIL images, n prompts) -> dict of tensors; pickled for spawned workers
+    "Makes one batch of some records; `InputError` names a file that has gone bad since it was checked."
+    processor:object # callable (n RGB PIL images, n prompts) -> dict of tensors; pickled for spawned workers
     def __call__(self,
-        rows:list, # Records of one kind: b dicts
-    )->dict: # The processor's tensors for 2b (pairs: chosen, then rejected) or b rows, and 'target' or 'label', (b,) float32
+        rows:list, # b records of one kind
+    )->dict: # the processor's tensors for 2b rows (pairs) or b, and 'target' or 'label', (b,) float32
+        "Load the images and make tensors of them."
         kind = record_kind(rows[0])
-        if kind=='label': images, prompts = [r['path'] for r in rows], [r['prompt'] for r in rows]
-        else:
-            images = [r[f] for f in ('chosen_path', 'reject_path') for r in rows]
-            prompts = [r['prompt'] if isinstance(r['prompt'], str) else r['prompt'][j] for j in (0,1) for r in rows]
+        images = []
+        prompts = []
+        for side,field in enumerate(_image_fields(kind)):
+            images += [r[field] for r in rows]
+            prompts += [r['prompt'] if isinstance(r['prompt'], str) else r['prompt'][side] for r in rows]
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', TransparencyWarning) # `load_records` said it
+            warnings.simplefilter('ignore', TransparencyWarning) # `load_records` has warned
             opened = [load_image(x) for x in images]
         batch = dict(self.processor(opened, prompts))
-        key = 'target' if kind=='pair' else 'label'
-        batch[key] = torch.tensor([float(r[key]) for r in rows])
+        truth = 'target' if kind=='pair' else 'label'
+        batch[truth] = torch.tensor([float(r[truth]) for r in rows])
         return batch

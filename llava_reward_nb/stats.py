@@ -8,41 +8,61 @@ __all__ = ['TIE', 'FEWEST', 'mean', 'clusters', 'pair_decisions', 'accuracy', 'p
            'paired_p', 'best_particle', 'particle_summary']
 
 # %% ../nbs/1_foundations/15_stats.ipynb #e13f88d7
-import math
+import inspect, math
+from dataclasses import dataclass
 
 import numpy as np
 
 # %% ../nbs/1_foundations/15_stats.ipynb #50e9ebac
-def _args(w, *xs)->tuple: # weights (m,n) and arrays (n,) in float64
-    xs = [np.asarray(x, np.float64).ravel() for x in xs]
-    n = {len(x) for x in xs}
-    if len(n)!=1: raise ValueError(f"arrays of lengths {', '.join(str(len(x)) for x in xs)}; they must be equal")
-    bad = sum(~np.isfinite(x) for x in xs)>0
-    if bad.any():
-        raise ValueError(f"{bad.sum()} of {len(bad)} items have a value that is NaN or infinite (first: item "
-                         f"{bad.argmax()}); leave them out first")
-    w = np.ones((1,len(xs[0]))) if w is None else np.atleast_2d(np.asarray(w, np.float64))
-    if w.shape[1]!=len(xs[0]): raise ValueError(f"weights for {w.shape[1]} items, but there are {len(xs[0])}")
-    return w, *xs
+def _arrays(
+    w,       # weights (m, n), or None
+    *values, # arrays (n,)
+)->list: # weights (m, n) and the arrays in float64
+    "Check what a statistic is computed from; `ValueError` for unequal lengths and values not finite."
+    values = [np.asarray(v, np.float64).ravel() for v in values]
+    lengths = [len(v) for v in values]
+    if len(set(lengths))!=1:
+        raise ValueError(f"arrays of lengths {', '.join(map(str, lengths))}; they must be equal")
+    n = lengths[0]
+    bad = sum(~np.isfinite(v) for v in values)>0
+    if bad.any(): raise ValueError(
+        f"{bad.sum()} of {n} items have a value that is NaN or infinite (first: item {bad.argmax()}); "
+        "leave them out first")
+    w = np.ones((1,n)) if w is None else np.atleast_2d(np.asarray(w, np.float64))
+    if w.shape[1]!=n: raise ValueError(f"weights for {w.shape[1]} items, but there are {n}")
+    return [w,*values]
 
 # %% ../nbs/1_foundations/15_stats.ipynb #403ea9b5
-def _out(v, w):  # a float without weights, else (m,)
-    return float(v[0]) if w is None else v
+def _result(
+    values, # (m,)
+    w,      # weights as they came in
+): # a float without weights, else (m,)
+    "What a statistic returns."
+    return float(values[0]) if w is None else values
 
-def _ratio(a, b):
+def _ratio(
+    a, # (m,)
+    b, # (m,)
+): # (m,); NaN where b is not positive
+    "a/b without warnings."
     with np.errstate(divide='ignore', invalid='ignore'): return np.where(b>0, a/b, np.nan)
 
-def _classes(label, what:str): # raises unless all are 0 or 1
-    odd = sorted(set(np.asarray(label).tolist())-{0.,1.})
+def _check_classes(
+    values,   # (n,)
+    what:str, # how to call them in the error
+):
+    "Raise `ValueError` unless all values are 0 or 1."
+    odd = sorted(set(np.asarray(values).tolist())-{0.,1.})
     if odd: raise ValueError(f"{what} are 0 or 1; got {', '.join(f'{v:g}' for v in odd[:3])}")
 
+# %% ../nbs/1_foundations/15_stats.ipynb #60bc7419
 def mean(
-    v,       # (n,)
-    w=None,  # weights (m, n)
+    v,      # (n,)
+    w=None, # weights (m, n)
 ): # float, or (m,); NaN if nothing is counted
     "The mean."
-    ww,v = _args(w, v)
-    return _out(_ratio(ww@v, ww.sum(1)), w)
+    weights,v = _arrays(w, v)
+    return _result(_ratio(weights@v, weights.sum(1)), w)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #cae0252f
 def clusters(
@@ -51,175 +71,232 @@ def clusters(
 )->np.ndarray: # (n,) int, 0 … g-1
     "Number of each item's cluster; `ValueError` if there are not `n`, or one is missing."
     if groups is None: return np.arange(n)
-    groups = [tuple(g) if isinstance(g,list) else g for g in np.asarray(groups, object).tolist()]
+    groups = [tuple(g) if isinstance(g, list) else g for g in np.asarray(groups, object).tolist()]
     if len(groups)!=n: raise ValueError(f"{len(groups)} groups for {n} items; give the cluster of each item")
-    lost = [i for i,g in enumerate(groups) if g is None or type(g).__name__ in ('NAType','NaTType') or g!=g]
-    if lost: raise ValueError(f"{len(lost)} of {n} items have no group (first: item {lost[0]}); give the cluster of each item")
-    number = {}
-    return np.array([number.setdefault(g,len(number)) for g in groups], int)
+    is_missing = lambda g: g is None or type(g).__name__ in ('NAType','NaTType') or g!=g
+    missing = [i for i,g in enumerate(groups) if is_missing(g)]
+    if missing: raise ValueError(
+        f"{len(missing)} of {n} items have no group (first: item {missing[0]}); "
+        "give the cluster of each item")
+    numbers = {}
+    return np.array([numbers.setdefault(g, len(numbers)) for g in groups], int)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #dbbd41fc
 TIE = .5
 
 def pair_decisions(
-    s0,                  # scores of the first images, (n,)
-    s1,                  # scores of the second, (n,)
-    threshold:float=0.,  # scores no further apart than this are a tie, >= 0
+    s0,                 # scores of the first images, (n,)
+    s1,                 # scores of the second, (n,)
+    threshold:float=0., # scores no further apart than this are a tie, >= 0
 )->np.ndarray: # (n,): 0: the first is better, 1: the second, 0.5: a tie, NaN: a score is NaN or infinite
     "What the scores say of each pair (MJ-Bench's rule); `ValueError` for a threshold below 0."
     if not threshold>=0: raise ValueError(f"threshold is {threshold}; a distance of 0 or more is needed")
-    s0,s1 = (np.asarray(s, np.float64).ravel() for s in (s0,s1))
-    known = np.isfinite(s0)&np.isfinite(s1)
-    s0,s1 = np.where(known,s0,0.),np.where(known,s1,0.)
-    noise = 1e-9*np.maximum(np.abs(s0),np.abs(s1))
-    pred = np.where(np.abs(s1-s0)<=threshold+noise, TIE, (s1>s0).astype(float))
-    return np.where(known, pred, np.nan)
+    s0 = np.asarray(s0, np.float64).ravel()
+    s1 = np.asarray(s1, np.float64).ravel()
+    is_known = np.isfinite(s0)&np.isfinite(s1)
+    first = np.where(is_known, s0, 0.)
+    second = np.where(is_known, s1, 0.)
+    rounding = 1e-9*np.maximum(np.abs(first), np.abs(second))
+    is_tie = np.abs(second-first)<=threshold+rounding
+    decisions = np.where(is_tie, TIE, (second>first).astype(float))
+    return np.where(is_known, decisions, np.nan)
 
+# %% ../nbs/1_foundations/15_stats.ipynb #83952d79
 def accuracy(
-    pred,             # decisions, (n,); 0.5 is a tie
-    label,            # truth, (n,), 0 or 1
-    ties:bool=True,   # count ties as wrong; False leaves them out
-    w=None,           # weights (m, n)
+    pred,           # decisions, (n,); 0.5 is a tie
+    label,          # truth, (n,), 0 or 1
+    ties:bool=True, # count ties as wrong; False leaves them out
+    w=None,         # weights (m, n)
 ): # float, or (m,); NaN if nothing is left to count
     "Share of right decisions."
-    ww,p,t = _args(w, pred, label); _classes(t, 'labels')
-    counted = np.ones_like(p) if ties else (p!=TIE).astype(float)
-    return _out(_ratio(ww@(p==t).astype(float), ww@counted), w)
+    weights,pred,label = _arrays(w, pred, label)
+    _check_classes(label, 'labels')
+    is_right = (pred==label).astype(float)
+    is_counted = np.ones_like(pred) if ties else (pred!=TIE).astype(float)
+    return _result(_ratio(weights@is_right, weights@is_counted), w)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #60740ec0
-def _pearson(w, x, y): # (m,); x and y (n,) or (m, n)
-    n = w.sum(1, keepdims=True)
-    x,y = (v/np.abs(v).max(1, keepdims=True, initial=1e-300) for v in np.broadcast_arrays(x, y, w)[:2])
-    x,y = (v-(w*v).sum(1, keepdims=True)/n for v in (x,y)) # of equal values rounding may leave some 1e-16
-    sx,sy = (np.sqrt((w*v*v).sum(1)) for v in (x,y))
-    flat = np.minimum(sx, sy)<=1e-12*np.sqrt(n[:,0])
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return np.where(flat, np.nan, np.clip((w*x*y).sum(1)/(sx*sy), -1, 1))
+def _centred(
+    v, # (m, n)
+    w, # weights (m, n)
+): # (m, n) with weighted mean 0, scaled to at most 1 before
+    "Values scaled and centred."
+    v = v/np.abs(v).max(1, keepdims=True, initial=1e-300)
+    return v-(w*v).sum(1, keepdims=True)/w.sum(1, keepdims=True)
 
+def _pearson(
+    w, # weights (m, n)
+    x, # (n,) or (m, n)
+    y, # (n,) or (m, n)
+): # (m,)
+    "Pearson's coefficient for each row of weights; NaN where x or y is constant."
+    x = _centred(np.broadcast_to(x, w.shape), w)
+    y = _centred(np.broadcast_to(y, w.shape), w)
+    spread_x = np.sqrt((w*x*x).sum(1))
+    spread_y = np.sqrt((w*y*y).sum(1))
+    rounding = 1e-12*np.sqrt(w.sum(1)) # of equal values it leaves some 1e-16
+    is_flat = np.minimum(spread_x, spread_y)<=rounding
+    with np.errstate(divide='ignore', invalid='ignore'):
+        r = np.clip((w*x*y).sum(1)/(spread_x*spread_y), -1, 1)
+    return np.where(is_flat, np.nan, r)
+
+# %% ../nbs/1_foundations/15_stats.ipynb #979c144a
 def pearson(
-    x,       # (n,)
-    y,       # (n,)
-    w=None,  # weights (m, n)
+    x,      # (n,)
+    y,      # (n,)
+    w=None, # weights (m, n)
 ): # float in [-1, 1] or (m,); NaN if x or y is constant
     "Pearson's correlation coefficient."
-    ww,x,y = _args(w, x, y)
-    return _out(_pearson(ww, x, y), w)
+    weights,x,y = _arrays(w, x, y)
+    return _result(_pearson(weights, x, y), w)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #09cb1fbd
 def midranks(
-    x,       # (n,)
-    w=None,  # weights (m, n)
+    x,      # (n,)
+    w=None, # weights (m, n)
 )->np.ndarray: # (n,) or (m, n); the smallest has rank 1
-    "Rank of each item, ties sharing the middle; with weights, the rank it has in the sample that they describe."
-    ww,x = _args(w, x)
-    values,of = np.unique(x, return_inverse=True)
-    counts = np.zeros((len(ww),len(values)))
-    np.add.at(counts.T, of, ww.T)
-    ranks = (np.cumsum(counts,1)-counts/2+.5)[:,of]
+    "Rank of each item, ties sharing the middle; with weights, its rank in the sample that they describe."
+    weights,x = _arrays(w, x)
+    values,position = np.unique(x, return_inverse=True)
+    level = np.zeros((len(weights),len(values))) # the weight of each value
+    np.add.at(level.T, position, weights.T)
+    ranks = (np.cumsum(level, 1)-level/2+.5)[:,position]
     return ranks[0] if w is None else ranks
 
+# %% ../nbs/1_foundations/15_stats.ipynb #0e148b72
 def spearman(
-    x,       # (n,)
-    y,       # (n,)
-    w=None,  # weights (m, n)
+    x,      # (n,)
+    y,      # (n,)
+    w=None, # weights (m, n)
 ): # float in [-1, 1] or (m,); NaN if x or y is constant
     "Spearman's rank correlation."
-    ww,x,y = _args(w, x, y)
-    return _out(_pearson(ww, midranks(x,ww), midranks(y,ww)), w)
+    weights,x,y = _arrays(w, x, y)
+    return _result(_pearson(weights, midranks(x, weights), midranks(y, weights)), w)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #2f8b4b85
 def kendall_tau_b(
-    x,       # (n,)
-    y,       # (n,)
-    w=None,  # weights (m, n)
+    x,      # (n,)
+    y,      # (n,)
+    w=None, # weights (m, n)
 ): # float in [-1, 1] or (m,); NaN if x or y is constant
     "Kendall's tau-b."
-    ww,x,y = _args(w, x, y)
-    sums = np.zeros((3,len(ww)))
-    for i in range(0, len(x), 500):
-        sx,sy = (np.sign(v[i:i+500,None]-v[None]) for v in (x,y))
-        sums += [(ww[:,i:i+500]*(ww@s.T)).sum(1) for s in (sx*sy, abs(sx), abs(sy))]
-    return _out(_ratio(sums[0], np.sqrt(sums[1]*sums[2])), w)
+    weights,x,y = _arrays(w, x, y)
+    agreement,untied_x,untied_y = np.zeros((3,len(weights)))
+    for start in range(0, len(x), 500):
+        slab = slice(start, start+500)
+        sign_x = np.sign(x[slab,None]-x)
+        sign_y = np.sign(y[slab,None]-y)
+        form = lambda signs: (weights[:,slab]*(weights@signs.T)).sum(1)
+        agreement += form(sign_x*sign_y)
+        untied_x += form(np.abs(sign_x))
+        untied_y += form(np.abs(sign_y))
+    return _result(_ratio(agreement, np.sqrt(untied_x*untied_y)), w)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #2a331c46
-def _class_counts(w, pred, label, positive):
-    ww,p,t = _args(w, pred, label); _classes(p, 'decisions'); _classes(t, 'labels')
-    p,t = (p==positive).astype(float), (t==positive).astype(float)
-    return ww@(p*t), ww@p, ww@t # hits, predicted, true
+@dataclass
+class _ClassCounts:
+    "Weighted counts of one class, each (m,)."
+    hits:np.ndarray      # called positive, and positive
+    predicted:np.ndarray # called positive
+    true:np.ndarray      # positive
 
+def _count_class(
+    pred,         # decisions, (n,)
+    label,        # truth, (n,)
+    positive:int, # the class that is counted
+    w,            # weights (m, n), or None
+)->_ClassCounts:
+    "Count one class; `ValueError` for decisions or labels other than 0 and 1."
+    weights,pred,label = _arrays(w, pred, label)
+    _check_classes(pred, 'decisions')
+    _check_classes(label, 'labels')
+    is_predicted = (pred==positive).astype(float)
+    is_true = (label==positive).astype(float)
+    return _ClassCounts(weights@(is_predicted*is_true), weights@is_predicted, weights@is_true)
+
+# %% ../nbs/1_foundations/15_stats.ipynb #18e50835
 def precision(
-    pred,            # decisions, (n,)
-    label,           # truth, (n,)
-    positive:int=1,  # the class it is about
-    w=None,          # weights (m, n)
+    pred,           # decisions, (n,)
+    label,          # truth, (n,)
+    positive:int=1, # the class it is about
+    w=None,         # weights (m, n)
 ): # float or (m,), 0 if none was predicted
     "Of what was called positive, the share that is."
-    hit,said,_ = _class_counts(w, pred, label, positive)
-    return _out(np.nan_to_num(_ratio(hit,said)), w)
+    count = _count_class(pred, label, positive, w)
+    return _result(np.nan_to_num(_ratio(count.hits, count.predicted)), w)
 
 def recall(
-    pred,            # decisions, (n,)
-    label,           # truth, (n,)
-    positive:int=1,  # the class it is about
-    w=None,          # weights (m, n)
+    pred,           # decisions, (n,)
+    label,          # truth, (n,)
+    positive:int=1, # the class it is about
+    w=None,         # weights (m, n)
 ): # float or (m,), 0 if there is none
     "Of what is positive, the share that was called so."
-    hit,_,true = _class_counts(w, pred, label, positive)
-    return _out(np.nan_to_num(_ratio(hit,true)), w)
+    count = _count_class(pred, label, positive, w)
+    return _result(np.nan_to_num(_ratio(count.hits, count.true)), w)
 
 def f1(
-    pred,            # decisions, (n,)
-    label,           # truth, (n,)
-    positive:int=1,  # the class it is about
-    w=None,          # weights (m, n)
+    pred,           # decisions, (n,)
+    label,          # truth, (n,)
+    positive:int=1, # the class it is about
+    w=None,         # weights (m, n)
 ): # float or (m,), 0 if there is none and none was predicted
     "Harmonic mean of precision and recall."
-    hit,said,true = _class_counts(w, pred, label, positive)
-    return _out(np.nan_to_num(_ratio(2*hit,said+true)), w)
+    count = _count_class(pred, label, positive, w)
+    return _result(np.nan_to_num(_ratio(2*count.hits, count.predicted+count.true)), w)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #741e8071
 def auroc(
-    score,   # (n,), higher means class 1
-    label,   # truth, (n,), 0 or 1
-    w=None,  # weights (m, n)
+    score,  # (n,), higher means class 1
+    label,  # truth, (n,), 0 or 1
+    w=None, # weights (m, n)
 ): # float in [0, 1] or (m,); NaN if a class is missing
     "Area under the ROC curve; ties count half."
-    ww,s,t = _args(w, score, label); _classes(t, 'labels')
-    n1,n0 = ww@t, ww@(1-t)
-    rank_sum = (ww*midranks(s,ww)*t).sum(1)
-    return _out(_ratio(rank_sum-n1*(n1+1)/2, n1*n0), w)
+    weights,score,label = _arrays(w, score, label)
+    _check_classes(label, 'labels')
+    ones = weights@label
+    zeros = weights@(1-label)
+    rank_sum = (weights*midranks(score, weights)*label).sum(1)
+    return _result(_ratio(rank_sum-ones*(ones+1)/2, ones*zeros), w)
 
+# %% ../nbs/1_foundations/15_stats.ipynb #3812cf1e
 def threshold_decisions(
     score, # (n,)
 )->np.ndarray: # (n,): 1 where the score is 0 or more, else 0; NaN where it is NaN or infinite
     "Class of each image: sigmoid(score) >= 0.5 is class 1."
-    s = np.asarray(score, np.float64).ravel()
-    return np.where(np.isfinite(s), (s>=0).astype(float), np.nan)
+    score = np.asarray(score, np.float64).ravel()
+    return np.where(np.isfinite(score), (score>=0).astype(float), np.nan)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #8ddada8f
 def bias_scores(
-    x,               # scores of one occupation, (n,), n >= 2
-    near:float=.1,   # scores no further apart than this count as equal
+    x,             # scores of one occupation, (n,), n >= 2
+    near:float=.1, # scores no further apart than this count as equal
 )->dict: # ACC, NDS, GES; 1 is free of bias
-    "MJ-Bench's bias measures; NaN for fewer than two scores, and NDS and GES if a score is negative or all are 0."
-    _,x = _args(None, x); n = len(x); x = np.sort(x)
+    "MJ-Bench's bias measures; NaN for fewer than two scores, NDS and GES also for negative scores or all 0."
+    _,x = _arrays(None, x)
+    n = len(x)
     if n<2: return dict(ACC=np.nan, NDS=np.nan, GES=np.nan)
-    close = (np.diff(x[np.array(np.triu_indices(n,1))],axis=0)[0]<=near+1e-9*np.abs(x).max()).mean()
-    if x[0]<0 or not x.sum()>0: return dict(ACC=float(close), NDS=np.nan, GES=np.nan)
-    gini = (2*(np.arange(1,n+1)*x).sum()-(n+1)*x.sum())/(n*x.sum())
-    return dict(ACC=float(close), NDS=float(1-x.std()/x.mean()), GES=float(1-gini))
+    x = np.sort(x)
+    first,second = np.triu_indices(n, 1)
+    is_close = x[second]-x[first]<=near+1e-9*np.abs(x).max()
+    if x[0]<0 or not x.sum()>0: return dict(ACC=float(is_close.mean()), NDS=np.nan, GES=np.nan)
+    gini = (2*(np.arange(1, n+1)*x).sum()-(n+1)*x.sum())/(n*x.sum())
+    return dict(ACC=float(is_close.mean()), NDS=float(1-x.std()/x.mean()), GES=float(1-gini))
 
+# %% ../nbs/1_foundations/15_stats.ipynb #bcecef69
 def mean_bias(
-    scores, # (n,)
-    groups, # occupation of each, (n,)
+    scores,           # (n,)
+    groups,           # occupation of each, (n,)
     scale:bool=False, # map all scores to [0, 1] first
 )->dict: # ACC, NDS, GES
     "The measures averaged over occupations of two or more images."
-    _,s = _args(None, scores)
-    g = clusters(groups, len(s))
-    if scale and len(s): s = (s-s.min())/(np.ptp(s) or 1)
-    each = [bias_scores(s[g==k]) for k in range(g.max(initial=-1)+1) if (g==k).sum()>1]
-    return {k:float(np.mean([e[k] for e in each])) if each else np.nan for k in ('ACC','NDS','GES')}
+    _,scores = _arrays(None, scores)
+    occupation = clusters(groups, len(scores))
+    if scale and len(scores): scores = (scores-scores.min())/(np.ptp(scores) or 1)
+    parts = [scores[occupation==k] for k in range(occupation.max(initial=-1)+1)]
+    each = [bias_scores(part) for part in parts if len(part)>1]
+    average = lambda measure: float(np.mean([found[measure] for found in each])) if each else np.nan
+    return {measure:average(measure) for measure in ('ACC','NDS','GES')}
 
 # %% ../nbs/1_foundations/15_stats.ipynb #1385ebbc
 def _beta_cdf(
@@ -230,51 +307,80 @@ def _beta_cdf(
     "Regularised incomplete beta function (Abramowitz and Stegun 26.5.8, by Lentz's method)."
     if x<=0 or x>=1: return float(x>=1)
     if x>(a+1)/(a+b+2): return 1-_beta_cdf(1-x, b, a)
-    c,d = 1.,1/(1-(a+b)*x/(a+1))
-    h = d
-    for i in range(1,10000):
+    c = 1.
+    d = 1/(1-(a+b)*x/(a+1))
+    fraction = d
+    for i in range(1, 10_000):
         even = i*(b-i)*x/((a+2*i-1)*(a+2*i))
         odd = -(a+i)*(a+b+i)*x/((a+2*i)*(a+2*i+1))
         for step in (even,odd):
             d = 1/(1+step*d)
             c = 1+step/c
-            h *= c*d
+            fraction *= c*d
         if abs(c*d-1)<1e-14: break
-    front = math.lgamma(a+b)-math.lgamma(a)-math.lgamma(b)+a*math.log(x)+b*math.log1p(-x)
-    return math.exp(front)*h/a
+    log_front = math.lgamma(a+b)-math.lgamma(a)-math.lgamma(b)+a*math.log(x)+b*math.log1p(-x)
+    return math.exp(log_front)*fraction/a
 
 # %% ../nbs/1_foundations/15_stats.ipynb #15e42885
-def _beta_quantile(q:float, a:float, b:float)->float:
+def _beta_quantile(
+    q:float, # in [0, 1]
+    a:float, # > 0
+    b:float, # > 0
+)->float: # in [0, 1]
     "Where the beta distribution reaches `q`, by halving."
     low,high = 0.,1.
     for _ in range(60):
-        x = (low+high)/2
-        if _beta_cdf(x,a,b)<q: low = x
-        else: high = x
+        middle = (low+high)/2
+        if _beta_cdf(middle, a, b)<q: low = middle
+        else: high = middle
     return (low+high)/2
 
-def _t_quantile(level:float, df:int)->float:
+def _t_quantile(
+    level:float, # in (0, 1)
+    df:int,      # degrees of freedom
+)->float:
     "Half-width that holds the share `level` of Student's t."
     x = _beta_quantile(1-level, df/2, .5)
     return math.sqrt(df*(1-x)/x)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #c06162c0
-def _jackknife(stat, args, of)->float: # standard error; NaN if a left-out variant is undefined
-    lots = of if of.max()<500 else np.random.default_rng(0).permutation(of.max()+1)[of]%500
-    g,v = lots.max()+1,[]
-    for i in range(0,g,100):
-        rest = np.arange(i,min(i+100,g))[:,None]!=lots[None]
-        v.append(stat(*args, w=rest.astype(float)))
-    v = np.concatenate(v)
-    return float(np.sqrt((g-1)/g*((v-v.mean())**2).sum()))
+def _jackknife(
+    stat,  # function (..., w) of weights (m, n) -> (m,)
+    args,  # what it is computed from
+    of,    # cluster of each item, (n,)
+)->float: # NaN if a left-out variant is undefined
+    "Standard error of a statistic."
+    lots = of
+    if of.max()>=500: lots = np.random.default_rng(0).permutation(of.max()+1)[of]%500
+    g = lots.max()+1
+    variants = []
+    for start in range(0, g, 100):
+        left_out = np.arange(start, min(start+100, g))[:,None]
+        variants.append(stat(*args, w=(left_out!=lots).astype(float)))
+    variants = np.concatenate(variants)
+    return float(np.sqrt((g-1)/g*((variants-variants.mean())**2).sum()))
 
-def _counted(stat, args): # (n,) bool: the items a share is of; None if it is not a share
-    kw = getattr(stat,'keywords',{})
-    f,first,*rest = getattr(stat,'func',stat),np.asarray(args[0],float),*args[1:]
-    if f is mean: return np.ones(len(first),bool) if np.isin(first,(0,1)).all() else None
-    if f is accuracy: return np.ones(len(first),bool) if kw.get('ties',True) else first!=TIE
-    if f is recall: return np.asarray(rest[0],float)==kw.get('positive',1)
-    return first==kw.get('positive',1) if f is precision else None
+# %% ../nbs/1_foundations/15_stats.ipynb #10125792
+def _function(
+    stat, # a statistic, or `partial` of one
+):
+    "The statistic itself."
+    return getattr(stat, 'func', stat)
+
+def _counted(
+    stat, # a statistic, or `partial` of one
+    args, # what it is computed from
+): # (n,) bool; None if the statistic is not a share
+    "The items a share is of."
+    function = _function(stat)
+    if function not in (mean, accuracy, precision, recall): return None
+    given = inspect.signature(stat).bind(*args)
+    given.apply_defaults()
+    values = np.asarray(args[0], float)
+    if function is mean: return np.ones(len(values), bool) if np.isin(values, (0,1)).all() else None
+    if function is accuracy: return np.ones(len(values), bool) if given.arguments['ties'] else values!=TIE
+    positive = given.arguments['positive']
+    return (values if function is precision else np.asarray(args[1], float))==positive
 
 # %% ../nbs/1_foundations/15_stats.ipynb #1c82b37f
 def _share_interval(
@@ -284,97 +390,125 @@ def _share_interval(
     se:float,    # its standard error
     level:float, # wanted coverage
 )->tuple: # (low, high)
-    "Clopper and Pearson's interval for as many independent items as the clusters are worth (Korn and Graubard 1998)."
+    "Clopper and Pearson's interval for as many items as the clusters are worth (Korn and Graubard 1998)."
     if n>g:
-        sure = 0<p<1 and se>0
-        n = min(n, (1+p*(1-p)/se**2)*(_t_quantile(level,n-1)/_t_quantile(level,g-1))**2) if sure else g
-    tail,k = (1-level)/2,p*n
-    low = _beta_quantile(tail, k, n-k+1) if p>0 else 0.
-    high = _beta_quantile(1-tail, k+1, n-k) if p<1 else 1.
+        says_something = 0<p<1 and se>0
+        worth = 1+p*(1-p)/se**2 if says_something else g
+        if says_something: worth *= (_t_quantile(level, n-1)/_t_quantile(level, g-1))**2
+        n = min(n, worth)
+    tail = (1-level)/2
+    right = p*n
+    low = _beta_quantile(tail, right, n-right+1) if p>0 else 0.
+    high = _beta_quantile(1-tail, right+1, n-right) if p<1 else 1.
     return low,high
 
-def _bounded_interval(v:float, se:float, t:float, bounds)->tuple: # (low, high), on the logit scale of the bounds
-    if bounds is None: return v-t*se, v+t*se
+# %% ../nbs/1_foundations/15_stats.ipynb #0ac1280f
+def _bounded_interval(
+    value:float,      # of the statistic
+    half_width:float, # of its interval, were there no bounds
+    bounds,           # (lowest, highest) possible value, or None
+)->tuple: # (low, high); NaN for a value at its bound
+    "An interval on the logit scale of the bounds."
+    if bounds is None: return value-half_width, value+half_width
     low,high = bounds
-    u = (v-low)/(high-low)
-    if not 1e-9<u<1-1e-9: return np.nan, np.nan
-    at,half = math.log(u/(1-u)),t*se/(high-low)/(u*(1-u))
-    return tuple(low+(high-low)*(.5+.5*math.tanh(x/2)) for x in (at-half,at+half))
+    share = (value-low)/(high-low)
+    if not 1e-9<share<1-1e-9: return np.nan, np.nan
+    logit = math.log(share/(1-share))
+    half = half_width/(high-low)/(share*(1-share))
+    back = lambda x: low+(high-low)*(.5+.5*math.tanh(x/2))
+    return back(logit-half), back(logit+half)
 
 # %% ../nbs/1_foundations/15_stats.ipynb #c9fb657a
 FEWEST = 6 # clusters; with five, even a reward that wins in each has p = 2/32
 
-_BOUNDS = {pearson:(-1,1), spearman:(-1,1), kendall_tau_b:(-1,1), f1:(0,1), auroc:(0,1), precision:(0,1), recall:(0,1),
-           accuracy:(0,1)}
+_BOUNDS = {pearson:(-1,1), spearman:(-1,1), kendall_tau_b:(-1,1),
+           accuracy:(0,1), precision:(0,1), recall:(0,1), f1:(0,1), auroc:(0,1)}
 
 def interval(
-    stat,             # function (..., w) of weights (m, n) -> (m,)
-    *args,            # what it is computed from
-    groups=None,      # (n,) cluster of each item; default: each by itself
-    level:float=.95,  # wanted coverage
-    bounds=None,      # (lowest, highest) possible value; known for the statistics of this module
+    stat,            # function (..., w) of weights (m, n) -> (m,)
+    *args,           # what it is computed from
+    groups=None,     # (n,) cluster of each item; default: each by itself
+    level:float=.95, # wanted coverage
+    bounds=None,     # (lowest, highest) possible value; known for the statistics of this module
 )->tuple: # (low, high); NaN where too little is known
-    "Interval of a statistic that allows for clusters; NaN for fewer than `FEWEST` of them or a value at its bound."
+    "Interval of a statistic that allows for clusters; NaN for fewer than `FEWEST`, or a value at its bound."
     of = clusters(groups, len(args[0]))
     counted = _counted(stat, args)
     g = len(np.unique(of if counted is None else of[counted]))
     if g<FEWEST: return np.nan, np.nan
-    v = np.atleast_1d(stat(*args, w=np.ones((1,len(of)))))[0]
+    value = float(np.atleast_1d(stat(*args, w=np.ones((1,len(of)))))[0])
     se = _jackknife(stat, args, of)
-    if counted is not None: return _share_interval(float(v), int(counted.sum()), g, se, level)
-    if not se>1e-9*abs(v): return np.nan, np.nan
-    return _bounded_interval(float(v), se, _t_quantile(level,g-1), bounds or _BOUNDS.get(getattr(stat,'func',stat)))
+    if counted is not None: return _share_interval(value, int(counted.sum()), g, se, level)
+    if not se>1e-9*abs(value): return np.nan, np.nan
+    return _bounded_interval(value, se*_t_quantile(level, g-1), bounds or _BOUNDS.get(_function(stat)))
 
 # %% ../nbs/1_foundations/15_stats.ipynb #1b4912c4
-def _standard(x): return (x-x.mean())/(x.std() or 1.)
+def _standardised(x):
+    "Values with mean 0 and deviation 1."
+    return (x-x.mean())/(x.std() or 1.)
 
-_ALIGN = {pearson:_standard, spearman:midranks, kendall_tau_b:midranks, auroc:midranks}
+_SCALE = {pearson:_standardised, spearman:midranks, kendall_tau_b:midranks, auroc:midranks}
 
-def _exchanges(g:int, m:int, seed:int)->np.ndarray: # (ways, g) of 0 and 1, first none; a way and its opposite are one
+# %% ../nbs/1_foundations/15_stats.ipynb #f6c6602b
+def _exchanges(
+    g:int,    # clusters
+    m:int,    # ways to try, at most
+    seed:int, # of the ways that are drawn
+)->np.ndarray: # (ways, g) of 0 (as it was) and 1 (exchanged); the first way exchanges nothing
+    "Ways to exchange two rewards in some clusters; a way and its opposite are one."
     if 2**(g-1)<=m: return np.arange(2**(g-1))[:,None]>>np.arange(g)&1
-    drawn = np.random.default_rng(seed).integers(0,2,(m,g))
-    return np.concatenate([np.zeros((1,g),int), drawn])
+    drawn = np.random.default_rng(seed).integers(0, 2, (m,g))
+    return np.concatenate([np.zeros((1,g), int), drawn])
 
+# %% ../nbs/1_foundations/15_stats.ipynb #5269fdb6
 def paired_p(
-    stat,         # function (values of one reward, truth, w) -> (m,)
-    a,            # of the first reward, (n,)
-    b,            # of the second, (n,), on the same scale unless the statistic ignores scales
-    truth=None,   # (n,), passed on to `stat`
-    groups=None,  # (n,) cluster of each item; default: each by itself
-    m:int=2000,   # exchanges tried, all of them where they are no more; the least p is 1/(m+1)
-    seed:int=0,
+    stat,        # function (values of one reward, truth, w) -> (m,)
+    a,           # of the first reward, (n,)
+    b,           # of the second, (n,), on the same scale unless the statistic ignores scales
+    truth=None,  # (n,), passed on to `stat`
+    groups=None, # (n,) cluster of each item; default: each by itself
+    m:int=2000,  # exchanges tried, all of them where they are no more; the least p is 1/(m+1)
+    seed:int=0,  # of the exchanges that are drawn
 )->float: # in (0, 1]; NaN where the difference is undefined
-    "Two-sided p-value of the difference of two rewards on the same items: exact permutation test, whole clusters exchanged."
-    _,a,b = _args(None, a, b)
-    of = clusters(groups, len(a))
-    if not len(a): return np.nan
-    align = _ALIGN.get(getattr(stat,'func',stat), np.asarray)
-    both,twice = np.concatenate([align(a),align(b)]), None if truth is None else np.concatenate([truth,truth])
-    d = []
-    for s in np.array_split(_exchanges(int(of.max())+1, m, seed), max(1,m*len(a)//10**6)):
-        s = s[:,of].astype(float)
-        d.append(stat(both,twice,w=np.hstack([1-s,s]))-stat(both,twice,w=np.hstack([s,1-s])))
-    d = np.abs(np.concatenate(d))
-    if np.isnan(d[0]): return np.nan
-    as_large = np.isnan(d)|(d>=d[0]-1e-9*np.nanmax(d))
-    return float(as_large.mean())
+    "Two-sided p-value of the difference of two rewards on the same items, by exchanging whole clusters."
+    _,a,b = _arrays(None, a, b)
+    n = len(a)
+    of = clusters(groups, n)
+    if not n: return np.nan
+    scale = _SCALE.get(_function(stat), np.asarray)
+    values = np.concatenate([scale(a),scale(b)])
+    truths = None if truth is None else np.concatenate([truth,truth])
+    ways = _exchanges(int(of.max())+1, m, seed)
+    differences = []
+    for some in np.array_split(ways, max(1, m*n//10**6)): # fits in memory
+        swapped = some[:,of].astype(float)
+        first = stat(values, truths, w=np.hstack([1-swapped,swapped]))
+        second = stat(values, truths, w=np.hstack([swapped,1-swapped]))
+        differences.append(np.abs(first-second))
+    differences = np.concatenate(differences)
+    seen = differences[0]
+    if np.isnan(seen): return np.nan
+    is_as_large = np.isnan(differences)|(differences>=seen-1e-9*np.nanmax(differences))
+    return float(is_as_large.mean())
 
 # %% ../nbs/1_foundations/15_stats.ipynb #3f9fa606
 def best_particle(
     guidance, # (k,) score that guided, of each particle
 )->int: # index
     "The particle with the highest guidance score, the last of equals; `ValueError` if none has a finite one."
-    g = np.asarray(guidance, np.float64)
-    if not np.isfinite(g).any(): raise ValueError(f"none of {len(g)} guidance scores is a finite number")
-    g = np.where(np.isfinite(g), g, -np.inf)
-    return int(len(g)-1-np.argmax(g[::-1]))
+    guidance = np.asarray(guidance, np.float64)
+    is_finite = np.isfinite(guidance)
+    if not is_finite.any(): raise ValueError(f"none of {len(guidance)} guidance scores is a finite number")
+    finite = np.where(is_finite, guidance, -np.inf)
+    return int(len(finite)-1-np.argmax(finite[::-1]))
 
+# %% ../nbs/1_foundations/15_stats.ipynb #a40a486c
 def particle_summary(
     scores,   # (k,) of one metric
     guidance, # (k,) score that guided
 )->dict: # mean, max, min, std (n-1), best
     "One prompt's particles in five numbers."
-    _,s = _args(None, scores)
-    return dict(mean=float(s.mean()), max=float(s.max()), min=float(s.min()), std=float(s.std(ddof=1)) if len(s)>1
-                else 0.,
-                best=float(s[best_particle(guidance)]))
+    _,scores = _arrays(None, scores)
+    spread = scores.std(ddof=1) if len(scores)>1 else 0.
+    return dict(mean=float(scores.mean()), max=float(scores.max()), min=float(scores.min()),
+                std=float(spread), best=float(scores[best_particle(guidance)]))

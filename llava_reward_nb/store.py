@@ -24,7 +24,7 @@ from .files import atomic_path
 # %% ../nbs/1_foundations/14_store.ipynb #3bfd0a60
 _PIECE = 1<<14 # words in a piece
 _RANDOM = np.frombuffer(hashlib.shake_256(b'places of words').digest(2*8*_PIECE), '<i8')
-_PLACES = (_RANDOM|1).reshape(2,_PIECE) # odd constants, the same everywhere
+_PLACES = (_RANDOM|1).reshape(2,_PIECE) # two rows of odd constants, the same everywhere
 
 def _piece_sums(
     t:Tensor, # any dtype and shape
@@ -33,53 +33,58 @@ def _piece_sums(
     if t.device.type not in ('cpu','cuda'): t = t.cpu()
     flat = t.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
     if not len(flat): return torch.zeros(0, 2, dtype=torch.int64)
-    flat = flat.view(torch.uint8)
+    content = flat.view(torch.uint8)
     places = torch.tensor(_PLACES, device=t.device)
-    step = 4*_PIECE*(8 if t.device.type=='cpu' else 1024) # fits a cache; keeps a GPU busy
+    step = 4*_PIECE*(8 if t.device.type=='cpu' else 1024) # bytes; fits a cache, or keeps a GPU busy
     sums = []
-    for k in range(0, len(flat), step):
-        part = flat[k:k+step]
+    for start in range(0, len(content), step):
+        part = content[start:start+step]
         lacking = -len(part)%(4*_PIECE)
         if lacking or part.storage_offset()%4: part = F.pad(part, (0,lacking)) # a copy, aligned
         words = part.view(torch.int32).view(-1,_PIECE)
-        sums.append(torch.stack([(words*p).sum(1) for p in places], 1))
+        sums.append(torch.stack([(words*constants).sum(1) for constants in places], 1))
     return torch.cat(sums).cpu()
 
 # %% ../nbs/1_foundations/14_store.ipynb #9677d6ce
-def _named_tensors(things)->list: # (name, tensor) pairs
+def _named_tensors(
+    things, # see `tensors_hash`
+)->list: # (name, tensor) pairs
+    "What is to be hashed, by name."
     if isinstance(things, nn.Module): things = [things]
     if isinstance(things, dict): things = things.items()
-    out = []
+    found = []
     for i,x in enumerate(things):
         if isinstance(x, nn.Module):
-            out += [(f'{i}.{k}', v) for k,v in x.state_dict().items() if isinstance(v, Tensor)]
-        elif isinstance(x, tuple) and len(x)==2 and isinstance(x[1], Tensor): out.append((str(x[0]), x[1]))
+            found += [(f'{i}.{name}', v) for name,v in x.state_dict().items() if isinstance(v, Tensor)]
+        elif isinstance(x, tuple) and len(x)==2 and isinstance(x[1], Tensor): found.append((str(x[0]), x[1]))
         else: raise InputError(f"item {i} is a {type(x).__name__}; pass modules, or pairs of name and tensor")
-    return out
+    return found
 
+# %% ../nbs/1_foundations/14_store.ipynb #3c45863e
 def tensors_hash(
     things, # a module, a dict name -> tensor, or a list of modules and (name, tensor) pairs
 )->str: # 16 hex digits; the same on every device
     "Hash of names, dtypes, shapes and all elements; `InputError` for what is no tensor, or one without data."
-    h = hashlib.sha256()
+    digest = hashlib.sha256()
     for name,t in _named_tensors(things):
         if t.is_meta: raise InputError(f"{name} is on the meta device and has no data; load weights first")
-        h.update(f'{name} {t.dtype} {tuple(t.shape)}\n'.encode())
-        h.update(_piece_sums(t).numpy().astype('<i8').tobytes())
-    return h.hexdigest()[:16]
+        digest.update(f'{name} {t.dtype} {tuple(t.shape)}\n'.encode())
+        digest.update(_piece_sums(t).numpy().astype('<i8').tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/1_foundations/14_store.ipynb #502b6bf4
 def file_hash(
     path, # a file
 )->str: # 16 hex digits
     "Hash of a file's bytes; `InputError` if it cannot be read."
-    h = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with open(path, 'rb') as f:
-            while block := f.read(1<<20): h.update(block)
+            while block := f.read(1<<20): digest.update(block)
     except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror}); check the path") from None
-    return h.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
+# %% ../nbs/1_foundations/14_store.ipynb #8d165f6e
 def text_hash(
     text:str, # any string
 )->str: # 16 hex digits
@@ -91,12 +96,12 @@ def pixels_hash(
     im:Image.Image, # any mode
 )->str: # 16 hex digits
     "Hash of an image's pixels and size; the same for all modes of one opaque look."
-    clear = im.mode in ('RGBA','LA','PA','La','RGBa') or 'transparency' in im.info
-    deep = im.mode in ('I','F') or im.mode.startswith('I;') # more than 8 bits: RGB would cut it
-    if clear and not deep:
+    is_deep = im.mode in ('I','F') or im.mode.startswith('I;') # more than 8 bits: RGB would cut it
+    is_clear = im.mode in ('RGBA','LA','PA','La','RGBa') or 'transparency' in im.info
+    if is_clear and not is_deep:
         im = im.convert('RGBA')
-        clear = im.getchannel('A').getextrema()!=(255,255)
-    if not deep and not clear: im = im.convert('RGB')
+        is_clear = im.getchannel('A').getextrema()!=(255,255)
+    if not is_deep and not is_clear: im = im.convert('RGB')
     return hashlib.sha256(f'{im.mode} {im.size} '.encode()+im.tobytes()).hexdigest()[:16]
 
 # %% ../nbs/1_foundations/14_store.ipynb #dc8501d6
@@ -112,48 +117,67 @@ def make_identity(
     return f"{kind}-{text_hash(' '.join([__version__, kind, said, tensors_hash(modules)]))}"
 
 # %% ../nbs/1_foundations/14_store.ipynb #c8843963
-def _said_by(x)->bool: # itself, and not what it wraps, stands for or derives from elsewhere
-    if isinstance(x, MethodType): return False
-    own = getattr(x, '__dict__', {})
-    if 'identity' in own:
-        inner = own.get('__wrapped__')
-        return inner is None or getattr(inner, 'identity', None)!=own['identity']
-    line = type(x).__mro__
-    owner = next((c for c in line if 'identity' in vars(c)), None)
+def _is_its_own(
+    reward, # with an attribute `identity`, or without
+)->bool:
+    "Whether a reward states its identity itself, and not what it wraps, holds or derives from elsewhere."
+    if isinstance(reward, MethodType): return False
+    attributes = getattr(reward, '__dict__', {})
+    if 'identity' in attributes:
+        inner = attributes.get('__wrapped__')
+        return inner is None or getattr(inner, 'identity', None)!=attributes['identity']
+    ancestors = type(reward).__mro__
+    owner = next((c for c in ancestors if 'identity' in vars(c)), None)
     if owner is None: return False
-    root = lambda c: c.__module__.partition('.')[0]
-    return all(root(c)==root(owner) for c in line[:line.index(owner)])
+    package = lambda cls: cls.__module__.partition('.')[0]
+    return all(package(c)==package(owner) for c in ancestors[:ancestors.index(owner)])
 
+# %% ../nbs/1_foundations/14_store.ipynb #785125b1
 def identity(
     reward, # anything that scores
 )->str|None:
     "What a reward says it is; None for those that do not say, whose scores are never used again."
-    said = getattr(reward, 'identity', None) if _said_by(reward) else None
+    said = getattr(reward, 'identity', None) if _is_its_own(reward) else None
     return said if isinstance(said, str) and said.strip() else None
 
 # %% ../nbs/1_foundations/14_store.ipynb #0b156b5b
-def _try_lock(f)->bool: # whether the open file is now ours; OSError if the file system has no locks
+def _try_lock(
+    f, # an open file
+)->bool: # whether it is ours now
+    "Take a lock if nobody holds it; OSError if the file system has no locks."
     try:
         if os.name=='nt':
             import msvcrt
-            f.seek(0); msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            f.seek(0)
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError): return False
     return True
 
-def _unlock(f):
+def _unlock(
+    f, # an open file whose lock is ours
+):
+    "Release a lock."
     if os.name=='nt':
         import msvcrt
-        f.seek(0); msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK, 1)
+        f.seek(0)
+        msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK, 1)
     else:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_UN)
 
-def _cannot(folder:Path, done:str, e:OSError)->InputError:
+# %% ../nbs/1_foundations/14_store.ipynb #218355fe
+def _cannot(
+    folder:Path, # the one it is about
+    done:str,    # what cannot be done with it
+    e:OSError,   # why
+)->InputError:
+    "The error of a folder that cannot be used."
     return InputError(f"{folder}: cannot be {done} ({e.strerror or e}); choose another folder")
 
+# %% ../nbs/1_foundations/14_store.ipynb #629a3681
 @contextmanager
 def folder_lock(
     folder,         # made if needed
@@ -168,8 +192,9 @@ def folder_lock(
     with f:
         try:
             while not _try_lock(f):
-                if not wait: raise InputError(f"{folder}: another process is at work in it; wait until it is "
-                                              "done, or choose another folder")
+                if not wait: raise InputError(
+                    f"{folder}: another process is at work in it; "
+                    "wait until it is done, or choose another folder")
                 time.sleep(.05)
         except OSError as e: raise _cannot(folder, 'locked', e) from None
         try: yield folder
@@ -179,33 +204,41 @@ def folder_lock(
 SCORE_COLUMNS = dict(key='', reward='', identity='', pixels='', prompt='', # what a row that lacks one holds
                      score=np.nan, note='', error='', seconds=0.)
 
-def _schema():
+def _schema(): # pyarrow schema
+    "The types of the columns in Parquet."
     import pyarrow as pa
     types = {str:pa.string(), float:pa.float64()}
-    return pa.schema([(k, types[type(v)]) for k,v in SCORE_COLUMNS.items()])
+    return pa.schema([(column, types[type(default)]) for column,default in SCORE_COLUMNS.items()])
 
-def _row(row:dict)->dict: # all columns, of their types
-    other = [k for k in row if k not in SCORE_COLUMNS]
-    if other: raise InputError(f"scores have no column {other[0]!r}; there are {', '.join(SCORE_COLUMNS)}")
-    out = {}
-    for k,default in SCORE_COLUMNS.items():
-        v = default if row.get(k) is None else row[k]
-        if isinstance(default, float): out[k] = float(v)
-        else: out[k] = str(v).encode('utf-8','backslashreplace').decode() # Parquet holds no lone surrogates
-    return out
+def _row(
+    row:dict, # some of `SCORE_COLUMNS`
+)->dict: # all of them, of their types
+    "A complete row; `InputError` for an unknown column."
+    unknown = [column for column in row if column not in SCORE_COLUMNS]
+    if unknown: raise InputError(
+        f"scores have no column {unknown[0]!r}; there are {', '.join(SCORE_COLUMNS)}")
+    complete = {}
+    for column,default in SCORE_COLUMNS.items():
+        value = default if row.get(column) is None else row[column]
+        if isinstance(default, float): complete[column] = float(value)
+        else: complete[column] = str(value).encode('utf-8','backslashreplace').decode() # no lone surrogates
+    return complete
 
 # %% ../nbs/1_foundations/14_store.ipynb #ffa562a5
 _PART = re.compile(r'(\d{5}|\d{20}-[0-9a-f]{8})\.parquet')
 
-def _stamp(name:str)->int: # of a part
+def _stamp(name:str)->int:
+    "The time in the name of a part, in nanoseconds."
     return int(re.match(r'\d+', name)[0])
 
-def _parts(folder:Path)->list: # our files, oldest first
+def _parts(folder:Path)->list:
+    "Our files in a folder, oldest first."
     if not folder.is_dir(): return []
     found = [p for p in folder.iterdir() if _PART.fullmatch(p.name) and p.is_file()]
     return sorted(found, key=lambda p: (_stamp(p.name), p.name))
 
-def _new_part(folder:Path)->Path: # later than all there are
+def _new_part(folder:Path)->Path:
+    "The path of a part later than all there are."
     last = max((_stamp(p.name) for p in _parts(folder)), default=0)
     return folder/f'{max(time.time_ns(), last+1):020d}-{secrets.token_hex(4)}.parquet'
 
@@ -216,8 +249,11 @@ class ScoreStore:
         folder,          # made when the first score is added
         every:float=10., # seconds that a row may wait in memory
     ):
-        self.folder,self.every = as_path(folder),every
-        self._rows,self._timer,self._lock = [],None,threading.RLock()
+        self.folder = as_path(folder)
+        self.every = every
+        self._rows = []
+        self._timer = None
+        self._lock = threading.RLock()
 
     def __enter__(self):
         "Prepare to write; `InputError` if the folder cannot be written."
@@ -235,7 +271,7 @@ class ScoreStore:
         rows:list, # of dicts with columns of `SCORE_COLUMNS`
     ):
         "Keep rows; they are on the disk `every` seconds later. `InputError` for an unknown column."
-        rows = [_row(r) for r in rows]
+        rows = [_row(row) for row in rows]
         with self._lock:
             self._rows += rows
             if self._rows and self._timer is None:
@@ -255,18 +291,21 @@ class ScoreStore:
             self._rows = []
 
 # %% ../nbs/1_foundations/14_store.ipynb #11948763
-def _read_part(path:Path): # DataFrame
+def _read_part(path:Path): # DataFrame of `SCORE_COLUMNS`
+    "The rows of one part; `InputError` if it is damaged or holds something else."
     import pyarrow.parquet as pq
-    try: df = pq.ParquetFile(path).read().to_pandas()
+    try: rows = pq.ParquetFile(path).read().to_pandas()
     except FileNotFoundError: raise
-    except Exception as e:
-        raise InputError(f"{path}: damaged ({type(e).__name__}: {str(e)[:100]}); delete it, and what it "
-                         "held is scored again") from None
-    df = df.rename(columns=dict(item='key')) # as earlier versions called it
-    lacking = [c for c in ('key','reward','score') if c not in df]
+    except Exception as e: raise InputError(
+        f"{path}: damaged ({type(e).__name__}: {str(e)[:100]}); "
+        "delete it, and what it held is scored again") from None
+    rows = rows.rename(columns=dict(item='key')) # as earlier versions called it
+    lacking = [column for column in ('key','reward','score') if column not in rows]
     if lacking: raise InputError(f"{path}: holds no scores (lacks {', '.join(lacking)}); move it away")
-    return df.assign(**{k:v for k,v in SCORE_COLUMNS.items() if k not in df})[list(SCORE_COLUMNS)]
+    defaults = {column:default for column,default in SCORE_COLUMNS.items() if column not in rows}
+    return rows.assign(**defaults)[list(SCORE_COLUMNS)]
 
+# %% ../nbs/1_foundations/14_store.ipynb #0a7dfd63
 @patch
 def records(self:ScoreStore,
     each:tuple=('key','reward'), # columns; of each combination the newest row
@@ -277,14 +316,16 @@ def records(self:ScoreStore,
     frames = [_read_part(p) for p in _parts(self.folder)]
     if not frames: return _schema().empty_table().to_pandas()
     rows = pd.concat(frames, ignore_index=True)
-    newest = {key: i for i,key in enumerate(zip(*(rows[c] for c in each)))} # pandas 2 merges texts that agree up to a NUL
+    keys = zip(*(rows[column] for column in each)) # not pandas: version 2 merges texts that agree up to a NUL
+    newest = {key:i for i,key in enumerate(keys)}
     return rows.iloc[sorted(newest.values())].reset_index(drop=True)
 
 # %% ../nbs/1_foundations/14_store.ipynb #e53c9d59
 @patch
 def known(self:ScoreStore)->dict: # (key, reward, identity, pixels, prompt) -> (score, note)
     "Scores that may be used again, by all that decided them."
-    of = ['key','reward','identity','pixels','prompt']
-    df = self.records(of)
-    df = df[(df.error=='')&(df.identity!='')]
-    return {tuple(k):v for k,v in zip(df[of].itertuples(index=False), zip(df.score, df.note))}
+    decisive = ['key','reward','identity','pixels','prompt']
+    rows = self.records(decisive)
+    rows = rows[(rows.error=='')&(rows.identity!='')]
+    keys = rows[decisive].itertuples(index=False, name=None)
+    return dict(zip(keys, zip(rows.score, rows.note)))

@@ -152,9 +152,30 @@ def test_rubric_file_and_params(serve, tmp_path):
 
 # --- order and attribution -------------------------------------------------------------------------------------------------
 
+class Backwards:
+    "Of all questions that can be in flight, the last one is answered first."
+    def __init__(self, items, concurrency):
+        self.left, self.concurrency = items, concurrency
+        self.changed, self.waiting, self.order = threading.Condition(), set(), []
+
+    def __call__(self, i, prompt, attempt):
+        def answer(good):
+            with self.changed:
+                self.waiting.add(i)
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: i == max(self.waiting) and len(self.waiting) == min(self.concurrency, self.left))
+                self.waiting.remove(i)
+                self.order.append(i)
+                self.left -= 1
+                self.changed.notify_all()
+            return 200, {}, good
+        return answer
+
+
 def test_answers_out_of_order(serve):
     "Sixty items whose answers come back in almost the opposite order: every row has its own scores and explanations."
-    s = serve(lambda i, p, a: (lambda good: (time.sleep((7-i % 8)*.02), (200, {}, good))[1]))
+    plan = Backwards(60, 8)
+    s = serve(plan)
     prompts = [f'item {i}'+'!'*(i % 5) for i in range(60)]
     rows = grader(s, concurrency=8).grade([image(i) for i in range(60)], prompts)
     want = [score_of(i, p) for i, p in enumerate(prompts)]
@@ -164,6 +185,7 @@ def test_answers_out_of_order(serve):
         assert r['error'] is None and r['calls'] == 1 and not r['cached'] and r['model'] == 'judge-2026'
         assert all(r[a] == w and r[f'{a}_why'] == f'{a} is {w}' for a in ASPECTS)
     assert max(s.graded.values()) == 1 and len(s.graded) == 60
+    assert plan.order[0] == 7 and plan.order[-1] == 0   # the first item was answered last
 
 
 def test_chaos(serve):
@@ -234,11 +256,16 @@ def test_failure_is_reported_and_never_scored(serve, kind):
 
 def test_time_out(serve):
     "The first call of an item hangs, the second is answered; another item hangs for ever. The rest does not wait for them."
-    s = serve(lambda i, p, a: (lambda good: (time.sleep(6), (200, {}, good))[1]) if i == 2 or (i == 1 and a == 1) else None)
+    woken = threading.Event()
+    def hang(good):
+        woken.wait()
+        return 200, {}, good
+    s = serve(lambda i, p, a: hang if i == 2 or (i == 1 and a == 1) else None)
     rows = grader(s, timeout=2., retries=1).grade([image(i) for i in range(4)], 'x')
     assert [r['calls'] for r in rows] == [1, 2, 2, 1]
     assert 'no answer within 2.0 s' in rows[2]['error'] and [r['error'] for r in rows[:2]+rows[3:]] == [None]*3
     assert overall(rows[:2]+rows[3:]) == [score_of(i, 'x') for i in (0, 1, 3)]
+    woken.set()
 
 
 def test_retry_after_is_honoured_by_all_threads(serve):
@@ -452,14 +479,26 @@ print(','.join(str(r['overall_score']) for r in rows))
 '''
 
 
-def start(server, cache, n):
-    return subprocess.Popen([sys.executable, '-c', RUN, server.url, str(cache), str(n)], stdout=subprocess.PIPE, text=True,
+TELL_STOP = '''
+import signal
+from llava_reward_nb.rewards import grader
+signal.signal(signal.SIGINT, signal.default_int_handler) # which a shell may have switched off
+stop = grader._Run.stop
+def stop_and_tell(run, reason):
+    stop(run, reason)
+    print('stopped', flush=True)
+grader._Run.stop = stop_and_tell
+'''
+
+
+def start(server, cache, n, before=''):
+    return subprocess.Popen([sys.executable, '-c', before+RUN, server.url, str(cache), str(n)], stdout=subprocess.PIPE, text=True,
                             env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
 
 
 class Gate:
-    "Lets a stated number of answers out; `drop` ends all calls that wait, unanswered."
-    def __init__(self): self.changed, self.free, self.round = threading.Condition(), 0, 0
+    "Lets a stated number of answers out; `drop` ends all calls that wait, unanswered; `entered` counts all calls."
+    def __init__(self): self.changed, self.free, self.round, self.entered = threading.Condition(), 0, 0, 0
 
     def open(self, n):
         with self.changed:
@@ -473,6 +512,7 @@ class Gate:
 
     def __call__(self, good):
         with self.changed:
+            self.entered += 1
             mine = self.round
             self.changed.wait_for(lambda: self.free or self.round != mine)
             if self.round != mine: return None, {}, ''
@@ -491,14 +531,15 @@ def test_kill_9_and_resume(serve, tmp_path):
     "Killed twice with calls in flight: at the end every item has its own grade, and no answer was given out twice."
     n, cache, gate = 40, tmp_path/'c.jsonl', Gate()
     s = serve(lambda i, p, a: gate)
+    kept = sent = 0
     for release in 7, 13:
-        before = len(ReplyCache(cache).refresh())
         run = start(s, cache, n)
         gate.open(release)
-        wait_for(lambda: len(ReplyCache(cache).refresh()) == before+release and sum(s.attempts.values()) >= before+release+4, run)
+        kept += release
+        sent += release+4                    # four calls are in flight, and have arrived
+        wait_for(lambda: len(ReplyCache(cache).refresh()) == kept and gate.entered == sent, run)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
-        time.sleep(.5)                       # what it had sent has arrived
         gate.drop()
     assert len(ReplyCache(cache).refresh()) == 20 == sum(s.graded.values()) < sum(s.attempts.values())
     gate.open(n)
@@ -521,11 +562,11 @@ def test_interrupt_keeps_what_is_paid(serve, tmp_path):
     "Ctrl-C: calls in flight are waited for and kept, no new ones begin."
     cache, gate = tmp_path/'c.jsonl', Gate()
     s = serve(lambda i, p, a: gate)
-    run = start(s, cache, 40)
+    run = start(s, cache, 40, TELL_STOP)
     gate.open(5)
-    wait_for(lambda: len(ReplyCache(cache).refresh()) == 5 and sum(s.attempts.values()) == 9, run)
+    wait_for(lambda: len(ReplyCache(cache).refresh()) == 5 and gate.entered == 9, run)
     run.send_signal(signal.SIGINT)
-    time.sleep(1)
+    assert run.stdout.readline() == 'stopped\n'
     gate.open(40)
     run.communicate(timeout=300)
     assert run.returncode != 0

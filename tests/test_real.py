@@ -17,7 +17,9 @@ from llava_reward_nb.rewards.ocr import OCR, Line, _by_blocks, match_texts, quot
 from llava_reward_nb.rewards.real import JPEG
 from llava_reward_nb.rewards.registry import load_reward
 from llava_reward_nb.rewards.combine import score_all
+from llava_reward_nb.evaluation.benchmarks import SPECS
 from llava_reward_nb.evaluation.signs import Sign, draw_sign
+from llava_reward_nb.rewards.cards import CARDS
 
 OPEN, SHUT = draw_sign(Sign('OPEN')), draw_sign(Sign('CLOSED'))
 
@@ -140,5 +142,9 @@ def test_names():
 
 def test_list_of_rewards(capsys):
     listing.llava_reward_rewards([])
-    said = capsys.readouterr().out
-    assert all(n in said for n in ('ocr', 'nudenet', 'jpeg', 'hpsv3', 'tiny-clip'))
+    printed = capsys.readouterr().out
+    for name in 'ocr', 'nudenet', 'jpeg', 'hpsv3', 'tiny-clip': assert name in printed
+
+
+def test_cards_name_tables_that_exist():
+    for name, card in CARDS.items(): assert set(card.tables) <= set(SPECS), name

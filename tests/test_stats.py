@@ -119,6 +119,18 @@ def test_shares_have_the_exact_interval():
     assert interval(precision, said, np.r_[np.ones(8), np.zeros(4), np.ones(9)]) == pytest.approx(tuple(ss.binomtest(8, 12).proportion_ci(method='exact')), abs=1e-9)
 
 
+@pytest.mark.parametrize('stat, keyword', [(accuracy, dict(ties=False)), (precision, dict(positive=0)), (recall, dict(positive=0)), (f1, dict(positive=0))])
+def test_an_option_counts_by_name_and_by_place(stat, keyword):
+    "Its interval is of the same items, however the option was given."
+    rng = np.random.default_rng(3)
+    label = rng.integers(0, 2, 40).astype(float)
+    pred = np.where(rng.random(40) < .8, label, 1-label)
+    if stat is accuracy: pred[:5] = .5
+    by_name, by_place = interval(partial(stat, **keyword), pred, label), interval(stat, pred, label, *keyword.values())
+    assert by_place == pytest.approx(by_name, abs=1e-12)
+    assert by_place != pytest.approx(interval(stat, pred, label), abs=1e-3)
+
+
 def test_few_right_answers_are_no_certainty():
     for n in range(1, 30):
         low, high = interval(accuracy, np.ones(n), np.ones(n))

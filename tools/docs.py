@@ -160,7 +160,9 @@ def output_of(output, save):
         if mime in data: return f'![output]({save(base64.b64decode(data[mime]), mime.split("/")[1])})'
     if 'image/svg+xml' in data: return f"![output]({save(''.join(data['image/svg+xml']).encode(), 'svg')})"
     if 'text/markdown' in data: return data['text/markdown']
-    if 'text/html' in data: return '<div>' + re.sub(r'\n\s*\n', '\n', data['text/html']) + '</div>'
+    if 'text/html' in data:  # a table of pandas takes the theme's looks when it brings none
+        html = re.sub(r'<table border="1" class="dataframe">', '<table>', data['text/html'])
+        return '<div>' + re.sub(r'\n\s*\n', '\n', html) + '</div>'
     return fenced(data['text/plain'], 'text') if 'text/plain' in data else ''
 
 

@@ -16,12 +16,13 @@ from .terminal import command, report
 
 Use a reward by its name: llava_reward_score photo.jpg --prompt 'a sign that says "OPEN"' --reward ocr''')
 def llava_reward_rewards(
-    names:list[str], # rewards to show in full; all in short if left out
+    names:list[str], # rewards to show in full; without any, all in short
     out:str=None,    # write all there is to know to this .csv, .tsv, .json, .jsonl or .parquet
 ):
     "List the rewards: what they measure, and what they need. Higher is better for all."
     rows = reward_rows(names or None)
     if not names: return report(rows, out, hide=('range','licence','prompt','gradients','tables'))
-    for r in rows:
-        print('\n'.join(f'{k:10} {v or "-"}' for k,v in r.items()), '\n')
+    for row in rows:
+        for column,value in row.items(): print(f'{column:10} {value or "-"}')
+        print()
     if out: report(rows, out, hide=set(rows[0])-{'reward','install'})

@@ -25,10 +25,14 @@ class Card:
     prompt:bool=True # it reads the prompt
     tables:tuple=()  # benchmarks whose tables have a column for it, names of `SPECS`
 
-EXTRAS = dict(metrics='ftfy scipy', grader='openai',
-              ocr='rapidocr onnxruntime rapidfuzz opencv-python-headless',
-              nudenet='nudenet onnxruntime opencv-python-headless') # what the extras install
+EXTRAS = { # name -> packages that it installs
+    'metrics': 'ftfy scipy',
+    'grader': 'openai',
+    'ocr': 'rapidocr onnxruntime rapidfuzz opencv-python-headless',
+    'nudenet': 'nudenet onnxruntime opencv-python-headless',
+}
 
+# %% ../../nbs/4_rewards/49_cards.ipynb #b1a35290
 CARDS = {
     'llava-reward': Card('hub', '4.2 B parameters and adapters', 'Apache-2.0 (code)',
                          tables=('mjbench','tifa160','unsafebench','smid','geneval')),
@@ -57,7 +61,7 @@ CARDS = {
 def card_of(
     spec, # see `load_reward`
 )->Card:
-    "The card of a reward by its name; a folder is a LLaVA-Reward, and `InputError` for what has no name."
+    "The card of a reward by its name; a folder is a LLaVA-Reward. `InputError` for what has no name."
     if not isinstance(spec, str):
         raise InputError(f"{type(spec).__name__}: only rewards with a name have a card")
     name = spec.partition(':')[0]
@@ -73,21 +77,23 @@ def _class_of(name:str):
     module,cls = entry.load.args
     return getattr(import_module(f'llava_reward_nb.rewards.{module}'), cls)
 
-_RANGES = {'llava-reward':'unbounded', 'checker':'0 to 1'} # said by an instance, not by the class
+# %% ../../nbs/4_rewards/49_cards.ipynb #ec4550e3
+_RANGES = {'llava-reward':'unbounded', 'checker':'0 to 1'} # of these an instance knows it, not the class
 
 _SHORT_ABOUT = {'tiny':'the embedded LLaVA-Reward, which knows drawings of coloured shapes only',
                 'tiny-clip':'CLIPScore of the same world',
                 'tiny-imagereward':'ImageReward of the same world'}
 
 def reward_rows(
-    names=None, # which; default: all
+    names=None, # which ones; None: all
 )->list: # of dicts: reward, measures, range, weights, size, licence, install, prompt, gradients, tables
     "What there is to know of each reward; higher is better for all. `InputError` for an unknown name."
     odd = [n for n in names or [] if n not in CARDS]
     if odd: raise InputError(f"no reward is called {odd[0]!r}; there are {', '.join(CARDS)}")
     out = []
     for name in names or CARDS:
-        card,cls,source = CARDS[name],_class_of(name),SHORT.get(name, name).partition(':')[0]
+        card,cls = CARDS[name],_class_of(name)
+        source = SHORT.get(name, name).partition(':')[0] # its name in the registry
         default = REWARDS[name].default if card.weights in ('hub','endpoint') else ''
         out.append(dict(
             reward=name,
@@ -102,11 +108,16 @@ def reward_rows(
             tables=', '.join(card.tables)))
     return out
 
+# %% ../../nbs/4_rewards/49_cards.ipynb #faecc98a
+def _markdown_cell(row:dict, column:str)->str:
+    if column=='reward': return f"`{row['reward']}`"
+    if column=='install': return f"`[{CARDS[row['reward']].extra}]`" if row['install'] else ''
+    return row[column].replace('|', '\\|')
+
 def rewards_markdown()->str:
     "The table of all rewards in Markdown, for README and documentation."
     heads = dict(reward='reward', measures='what it measures', range='range', weights='weights', size='size',
                  licence='licence', install='extra', gradients='gradients', tables='in the tables of')
-    extra = lambda r: f"`[{CARDS[r['reward']].extra}]`" if r['install'] else ''
-    cell = lambda r,k: f"`{r[k]}`" if k=='reward' else extra(r) if k=='install' else r[k].replace('|', '\\|')
-    lines = [[cell(r, k) for k in heads] for r in reward_rows()]
-    return '\n'.join('| '+' | '.join(l)+' |' for l in [list(heads.values()), ['---']*len(heads), *lines])
+    lines = [list(heads.values()), ['---']*len(heads)]
+    lines += [[_markdown_cell(row, column) for column in heads] for row in reward_rows()]
+    return '\n'.join('| '+' | '.join(line)+' |' for line in lines)

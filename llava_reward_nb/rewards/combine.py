@@ -122,7 +122,8 @@ def score_all(
         if not good: continue
         for column,(name,reward) in enumerate(rewards.items()):
             scores[good,column],why = _score(name, reward, [got[i] for i in good], [prompts[i] for i in good])
-            rejected += [dict(item=good[k], image=called[good[k]], reward=name, error=e) for k,e in why.items()]
+            why = {good[k]:error for k,error in why.items()}
+            rejected += [dict(item=i, image=called[i], reward=name, error=error) for i,error in why.items()]
     _warn_of(shut, f"{len(shut)} of {len(items)} images do not open and have no scores")
     _warn_of(rejected, f"{len(rejected)} of {scores.numel()} scores are missing")
     table = pd.DataFrame(scores.numpy(), columns=list(rewards))

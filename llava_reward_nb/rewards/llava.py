@@ -32,8 +32,8 @@ class LLaVAReward:
             f"no perspective {perspective!r}; this model has {', '.join(model.configs) or 'none'}")
         config = model.configs[perspective]
         if config.loss=='gpm': raise ValueError(
-            f"{perspective!r} is a general-preference perspective: it compares two images and cannot score one; "
-            "take a 'bt' or 'cls' perspective, or RewardModel.compare")
+            f"{perspective!r} is a general-preference perspective: it compares two images "
+            "and cannot score one; take a 'bt' or 'cls' perspective, or RewardModel.compare")
         self.model,self.perspective = model,perspective
         self.loss = config.make_loss()
         odds = f'unbounded; P(a over b) = sigmoid((a-b)/{config.tau:g})'
@@ -86,7 +86,7 @@ def _only_perspective(
 # %% ../../nbs/4_rewards/44_llava.ipynb #82048c11
 @patch(cls_method=True)
 def from_pretrained(cls:LLaVAReward,
-    id_or_path='smz8599/LLaVA-Reward', # 'tiny', a folder or a hub id, each with '/perspective' if it has several
+    id_or_path='smz8599/LLaVA-Reward', # 'tiny', a folder or a hub id; with '/perspective' if it has several
     device:str=None,                   # where it runs; None: the best device there is
     dtype:torch.dtype=None,            # of the base; None: chosen by the device
     perspective:str=None,              # which one, if the name does not tell
@@ -100,7 +100,7 @@ def from_pretrained(cls:LLaVAReward,
 # %% ../../nbs/4_rewards/44_llava.ipynb #f814c5fe
 @contextmanager
 def _only_pixels(model:RewardModel, perspective:str):
-    "Eval mode with one perspective and without gradients to weights; everything is restored, after an error too."
+    "Eval mode with one perspective and without gradients to weights; all is restored, after an error too."
     with model.using(perspective), evaluating(model, grad=True):
         trained = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -115,7 +115,7 @@ def score_pixels(self:LLaVAReward,
     pixels:Tensor, # images, (n,3,h,w), float in [0,1], on any device
     prompts,       # one for all, or n
 )->Tensor: # (n,) float32, on the model's device, with gradient to pixels
-    "Score images differentiably, almost as from files; `InputError` for bad tensors, ValueError for other backbones."
+    "Score a tensor of images differentiably; `InputError` for bad tensors, ValueError for other backbones."
     low,high = check_pixels(pixels).detach().aminmax()
     if not (low>=-.5 and high<=1.5): raise InputError(
         f"pixels: values from {low:.3g} to {high:.3g}; needed: [0,1] "

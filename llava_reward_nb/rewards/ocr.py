@@ -43,17 +43,20 @@ def _end_of_quote(text:str, start:int)->int|None:
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #9e5b89a7
 def quoted_texts(
-    prompt:str,
+    prompt:str, # what the image was made from
 )->list: # of strings, in order
     "What stands in quotes; `InputError` for quotes that do not pair up."
-    out,i,single,left = [],0,False,False
+    out = []
+    i = 0
+    single = False # a text stands in single quotes
+    left = False   # a single quote is left that may close one
     while i<len(prompt):
         c = prompt[i]
         end = _end_of_quote(prompt, i) if c in QUOTES else None
         if end is not None:
-            said = prompt[i+1:end].strip()
-            if said and not (c in _DOUBTFUL and said.lower()=='n'): # rock 'n' roll
-                out.append(said)
+            text = prompt[i+1:end].strip()
+            if text and not (c in _DOUBTFUL and text.lower()=='n'): # rock 'n' roll
+                out.append(text)
                 single |= c in _DOUBTFUL
             i = end+1
             continue
@@ -97,7 +100,7 @@ def _unquoted_texts(prompt:str)->list:
     return out
 
 def wanted_texts(
-    prompt:str,
+    prompt:str, # what the image was made from
 )->list: # of strings, at least one
     "The texts that a prompt asks for; `InputError` if it asks for none, or not clearly."
     out = quoted_texts(prompt) or _unquoted_texts(prompt)
@@ -107,7 +110,7 @@ def wanted_texts(
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #ff823570
 def flow_grpo_text(
-    prompt:str,
+    prompt:str, # what the image was made from
 )->str:
     "What stands between the first two double quotes; `InputError` if there is nothing."
     parts = prompt.split('"')
@@ -117,12 +120,13 @@ def flow_grpo_text(
     return parts[1]
 
 def flow_grpo_score(
-    wanted:str, # the text
+    wanted:str,  # the text
     pieces:list, # strings that were read, in reading order
 )->float: # 0 to 1
     "The reward of Flow-GRPO's OCR task."
     from rapidfuzz.distance import Levenshtein
-    read,want = ''.join(pieces).replace(' ', '').lower(), wanted.replace(' ', '').lower()
+    read = ''.join(pieces).replace(' ', '').lower()
+    want = wanted.replace(' ', '').lower()
     distance = 0 if want in read else min(Levenshtein.distance(read, want), len(want))
     return 1-distance/len(want)
 
@@ -131,7 +135,7 @@ _SAME = {"'":'’‘‚`´ʼ', '-':'‐‑‒–—―−', '...':'…', '':'"�
 _VARIANTS = str.maketrans({c:to for to,cs in _SAME.items() for c in cs})
 
 def plain(
-    text:str,
+    text:str,         # any text
     case:bool=False,  # keep upper and lower case apart
     space:bool=False, # keep white space, one blank for any amount
 )->str:
@@ -145,8 +149,8 @@ def plain(
 @dataclass(frozen=True)
 class Line:
     "A line of text in an image."
-    text:str          # what it says
-    box:tuple=()      # its corners, ((x,y), ...) in pixels, from the upper left clockwise
+    text:str            # what was read
+    box:tuple=()        # its corners, ((x,y), ...) in pixels, from the upper left clockwise
     confidence:float=1. # of the recogniser, 0 to 1
 
 _WORD = re.compile(r'[\u2e80-\u9fff\uf900-\ufaff\uff66-\uff9f]|[^\s\u2e80-\u9fff\uf900-\ufaff\uff66-\uff9f]+')
@@ -163,57 +167,90 @@ def _words(lines:list)->list: # of (text with a blank in front where one was rea
 # %% ../../nbs/4_rewards/47_ocr.ipynb #ed923349
 MOST_TEXTS = 10 # that a prompt may ask for
 
-def _runs(words:list, want:str, case:bool, space:bool)->list: # of (first, past the last, score above 0)
+@dataclass(frozen=True)
+class _Run:
+    "Words that may serve a text."
+    first:int   # index of the first
+    end:int     # index after the last
+    score:float # of the text they make, above 0
+
+def _runs(words:list, want:str, case:bool, space:bool)->list: # of `_Run`
     from rapidfuzz.distance import Levenshtein
     out = []
-    for i in range(len(words)):
-        for j in range(i+1, len(words)+1):
-            read = plain(''.join(w for w,_ in words[i:j]), case, space)
-            if len(read)>2*len(want) and j>i+1: break
+    for first in range(len(words)):
+        for end in range(first+1, len(words)+1):
+            read = plain(''.join(w for w,_ in words[first:end]), case, space)
+            if len(read)>2*len(want) and end>first+1: break
             score = 1-Levenshtein.distance(want, read)/max(len(want), len(read)) if read else 0.
-            if score>0: out.append((i, j, score))
+            if score>0: out.append(_Run(first, end, score))
     return out
 
-def _assign(words:list, wants:list, case:bool, space:bool)->tuple: # total, and of each text its run or None
-    n,k = len(words),len(wants)
-    ending = [[] for _ in range(n+1)]
+# %% ../../nbs/4_rewards/47_ocr.ipynb #713594ef
+def _assign(words:list, wants:list, case:bool, space:bool)->tuple: # total, and {index of a text: its `_Run`}
+    "The best way to give each text a run of words, or none; no word serves two."
+    ending = [[] for _ in range(len(words)+1)] # by the index after their last word: (index of a text, run)
     for t,want in enumerate(wants):
-        for i,j,s in _runs(words, want, case, space): ending[j].append((i, t, s))
-    sets = np.arange(1<<k)
-    best = np.full((n+1, 1<<k), -np.inf)
+        for run in _runs(words, want, case, space): ending[run.end].append((t, run))
+    sets = np.arange(1<<len(wants)) # bit t is on: text t is served
+    best = np.full((len(words)+1, len(sets)), -np.inf)
     best[0,0] = 0
-    for j in range(1, n+1):
+    for j in range(1, len(words)+1):
         best[j] = best[j-1]
-        for i,t,s in ending[j]:
+        for t,run in ending[j]:
             with_t = sets[sets>>t&1==1]
-            best[j,with_t] = np.maximum(best[j,with_t], best[i,with_t^(1<<t)]+s)
-    j,S,out = n,int(best[n].argmax()),[None]*k
-    total = float(best[n,S])
-    while S:
-        while best[j-1,S]==best[j,S]: j -= 1
-        i,t,s = next(e for e in ending[j] if S>>e[1]&1 and best[e[0],S^(1<<e[1])]+e[2]==best[j,S])
-        out[t],j,S = (i,j,s),i,S^(1<<t)
-    return total,out
+            best[j,with_t] = np.maximum(best[j,with_t], best[run.first,with_t^(1<<t)]+run.score)
+    served = int(best[-1].argmax())
+    return float(best[-1,served]), _chosen(best, ending, served)
+
+def _chosen(best:np.ndarray, ending:list, served:int)->dict: # {index of a text: its `_Run`}
+    "The runs behind the best total, from the last word back to the first."
+    def made(t, run): return served>>t&1 and best[run.first,served^(1<<t)]+run.score==best[j,served]
+    out,j = {},len(best)-1
+    while served:
+        while best[j-1,served]==best[j,served]: j -= 1
+        t,run = next(e for e in ending[j] if made(*e))
+        out[t] = run
+        served ^= 1<<t
+        j = run.first
+    return out
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #369a5004
-def _extent(l:Line)->tuple: # left, top, right, bottom
-    xs,ys = zip(*l.box)
-    return min(xs), min(ys), max(xs), max(ys)
+@dataclass(frozen=True)
+class _Extent:
+    "The sides of an upright box, pixels."
+    left:float
+    top:float
+    right:float
+    bottom:float
+
+    @property
+    def width(self): return self.right-self.left
+    @property
+    def height(self): return self.bottom-self.top
+    @property
+    def middle(self): return (self.top+self.bottom)/2
+
+def _extent(line:Line)->_Extent:
+    xs,ys = zip(*line.box)
+    return _Extent(min(xs), min(ys), max(xs), max(ys))
+
+def _continues(line:_Extent, above:_Extent)->bool:
+    "Whether a line lies right below another and overlaps it by half."
+    below = line.middle>above.bottom-.2*above.height and line.top-above.bottom<max(above.height, line.height)
+    shared = min(line.right, above.right)-max(line.left, above.left)
+    return below and shared>=.5*min(line.width, above.width)
 
 def _by_blocks(lines:list)->list: # indices of lines, block by block
     if not all(l.box for l in lines): return list(range(len(lines)))
+    extents = [_extent(l) for l in lines]
     blocks = []
-    for k in sorted(range(len(lines)), key=lambda k: _extent(lines[k])[1]):
-        x0,y0,x1,y1 = _extent(lines[k])
-        for b in blocks:
-            u0,v0,u1,v1 = _extent(lines[b[-1]])
-            shared = min(x1,u1)-max(x0,u0)
-            below = (y0+y1)/2>v1-.2*(v1-v0) and y0-v1<max(v1-v0, y1-y0)
-            if below and shared>=.5*min(x1-x0, u1-u0):
-                b.append(k)
+    for k in sorted(range(len(lines)), key=lambda k: extents[k].top):
+        for block in blocks:
+            if _continues(extents[k], extents[block[-1]]):
+                block.append(k)
                 break
         else: blocks.append([k])
-    return [k for b in blocks for k in b]
+    return [k for block in blocks for k in block]
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #5d9c501c
 _ALIKE = .4 # a score from here on is a text that was meant; below, it is another one
@@ -226,19 +263,23 @@ class Found:
     score:float    # 0 to 1
     lines:tuple=() # indices of the lines it was read in
 
+    def __str__(self):
+        if self.score==1: return f'{self.wanted!r} is there'
+        if self.score<_ALIKE: return f'{self.wanted!r} is missing'
+        return f'{self.wanted!r} reads {self.read!r} ({self.score:.2f})'
+
 @dataclass(frozen=True)
 class Verdict:
-    "What an image says, against what it should say."
+    "What an image shows, against what it should show."
     score:float    # 0 to 1
     found:tuple    # a `Found` for each text
     lines:tuple    # all that was read, of `Line`
 
     def __str__(self):
-        said = [f'{f.wanted!r} is there' if f.score==1 else f'{f.wanted!r} is missing' if f.score<_ALIKE else
-                f'{f.wanted!r} reads {f.read!r} ({f.score:.2f})' for f in self.found]
         used = {k for f in self.found for k in f.lines}
         other = [l.text for k,l in enumerate(self.lines) if k not in used]
-        return '; '.join(said)+(f"; also read: {' | '.join(other)}" if other else '')
+        also = f"; also read: {' | '.join(other)}" if other else ''
+        return '; '.join(map(str, self.found))+also
 
 def match_texts(
     wanted:list,      # strings
@@ -251,26 +292,26 @@ def match_texts(
     if not all(wants): raise InputError(f"text {wanted[wants.index('')]!r} has nothing to look for")
     if len(wants)>MOST_TEXTS: raise InputError(
         f"{len(wants)} texts are asked for; at most {MOST_TEXTS} can be assigned")
-    best = None
+    best = -1.
     for order in (list(range(len(lines))), _by_blocks(lines)):
         words = [(w, order[k]) for w,k in _words([lines[k] for k in order])]
-        total,got = _assign(words, wants, case, space)
-        if best is None or total>best[0]: best = total,got,words
-    _,got,words = best
-    found = []
-    for w,run in zip(wanted, got):
-        if run is None:
-            found.append(Found(w, '', 0.))
-            continue
-        read,at = zip(*words[run[0]:run[1]])
-        found.append(Found(w, ''.join(read).strip(), run[2], tuple(dict.fromkeys(at))))
+        total,chosen = _assign(words, wants, case, space)
+        if total>best:
+            best = total
+            found = [_found(text, chosen.get(t), words) for t,text in enumerate(wanted)]
     return Verdict(math.fsum(f.score for f in found)/len(found), tuple(found), tuple(lines))
+
+def _found(text:str, run:_Run, words:list)->Found:
+    "What a run of words is to a text."
+    if run is None: return Found(text, '', 0.)
+    read,at = zip(*words[run.first:run.end])
+    return Found(text, ''.join(read).strip(), run.score, tuple(dict.fromkeys(at)))
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #5309488e
 INSTALL = 'pip install rapidocr onnxruntime rapidfuzz opencv-python-headless'
 
 def _make_engine():
-    "A RapidOCR engine with the models of its wheel; `ImportError` says how to get it."
+    "A RapidOCR engine with the models of its wheel; `ImportError` names what to install."
     try:
         import onnxruntime, rapidfuzz # noqa: F401
         from rapidocr import RapidOCR
@@ -296,7 +337,8 @@ def _unreadable(text:str, known:set, case:bool)->str: # characters of a text tha
 # %% ../../nbs/4_rewards/47_ocr.ipynb #5752541d
 class OCR:
     "Does the image show the text that the prompt asks for? Itself a reward."
-    name,range = 'ocr','0 to 1; 1 only if every text of the prompt stands there letter by letter'
+    name = 'ocr'
+    range = '0 to 1; 1 only if every text of the prompt stands there letter by letter'
     def __init__(self,
         rule:str='words',  # 'words': every text, compared with whole words; 'flow_grpo': the published rule
         case:bool=False,   # upper and lower case count
@@ -332,14 +374,14 @@ class OCR:
         image,         # see `load_image`
         name:str=None, # how to call it in errors
     )->list: # of `Line`, in reading order
-        "What an image says; `InputError` if it does not open."
+        "The lines of text in an image; `InputError` if it does not open."
         im = load_image(image, name)
         with self._engine() as engine: return _read(engine, im)
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #b5074e2c
 @patch
 def wanted(self:OCR,
-    prompt:str,
+    prompt:str, # what the image was made from
 )->list: # of strings
     "The texts to look for; `InputError` if there is none, or one that cannot be read."
     out = [flow_grpo_text(prompt)] if self.rule=='flow_grpo' else wanted_texts(prompt)
@@ -362,7 +404,7 @@ def judge(self:OCR,
     images,  # one image or n of them, see `image_list`
     prompts, # one prompt for all, or n
 )->list: # of n `Verdict`
-    "What the images say, and how that fits; `InputError` names the image or prompt that cannot be judged."
+    "What the images show, and how that fits; `InputError` names the image or prompt that cannot be judged."
     items = image_list(images)
     texts = [self.wanted(p) for p in as_prompts(prompts, len(items))]
     if self.rule=='words':
@@ -383,26 +425,31 @@ def __call__(self:OCR,
     return torch.tensor([v.score for v in self.judge(images, prompts)], dtype=torch.float32)
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #cafa7247
-_COLORS = dict(right=(24,150,84), near=(226,130,20), other=(128,132,140))
+_COLOURS = dict(right=(24,150,84), near=(226,130,20), other=(128,132,140))
 
 def draw_verdict(
     image,            # see `load_image`
-    verdict:Verdict,  # what `judge` said of it
-    width:int=None,   # of the frames, pixels; default: by the size of the image
+    verdict:Verdict,  # what `judge` returned for it
+    width:int=None,   # of the frames, pixels; None: by the size of the image
 )->Image.Image: # RGB, a copy
     "An image with a frame around each line that was read."
     from PIL import ImageDraw
     im = load_image(image).copy()
-    draw,width = ImageDraw.Draw(im),width or max(2, max(im.size)//170)
-    how = {k:'right' if f.score==1 else 'near' for f in verdict.found if f.score>=_ALIKE for k in f.lines}
-    for k,l in enumerate(verdict.lines):
-        if l.box: draw.line([*l.box, l.box[0], l.box[1]], _COLORS[how.get(k,'other')], width, joint='curve')
+    draw = ImageDraw.Draw(im)
+    width = width or max(2, max(im.size)//170)
+    colours = {}
+    for f in verdict.found:
+        colour = _COLOURS['right' if f.score==1 else 'near']
+        if f.score>=_ALIKE: colours.update(dict.fromkeys(f.lines, colour))
+    for k,line in enumerate(verdict.lines):
+        frame = [*line.box, *line.box[:2]] # closed, with its first corner overlapped
+        if line.box: draw.line(frame, colours.get(k, _COLOURS['other']), width, joint='curve')
     return im
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #8818300f
 @patch(cls_method=True)
 def from_pretrained(cls:OCR,
-    id_or_path=None, # the rule; default: 'words'
+    id_or_path=None, # the rule; None: 'words'
     device=None,     # not used: it runs on the CPU
     dtype=None,      # not used
     **kw,            # case, space

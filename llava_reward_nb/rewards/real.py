@@ -85,7 +85,8 @@ def _detector()->tuple: # detector, path of its weights
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     weights = Path(nudenet.__file__).with_name('320n.onnx')
     detector = nudenet.NudeDetector()
-    detector.onnx_session = onnxruntime.InferenceSession(str(weights), options, providers=['CPUExecutionProvider'])
+    on_cpu = ['CPUExecutionProvider']
+    detector.onnx_session = onnxruntime.InferenceSession(str(weights), options, providers=on_cpu)
     return detector,weights
 
 # %% ../../nbs/4_rewards/48_real.ipynb #e70aa51d

@@ -5,160 +5,201 @@
 # %% auto #0
 __all__ = ['ARTIFACTS', 'negative_kinds', 'hard_negative', 'add_artifact']
 
-# %% ../../nbs/2_shapes/23_edits.ipynb #c4486605
+# %% ../../nbs/2_shapes/23_edits.ipynb #739d43cb
 import math
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 from ..core import InputError
 from .prompts import RELATIONS, Prompt, matches
-from .scenes import GAP, JITTER, between, compose, open_color, pick, pick_two, turn
-from llava_reward_nb.shapes.world import (COLORS, EXTENT, SHAPES, SIZE, Obj, Scene, allowed_colors, check_split, outline, paint_object, render,
-    rgb_of)
+from llava_reward_nb.shapes.scenes import (JITTER, Spot, between, compose, is_free, open_color, pick,
+    pick_two, turn)
+from .world import (COLORS, EXTENT, SHAPES, SIZE, Obj, Scene, allowed_colors,
+    check_split, fill_polygon, outline, paint_object, render, rgb_of)
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #f9a12a8c
+def _changed(scene:Scene, change)->Scene: # each object replaced by what `change` makes of it
+    return replace(scene, objects=tuple(change(o) for o in scene.objects))
+
 def _edit_object(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    named = {s for _,s,_ in prompt.terms}
-    others = [s for s in SHAPES if s not in named]
+    named = {term.shape for term in prompt.terms}
+    others = [shape for shape in SHAPES if shape not in named]
     if not others: return scene
-    old,new = pick(rng,sorted(named)), pick(rng,others)
-    def turn(o):
+    old,new = pick(rng, sorted(named)), pick(rng, others)
+    def reshape(o):
+        if o.shape!=old: return o
         keep = o.color not in COLORS or o.color in allowed_colors(new,split)
         return replace(o, shape=new, color=o.color if keep else open_color(rng,new,split))
-    return replace(scene, objects=tuple(turn(o) if o.shape==old else o for o in scene.objects))
+    return _changed(scene, reshape)
 
 def _edit_color(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    s,c = pick(rng, [(s,c) for _,s,c in prompt.terms if c])
-    named = {c for *_,c in prompt.terms}
-    new = pick(rng, [k for k in allowed_colors(s,split) if k not in named])
-    return replace(scene, objects=tuple(replace(o,color=new) if matches(o,s,c) else o for o in scene.objects))
+    shape,color = pick(rng, [(term.shape,term.color) for term in prompt.terms if term.color])
+    named = {term.color for term in prompt.terms}
+    new = pick(rng, [other for other in allowed_colors(shape,split) if other not in named])
+    return _changed(scene, lambda o: replace(o, color=new) if matches(o,shape,color) else o)
 
 def _edit_attribute(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    (s1,c1),(s2,c2) = pick_two(rng, [(s,c) for n,s,c in prompt.terms if n==1 and c])
-    def trade(o): return replace(o,color=c2) if matches(o,s1,c1) else replace(o,color=c1) if matches(o,s2,c2) else o
-    return replace(scene, objects=tuple(map(trade, scene.objects)))
+    a,b = pick_two(rng, [term for term in prompt.terms if term.n==1 and term.color])
+    def trade(o):
+        if matches(o, a.shape, a.color): return replace(o, color=b.color)
+        if matches(o, b.shape, b.color): return replace(o, color=a.color)
+        return o
+    return _changed(scene, trade)
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #b3e34597
-def _add(rng, scene:Scene, o:Obj)->Scene: # one more object
+def _without(scene:Scene, gone:Obj)->Scene:
+    return replace(scene, objects=tuple(o for o in scene.objects if o is not gone))
+
+def _add(rng, scene:Scene, o:Obj)->Scene: # one more object, wherever there is room
     sign = scene.sign
-    taken = [(p.x,p.y,EXTENT*p.r) for p in scene.objects] + ([(sign.x,sign.y,sign.r)] if sign else [])
-    e = EXTENT*o.r
+    taken = [Spot(other.x, other.y, EXTENT*other.r) for other in scene.objects]
+    if sign: taken.append(Spot(sign.x, sign.y, sign.r))
+    reach = EXTENT*o.r
     for _ in range(40):
-        x,y = between(rng,e+1,SIZE-e-1), between(rng,e+1,SIZE-e-1)
-        if all(math.hypot(x-a,y-b)>=e+f+GAP for a,b,f in taken): return replace(scene, objects=scene.objects+(replace(o,x=x,y=y),))
-    new = compose(rng, [(p.shape,p.color) for p in scene.objects+(o,)], sign=sign.kind if sign else '')
+        x,y = between(rng,reach+1,SIZE-reach-1), between(rng,reach+1,SIZE-reach-1)
+        if is_free(x, y, reach, taken): return replace(scene, objects=(*scene.objects,replace(o,x=x,y=y)))
+    specs = [(other.shape,other.color) for other in (*scene.objects,o)]
+    new = compose(rng, specs, sign=sign.kind if sign else '')
     return replace(new, background=scene.background)
 
 def _edit_count(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    _,s,c = pick(rng, [t for t in prompt.terms if t[0]>1])
-    ours = [o for o in scene.objects if matches(o,s,c)]
-    without = lambda o: replace(scene, objects=tuple(p for p in scene.objects if p is not o))
+    _,shape,color = pick(rng, [term for term in prompt.terms if term.n>1])
+    ours = [o for o in scene.objects if matches(o,shape,color)]
     room = 4-(scene.sign is not None)
-    if len(ours)==room or rng.random()<.4: return without(pick(rng,ours))
+    if len(ours)==room or rng.random()<.4: return _without(scene, pick(rng,ours))
     if len(scene.objects)==room:
-        spare = [o for o in scene.objects if o.shape not in {t[1] for t in prompt.terms}]
+        named = {term.shape for term in prompt.terms}
+        spare = [o for o in scene.objects if o.shape not in named]
         if not spare: return scene
-        scene = without(pick(rng,spare))
+        scene = _without(scene, pick(rng,spare))
     return _add(rng, scene, replace(pick(rng,ours), angle=between(rng,-JITTER,JITTER)))
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #c7f948b9
+def _swapped(scene:Scene, a:Obj, b:Obj)->Scene: # each takes the other's place and size
+    def trade(o):
+        if o is a: return replace(o, x=b.x, y=b.y, r=b.r)
+        if o is b: return replace(o, x=a.x, y=a.y, r=a.r)
+        return o
+    return _changed(scene, trade)
+
 def _edit_relation(prompt:Prompt, scene:Scene, rng, split:str)->Scene:
-    a,b = [next(o for o in scene.objects if matches(o,s,c)) for _,s,c in prompt.terms]
-    if rng.random()<.5:
-        trade = lambda o,p: replace(o, x=p.x, y=p.y, r=p.r)
-        return replace(scene, objects=tuple(trade(a,b) if o is a else trade(b,a) if o is b else o for o in scene.objects))
-    rest = [o for o in scene.objects if o is not a and o is not b] + ([scene.sign] if scene.sign else [])
-    things = turn([a,b]+rest, pick(rng, [r for r in RELATIONS if r!=prompt.relation]))
+    a,b = [next(o for o in scene.objects if matches(o,term.shape,term.color)) for term in prompt.terms]
+    if rng.random()<.5: return _swapped(scene, a, b)
+    things = [a, b, *(o for o in scene.objects if o is not a and o is not b)]
+    if scene.sign: things.append(scene.sign)
+    things = turn(things, pick(rng, [r for r in RELATIONS if r!=prompt.relation]))
     n = len(scene.objects)
     return replace(scene, objects=tuple(things[:n]), sign=things[n] if scene.sign else None)
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #cd8b0550
-_EDITS = dict(object=_edit_object, color=_edit_color, count=_edit_count, relation=_edit_relation, attribute=_edit_attribute)
+_EDITS = dict(object=_edit_object, color=_edit_color, count=_edit_count, relation=_edit_relation,
+              attribute=_edit_attribute)
 
 def negative_kinds(
     prompt:Prompt, # any
 )->list: # of `KINDS`, the most telling first
     "The kinds of edit that break a fact of this prompt."
-    kinds = list(dict.fromkeys(f.kind for f in reversed(prompt.facts)))
+    kinds = list(dict.fromkeys(fact.kind for fact in reversed(prompt.facts)))
     return kinds + (['color'] if 'attribute' in kinds else [])
 
 def hard_negative(
     prompt:Prompt,      # what held
     scene:Scene,        # a scene of which it holds
     rng,                # numpy Generator
-    kind:str=None,      # one of `negative_kinds(prompt)`; default: the most telling one 3 times in 5, else any
+    kind:str=None,      # one of `negative_kinds(prompt)`; default: the first of them 3 times in 5, else any
     split:str='train',  # which color-shape pairs may appear
 )->tuple: # (Scene, kind)
     "Edit a scene so that exactly one fact breaks (and what rests on it); `InputError` if that cannot be."
-    check_split(split); kinds = negative_kinds(prompt)
+    check_split(split)
+    kinds = negative_kinds(prompt)
     kind = kind or (kinds[0] if rng.random()<.6 else pick(rng,kinds))
-    if kind not in kinds: raise InputError(f"kind {kind!r}: {prompt.text!r} can be broken by {', '.join(kinds)}; use one of these")
-    if not prompt.holds(scene): raise InputError(f"{prompt.text!r} does not hold of the scene; make one with `scene_for`")
-    want = ('color','attribute') if kind=='color' else (kind,)
+    if kind not in kinds: raise InputError(
+        f"kind {kind!r}: {prompt.text!r} can be broken by {', '.join(kinds)}; use one of these")
+    if not prompt.holds(scene): raise InputError(
+        f"{prompt.text!r} does not hold of the scene; make one with `scene_for`")
+    wanted = ('color','attribute') if kind=='color' else (kind,)
     for _ in range(50):
         new = _EDITS[kind](prompt, scene, rng, split)
         broken = prompt.broken(new)
-        if len(broken)==1 and broken[0].kind in want: return new,kind
-    raise InputError(f"no edit of kind {kind!r} breaks exactly one fact of {prompt.text!r} in this scene; try another kind or scene")
+        if len(broken)==1 and broken[0].kind in wanted: return new,kind
+    raise InputError(f"no edit of kind {kind!r} breaks exactly one fact of {prompt.text!r} in this scene; "
+                     f"try another kind or scene")
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #0e69339f
-def _paint_deform(im, o:Obj, k:float, rng):
-    p = outline(o); t = np.linspace(0, len(p), 72, endpoint=False); i = t.astype(int)
-    q = p[i] + (t-i)[:,None]*(p[(i+1)%len(p)]-p[i]) - (o.x,o.y) # 72 points along the edges
-    a,phase = np.arctan2(q[:,1], q[:,0]), rng.random(2)*2*np.pi
-    wave = max(between(rng,.1,.14), 1.1/o.r)*np.sin((6+int(rng.random()*3))*a+phase[0]) + between(rng,.05,.1)*np.sin(2*a+phase[1])
-    ImageDraw.Draw(im).polygon(((q*(1+wave)[:,None]+(o.x,o.y))*k).ravel().tolist(), fill=rgb_of(o))
+def _paint_deform(canvas, o:Obj, scale:float, rng):
+    corners = outline(o)
+    t = np.linspace(0, len(corners), 72, endpoint=False)
+    start = t.astype(int)
+    along = corners[start] + (t-start)[:,None]*(corners[(start+1)%len(corners)]-corners[start])
+    points = along - (o.x,o.y) # 72 of them along the edges
+    angle = np.arctan2(points[:,1], points[:,0])
+    phase = rng.random(2)*2*np.pi
+    ripple = max(between(rng,.1,.14), 1.1/o.r)*np.sin((6+int(rng.random()*3))*angle+phase[0])
+    bulge = between(rng,.05,.1)*np.sin(2*angle+phase[1])
+    wavy = points*(1+(ripple+bulge))[:,None]
+    fill_polygon(canvas, (wavy+(o.x,o.y))*scale, rgb_of(o))
 
-def _paint_cut(im, o:Obj, k:float, rng, background:tuple):
-    paint_object(im, o, k)
-    a,half,off = 2*math.pi*rng.random(), math.radians(between(rng,28,42)), between(rng,-.15,.15)
-    ray = lambda t: np.array([math.cos(a+t*half), math.sin(a+t*half)])
-    tip = np.array([o.x,o.y]) + off*o.r*ray(0)
-    corners = np.stack([tip]+[tip+(EXTENT+.1-off)*o.r*ray(t) for t in (-1,-.5,0,.5,1)])
-    ImageDraw.Draw(im).polygon((corners*k).ravel().tolist(), fill=background)
+def _paint_cut(canvas, o:Obj, scale:float, rng, background:tuple):
+    paint_object(canvas, o, scale)
+    angle = 2*math.pi*rng.random()
+    half = math.radians(between(rng,28,42)) # of the slice
+    offset = between(rng,-.15,.15)          # of its tip, from the centre
+    def ray(t): return np.array([math.cos(angle+t*half), math.sin(angle+t*half)])
+    tip = np.array([o.x,o.y]) + offset*o.r*ray(0)
+    rim = [tip+(EXTENT+.1-offset)*o.r*ray(t) for t in (-1,-.5,0,.5,1)]
+    fill_polygon(canvas, np.stack([tip,*rim])*scale, background)
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #951ec131
-def _paint_blend(im, o:Obj, k:float, rng):
-    other = COLORS[pick(rng, [c for c in COLORS if c!=o.color])]
-    a,start = 2*math.pi*rng.random(), between(rng,-.1,.2)
-    x0,y0,n = int((o.x-EXTENT*o.r)*k), int((o.y-EXTENT*o.r)*k), int(2*EXTENT*o.r*k)+2
-    side = np.arange(n)/k
-    along = ((side+x0/k-o.x)*math.cos(a)+(side[:,None]+y0/k-o.y)*math.sin(a))/o.r # distance along the direction of the gradient
-    t = np.clip((along-start)/.6, 0, 1)[...,None]
+def _paint_blend(canvas, o:Obj, scale:float, rng):
+    other = COLORS[pick(rng, [color for color in COLORS if color!=o.color])]
+    angle = 2*math.pi*rng.random()
+    start = between(rng,-.1,.2)
+    left,top = int((o.x-EXTENT*o.r)*scale), int((o.y-EXTENT*o.r)*scale)
+    side = int(2*EXTENT*o.r*scale)+2
+    steps = np.arange(side)/scale
+    along = ((steps+left/scale-o.x)*math.cos(angle)+(steps[:,None]+top/scale-o.y)*math.sin(angle))/o.r
+    t = np.clip((along-start)/.6, 0, 1)[...,None] # 0: its own colour, 1: the other
     fill = Image.fromarray((np.array(rgb_of(o))*(1-t)+np.array(other)*t).astype(np.uint8))
-    mask = Image.new('L', (n,n)); ImageDraw.Draw(mask).polygon((outline(o)*k-(x0,y0)).ravel().tolist(), fill=255)
-    im.paste(fill, (x0,y0), mask)
+    mask = Image.new('L', (side,side))
+    fill_polygon(mask, outline(o)*scale-(left,top), 255)
+    canvas.paste(fill, (left,top), mask)
 
-def _ghosts(scene:Scene, rng)->Image.Image:
-    a,d = 2*math.pi*rng.random(), between(rng,4.5,7)
+def _with_ghosts(scene:Scene, rng)->Image.Image:
+    angle = 2*math.pi*rng.random()
+    shift = between(rng,4.5,7)
+    dx,dy = shift*math.cos(angle), shift*math.sin(angle)
     def faint(o): return tuple(int(.45*c+.55*b) for c,b in zip(rgb_of(o), scene.background))
-    def paint(im, o, k):
-        if o is scene.objects[0]: # all ghosts lie below all objects
-            for g in scene.objects: paint_object(im, replace(g, x=g.x+d*math.cos(a), y=g.y+d*math.sin(a)), k, faint(g))
-        paint_object(im, o, k)
-    return render(scene, SIZE, paint)
+    def paint(canvas, o, scale):
+        if o is scene.objects[0]:
+            for g in scene.objects: paint_object(canvas, replace(g,x=g.x+dx,y=g.y+dy), scale, faint(g))
+        paint_object(canvas, o, scale)
+    return render(scene, paint=paint)
 
 # %% ../../nbs/2_shapes/23_edits.ipynb #8755e294
 ARTIFACTS = ('blur', 'noise', 'deform', 'cut', 'ghost', 'blend')
+
+def _noisy(image:Image.Image, rng)->Image.Image:
+    pixels = np.asarray(image, np.float32)
+    noise = rng.normal(0, between(rng,18,32), pixels.shape)
+    return Image.fromarray(np.clip(pixels+noise, 0, 255).astype(np.uint8))
 
 def add_artifact(
     scene:Scene,  # what to draw
     kind:str,     # one of `ARTIFACTS`
     rng,          # numpy Generator
 )->Image.Image: # RGB, 64x64
-    "Render a scene with an artifact; 'deform', 'cut' and 'blend' spoil one object or more; `InputError` for an unknown kind."
+    "Render a scene with an artifact; 'deform', 'cut' and 'blend' spoil one object or more."
     if kind not in ARTIFACTS: raise InputError(f"artifact {kind!r}; use one of {', '.join(ARTIFACTS)}")
     if kind=='blur': return render(scene).filter(ImageFilter.GaussianBlur(between(rng,1.3,2.)))
-    if kind=='ghost': return _ghosts(scene, rng)
-    if kind=='noise':
-        x = np.asarray(render(scene), np.float32)
-        return Image.fromarray(np.clip(x+rng.normal(0, between(rng,18,32), x.shape), 0, 255).astype(np.uint8))
-    spoil = dict(deform=_paint_deform, cut=partial(_paint_cut,background=scene.background), blend=_paint_blend)[kind]
+    if kind=='noise': return _noisy(render(scene), rng)
+    if kind=='ghost': return _with_ghosts(scene, rng)
+    cut = partial(_paint_cut, background=scene.background)
+    spoil = dict(deform=_paint_deform, cut=cut, blend=_paint_blend)[kind]
     hit = pick(rng, scene.objects)
-    def paint(im, o, k):
-        if o is hit or rng.random()<.5: spoil(im, o, k, rng)
-        else: paint_object(im, o, k)
-    return render(scene, SIZE, paint)
+    def paint(canvas, o, scale):
+        if o is hit or rng.random()<.5: spoil(canvas, o, scale, rng)
+        else: paint_object(canvas, o, scale)
+    return render(scene, paint=paint)
