@@ -86,8 +86,8 @@ def head_dim(self:Phi3VConfig)->int:
 def text(self:Phi3VConfig)->Phi3Config:
     "The decoder's configuration in today's form: RoPE settings in one dict, no padding row in the embedding."
     same = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-            'num_key_value_heads', 'vocab_size', 'max_position_embeddings', 'original_max_position_embeddings',
-            'rms_norm_eps', 'hidden_act', 'initializer_range', 'attention_dropout', 'resid_pdrop')
+            'num_key_value_heads', 'vocab_size', 'max_position_embeddings',
+            'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act', 'initializer_range', 'attention_dropout', 'resid_pdrop')
     rope = dict(rope_type='default', rope_theta=self.rope_theta)
     if self.rope_scaling:
         rope |= dict(rope_type='longrope',
@@ -226,7 +226,8 @@ def _hd_resize(width:int, height:int, num_crops:int, crop_size:int, name:str)->t
     new_h = int(new_w/ratio)
     if new_h<1:
         raise InputError(f"{name}: with sides of {width} and {height} pixels it is too thin, "
-                         f"at {num_crops} crops its short side shrinks to nothing; cut it to a ratio below {new_w}:1")
+                         f"at {num_crops} crops its short side shrinks to nothing; "
+                         f"cut it to a ratio below {new_w}:1")
     return new_w, new_h
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #10b74e73
