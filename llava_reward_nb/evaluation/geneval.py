@@ -404,7 +404,7 @@ def __call__(self:MaskDetector,
 )->list: # for each image, a list of `Detection`
     "Detect the objects of each image."
     out = []
-    for im in progress(image_list(images), desc='detecting'):
+    for im in progress(image_list(images), desc='detecting', unit='img'):
         im = load_image(im)
         x,inner = self.inputs(im)
         y = self.model(pixel_values=x, pixel_mask=torch.ones_like(x[:,0], dtype=torch.long))
@@ -559,7 +559,7 @@ def __call__(self:GenEval,
                                                  "pass one task for all or one for each")
     for i,task in enumerate(tasks): self.check(task, f'task {i}')
     pairs = list(zip(images,tasks))
-    return [self._judge_one(load_image(im), task) for im,task in progress(pairs, desc='judging')]
+    return [self._judge_one(load_image(im), task) for im,task in progress(pairs, desc='judging', unit='img')]
 
 @patch(cls_method=True)
 def from_pretrained(cls:GenEval,

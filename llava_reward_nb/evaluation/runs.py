@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 
-from ..core import CheckpointError, InputError, as_path, progress
+from ..core import CheckpointError, InputError, as_path, batch_progress
 from ..files import atomic_path, read_table, write_table
 from .benchmarks import load_benchmark
 from .records import Benchmark
@@ -326,8 +326,9 @@ def _pass(bench:Benchmark, rewards:dict, who:dict, store:ScoreStore, batch_size:
     memory = {n:_Memory(store, records, n, who[n]) for n in rewards}
     health = {n:Health(n, len(memory[n].known)) for n in rewards}
     order = list(bench.items)
-    for k in progress(range(0,len(order),batch_size), desc=f'scoring {bench.name}'):
-        opened,errors = _open_items(bench, order[k:k+batch_size])
+    batches = [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
+    for batch in batch_progress(batches, f'scoring {bench.name}'):
+        opened,errors = _open_items(bench, batch)
         for name,reward in rewards.items():
             for i,e in errors.items(): memory[name].add(i, ('',''), error=e)
             _score_items(bench, reward, memory[name], health[name], opened, tasks)
