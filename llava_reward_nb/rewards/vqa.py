@@ -27,7 +27,7 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
 from ..backbones import PassLock, evaluating
 from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
-    default_dtype, image_list, image_size, load_image, progress)
+    batch_progress, default_dtype, image_list, image_size, load_image)
 from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
 from ..phi3v import (CLIP_L14_336, check_vocabulary, config_facts, exact_patches,
     load_tokenizer, plain_ids, read_config, tokenizer_hash)
@@ -71,10 +71,12 @@ class AskReward(nn.Module):
         if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
         called = [f'image {i}' if len(items)>1 else 'image' for i in range(len(items))]
         self.check([image_size(x, n) for x,n in zip(items, called)], prompts)
-        starts,out = range(0, len(items), batch_size),[]
-        for i in progress(starts, desc=self.name) if len(starts)>1 else starts:
-            opened = [load_image(x, n) for x,n in zip(items[i:i+batch_size], called[i:i+batch_size])]
-            with self.lock, evaluating(self): said = self.score_batch(opened, prompts[i:i+batch_size])
+        numbers = range(len(items))
+        batches = [numbers[i:i+batch_size] for i in numbers[::batch_size]]
+        out = []
+        for batch in batch_progress(batches, self.name):
+            opened = [load_image(items[i], called[i]) for i in batch]
+            with self.lock, evaluating(self): said = self.score_batch(opened, [prompts[i] for i in batch])
             out.append(said.float().cpu())
         out = torch.cat(out)
         bad = (~out.isfinite()).nonzero().flatten().tolist()
