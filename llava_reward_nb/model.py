@@ -20,8 +20,8 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress, default_device,
-    default_dtype, image_list, image_size, load_image)
+from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress,
+    default_device, default_dtype, image_list, image_size, load_image)
 from .files import atomic_path
 from .losses import make_loss
 from .weights import blame, read_json

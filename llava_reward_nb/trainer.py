@@ -350,10 +350,9 @@ def metrics(self:RewardTrainer,
 # %% ../nbs/3_paper/36_trainer.ipynb #af514f3a
 _TIMING = re.compile('runtime|per_second|preparation|epoch') # metrics that say nothing of the weights
 
-def _source(records:RewardRecords)->str:
-    "Names of the files that records come from, without their folders, and how many there are."
-    names = [Path(name).name for name in records.name.split(' + ')]
-    return f"{' + '.join(names)} ({len(records)} {records.kind}s)"
+def _files(records:RewardRecords)->str:
+    "Names of the files that records come from, without their folders."
+    return ' + '.join(Path(name).name for name in records.name.split(' + '))
 
 @patch
 def evaluate(self:RewardTrainer,
@@ -366,7 +365,8 @@ def evaluate(self:RewardTrainer,
     if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
     if isinstance(records, RewardRecords):
         told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
-        self.measured |= {k:f'{v:.4g} on {_source(records)}' for k,v in told.items()}
+        where = f'{_files(records)} ({len(records)} {records.kind}s)'
+        self.measured |= {k:f'{v:.4g} on {where}' for k,v in told.items()}
     return metrics
 
 # %% ../nbs/3_paper/36_trainer.ipynb #68e6d874
@@ -430,7 +430,7 @@ def facts(self:RewardTrainer)->TrainingFacts:
     "What the trainer knows of the weights as they are, for their model card."
     recipe = self.recipe()
     identity = recipe.pop('records')
-    records = f'{_source(self.train_dataset)}: {identity}' if identity else 'nothing: no records'
+    records = f'{_files(self.train_dataset)}: {identity}' if identity else 'nothing: no records'
     logged = [entry for entry in self.state.log_history if 'loss' in entry]
     metrics = dict(self.measured)
     if logged: metrics['training loss'] = f"{logged[-1]['loss']:.4g}, logged at update {logged[-1]['step']}"

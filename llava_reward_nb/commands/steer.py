@@ -72,6 +72,9 @@ _METHODS = [way for way in WAYS if way!='none']
 def _steer_settings(model, names, method, n_particles, lam, potential, steps, batch_prompts)->tuple:
     "Check the numbers; the pipeline's id and the keywords for `fk_steer`. UsageError or ValueError."
     check_names(names)
+    guess = '' if '/' in model else did_you_mean(model, RECIPES)
+    if guess and model not in RECIPES and not as_path(model).exists():
+        raise UsageError(f"--model {model}: use one of {', '.join(RECIPES)}, a folder or a hub id{guess}")
     if method not in _METHODS: raise UsageError(
         f"--method {method}: use one of {', '.join(_METHODS)}{did_you_mean(method, _METHODS)}")
     if steps<1 or batch_prompts<1:

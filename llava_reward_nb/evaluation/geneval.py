@@ -222,8 +222,8 @@ def check_task(
         raise InputError(f"{name}: prompt is {task['prompt']!r:.40}; it must be a string")
     lists = [task['include'], task.get('exclude') or []]
     if not all(isinstance(v, (list,tuple)) for v in lists) or not task['include']:
-        raise InputError(f"{name}: include is {task['include']!r:.40} and exclude {task.get('exclude')!r:.40};"
-                         " they must be lists, the first not empty")
+        got = f"include is {task['include']!r:.40} and exclude {task.get('exclude')!r:.40}"
+        raise InputError(f"{name}: {got}; they must be lists, the first not empty")
     if task['tag'] not in tags:
         raise InputError(f"{name}: tag {task['tag']!r}; it must be one of {', '.join(tags)}")
     for key in ('include','exclude'):

@@ -668,7 +668,7 @@ def _ask_all(self:Grader, todo:dict)->tuple: # key -> `_Asked`, and why the endp
     with ThreadPoolExecutor(self.concurrency) as pool:
         jobs = {pool.submit(self._ask, key, image, prompt, run):key for key,(image,prompt) in todo.items()}
         try:
-            for job in progress(as_completed(jobs), total=len(jobs), desc='grading'):
+            for job in progress(as_completed(jobs), total=len(jobs), desc='grading', unit='img'):
                 out[jobs[job]] = job.result()
         except BaseException:
             run.stop('interrupted')
