@@ -57,7 +57,8 @@ def pad_visual(
 class Phi3VBackbone(nn.Module):
     "Phi-3.5-vision as a reward backbone (paper §3.1)."
     model_type = 'phi3_v'
-    lora_targets = r'language_model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))' # regex of module names
+    lora_targets = ( # regular expression of module names
+        r'language_model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))')
     projector = 'img_projection' # trained together with LoRA
     def __init__(self,
         model:Phi3VModel,         # the multimodal LLM without its lm_head
@@ -71,12 +72,13 @@ class Phi3VBackbone(nn.Module):
     def forward(self,
         batch:dict,         # what `encode` gave, on the model's device
         features=None,      # what `vision` gave; None: run it
-        layer:int=None,     # hidden states of this layer (0 = embeddings), un-normed; None: the last, after the final norm
+        layer:int=None,     # states of this layer, un-normed (0: embeddings); None: the last, normed
     )->tuple: # hidden states (b,s,d), V (b,v,d), mask (b,v)
         "Projector and language model (paper §3.1)."
         flat,lengths = self.vision(batch) if features is None else features
         visual = self.model.project(flat)
-        out = self.model(batch['input_ids'], batch['attention_mask'], visual, output_hidden_states=layer is not None)
+        out = self.model(batch['input_ids'], batch['attention_mask'], visual,
+                         output_hidden_states=layer is not None)
         return out if layer is None else out[1][layer], *pad_visual(visual, lengths)
 
 # %% ../nbs/3_paper/33_backbones.ipynb #a8aec064
@@ -120,7 +122,8 @@ def prompt_embedding(self:Phi3VBackbone,
 def fingerprint(self:Phi3VBackbone)->list: # floats, always as many for one architecture
     "A few weights that tell this base from any other, even a merged relative; adapters leave them alone."
     lm = self.model.language_model
-    w = torch.cat([lm.embed_tokens.weight[-1,:8], lm.norm.weight[:4], next(self.model.vision_tower.parameters()).flatten()[:4]])
+    tower = next(self.model.vision_tower.parameters())
+    w = torch.cat([lm.embed_tokens.weight[-1,:8], lm.norm.weight[:4], tower.flatten()[:4]])
     tensors = {n.replace('.base_layer.', '.'):p for n,p in self.model.named_parameters() if 'lora_' not in n}
     by_number = lambda n: [int(s) if s.isdigit() else s for s in re.split(r'(\d+)', n)]
     kinds = {}
@@ -157,7 +160,8 @@ def save_pretrained(self:Phi3VBackbone,
     folder, # model folder, made if needed
 ):
     "Write the base in the published layout."
-    self.model.save_pretrained(folder); self.processor.save_pretrained(folder)
+    self.model.save_pretrained(folder)
+    self.processor.save_pretrained(folder)
 
 # %% ../nbs/3_paper/33_backbones.ipynb #01bffdcd
 BACKBONES = {'phi3_v': Phi3VBackbone} # model_type -> class
@@ -167,12 +171,14 @@ def load_backbone(
     name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
     dtype:torch.dtype=torch.float32, # what they are stored as
-    num_crops:int=None,            # most crops an image is cut into (Phi-3.5-vision); None: the model's own setting
+    num_crops:int=None,            # most crops an image is cut into; None: the model's own setting
 ): # a backbone in eval mode, all weights frozen
     "Load a base by the `model_type` of its config.json; `CheckpointError` if there is none that we know."
     folder = hub_folder(name)
     if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # 'tiny'
-    if not (folder/'config.json').is_file(): raise CheckpointError(f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal LLM")
+    if not (folder/'config.json').is_file():
+        raise CheckpointError(f"{folder}: has no config.json, so it is no base model; "
+                              "pass base= the folder of the multimodal LLM")
     kind = read_json(folder/'config.json').get('model_type')
     if not isinstance(kind, str) or kind not in BACKBONES: raise CheckpointError(
         f"{folder/'config.json'}: model_type is {kind!r}; known: {', '.join(BACKBONES)}")

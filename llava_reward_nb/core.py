@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'InputError', 'CheckpointError', 'TransparencyWarning', 'as_path', 'open_image',
            'load_image', 'image_list', 'as_images', 'image_key', 'image_size', 'as_prompts', 'reward_inputs', 'Reward',
-           'default_device', 'default_dtype', 'progress']
+           'default_device', 'default_dtype', 'progress', 'batch_progress']
 
 # %% ../nbs/1_foundations/11_core.ipynb #87966c70
 import io, os, re, sys, warnings
@@ -340,3 +340,16 @@ def progress(
     from tqdm.auto import tqdm
     is_seen = sys.stderr.isatty() or 'ipykernel' in sys.modules
     return tqdm(items, total=total, desc=desc, unit=unit, leave=False, delay=2, disable=not is_seen)
+
+# %% ../nbs/1_foundations/11_core.ipynb #38e58f08
+def batch_progress(
+    batches,        # of known length each: lists of items, or ranges of their numbers
+    desc:str='',    # words before the bar
+    unit:str='img', # what is in the batches
+): # generator of the batches
+    "Loop over batches with a progress bar that counts what is in them."
+    batches = list(batches)
+    with progress(None, sum(map(len, batches)), desc, unit) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -301,7 +301,7 @@ def _for_each_image(f, uses:list, desc:str)->dict: # `image_key` of an image -> 
     images = {image_key(u.image):u.image for u in uses}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(f, images.values())
-        if len(images)>500: found = progress(found, total=len(images), desc=desc)
+        if len(images)>500: found = progress(found, total=len(images), desc=desc, unit='img')
         return dict(zip(images, found))
 
 def _warn_of_transparency(caught:list, name:str):

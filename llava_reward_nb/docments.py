@@ -65,7 +65,8 @@ def _docstring(
     "The docstring with all that is known of parameters and result."
     out = [first] if first else []
     if any(said for *_,said in entries):
-        out += _section('Parameters', [(_heading(name, kind, default), said) for name,kind,default,said in entries])
+        named = [(_heading(name, kind, default), said) for name,kind,default,said in entries]
+        out += _section('Parameters', named)
     kind, said = result
     if said: out += _section('Returns', [(kind or 'result', said)])
     return '\n'.join(out).strip()
@@ -78,8 +79,8 @@ def _targets(
     "The objects that a function definition made."
     owners = [owner]
     if any(ast.unparse(d).startswith('patch') for d in f.decorator_list):
-        named = [getattr(owner, n.id, None) for n in ast.walk(f.args.args[0].annotation) if isinstance(n, ast.Name)]
-        owners = [c for c in named if isinstance(c, type)]
+        names = [n.id for n in ast.walk(f.args.args[0].annotation) if isinstance(n, ast.Name)]
+        owners = [c for n in names if isinstance(c := getattr(owner, n, None), type)]
     found = [getattr(o, f.name, None) for o in owners]
     return [getattr(o, '__func__', o) for o in found if callable(o)] # the function of a class method
 
@@ -103,7 +104,7 @@ def _document_class(lines, c, node):
 def document(
     module:str, # its `__name__`
 ):
-    "Write the docments of a module's functions, classes and methods into their docstrings; call it on the module's last line."
+    "Write a module's docments into the docstrings of what it defines; call it on the module's last line."
     try: source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError): return # a notebook, or a program without sources
     lines, owner = source.split('\n'), sys.modules[module]

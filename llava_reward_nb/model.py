@@ -20,8 +20,8 @@ from torch import nn, Tensor
 
 from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
-from .core import (CheckpointError, InputError, as_path, as_prompts, default_device,
-    default_dtype, image_list, image_size, load_image, progress)
+from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress,
+    default_device, default_dtype, image_list, image_size, load_image)
 from .files import atomic_path
 from .losses import make_loss
 from .weights import blame, read_json
@@ -107,16 +107,25 @@ class RewardModel(nn.Module):
         "As of any module, but not in the middle of another thread's pass."
         with self.lock: return super().train(mode)
 
-    def __call__(self, images=None, prompts=None, perspective=None, **batch):
+    def __call__(self,
+        images=None,          # see `score`; None: `batch` is given
+        prompts=None,         # one for all, or one for each image
+        perspective:str=None, # None: the active one
+        **batch,              # more arguments of `score`, or tensors, see `forward`
+    ):
         "Rewards `(n,)` for images and prompts (see `score`); head vectors for tensors (see `forward`)."
         if images is None: return super().__call__(**batch)
         return self.score(images, prompts, perspective, **batch)
 
     @property
-    def config(self): return self.configs[self._known(self.active)]
+    def config(self):
+        "How the active perspective reads the backbone."
+        return self.configs[self._known(self.active)]
 
     @property
-    def device(self): return next(self.backbone.parameters()).device
+    def device(self):
+        "Where the weights are."
+        return next(self.backbone.parameters()).device
 
     def _known(self, name):
         if isinstance(name, str) and name in self.configs: return name
@@ -340,7 +349,7 @@ def embed_all(self:RewardModel,
     items,prompts,batches = self._plan(images, prompts, batch_size)
     empty = lambda n: torch.zeros(len(items), self.configs[n].dim, dtype=torch.float32, device='cpu')
     out = {n:empty(n) for n in names}
-    for idx in progress(batches, desc='scoring'):
+    for idx in batch_progress(batches, 'scoring'):
         batch = self._encode(items, prompts, idx)
         with self.lock, evaluating(self):
             batch = {k:v.to(self.device) for k,v in batch.items()}

@@ -42,22 +42,23 @@ class Phi3VConfig:
     max_position_embeddings:int = 131072 # Longest sequence
     original_max_position_embeddings:int = 4096 # Longest sequence that uses the short RoPE factors
     rope_theta:float = 10000. # RoPE base
-    rope_scaling:dict = None # {'type': 'su', 'short_factor': [...], 'long_factor': [...]}, head_dim/2 numbers each; None: plain RoPE
+    rope_scaling:dict = None # type 'su', short_factor and long_factor of head_dim/2 numbers; None: plain RoPE
     rms_norm_eps:float = 1e-5 # Added under the root in RMSNorm
     hidden_act:str = 'silu' # Activation of the MLP
     initializer_range:float = 0.02 # Standard deviation of random weights
     attention_dropout:float = 0. # Training only
     resid_pdrop:float = 0. # Training only
     sliding_window:int = None # Attention window, tokens; the published one is longer than any sequence
-    clip:dict = field(default_factory=dict) # Fields of `CLIPVisionConfig` that differ from ViT-L/14 at 336 pixels
+    clip:dict = field(default_factory=dict) # Fields of `CLIPVisionConfig` unlike ViT-L/14 at 336 pixels
     tie_word_embeddings:bool = False # Kept for the file; the output layer is never built
     pad_token_id:int = None # Kept for the file; the tokenizer decides
     bos_token_id:int = None # Kept for the file; the tokenizer decides
     eos_token_id:int = None # Kept for the file; the tokenizer decides
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #aec415c5
-CLIP_L14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-                    patch_size=14, hidden_act='quick_gelu', layer_norm_eps=1e-5, projection_dim=768) # the published tower
+CLIP_L14_336 = dict( # the published tower
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+    patch_size=14, hidden_act='quick_gelu', layer_norm_eps=1e-5, projection_dim=768)
 
 @patch(as_prop=True)
 def vision(self:Phi3VConfig)->CLIPVisionConfig:
@@ -84,27 +85,35 @@ def head_dim(self:Phi3VConfig)->int:
 @patch(as_prop=True)
 def text(self:Phi3VConfig)->Phi3Config:
     "The decoder's configuration in today's form: RoPE settings in one dict, no padding row in the embedding."
-    names = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
-             'vocab_size', 'max_position_embeddings', 'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act',
-             'initializer_range', 'attention_dropout', 'resid_pdrop')
-    window = self.sliding_window if self.sliding_window and self.sliding_window<self.max_position_embeddings else None
+    same = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+            'num_key_value_heads', 'vocab_size', 'max_position_embeddings',
+            'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act', 'initializer_range', 'attention_dropout', 'resid_pdrop')
     rope = dict(rope_type='default', rope_theta=self.rope_theta)
-    if self.rope_scaling: rope |= dict(rope_type='longrope', **{k:self.rope_scaling[k] for k in ('short_factor', 'long_factor')},
-        original_max_position_embeddings=self.original_max_position_embeddings,
-        factor=self.max_position_embeddings/self.original_max_position_embeddings)
-    return Phi3Config(**{k:getattr(self,k) for k in names}, rope_parameters=rope, sliding_window=window, use_cache=False,
+    if self.rope_scaling:
+        rope |= dict(rope_type='longrope',
+                     short_factor=self.rope_scaling['short_factor'],
+                     long_factor=self.rope_scaling['long_factor'],
+                     original_max_position_embeddings=self.original_max_position_embeddings,
+                     factor=self.max_position_embeddings/self.original_max_position_embeddings)
+    window = self.sliding_window
+    if window and window>=self.max_position_embeddings: window = None # longer than any sequence
+    return Phi3Config(**{k:getattr(self, k) for k in same}, rope_parameters=rope,
+                      sliding_window=window or None, use_cache=False,
                       pad_token_id=None, bos_token_id=None, eos_token_id=None)
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #feb4aa1e
-_EMBD_LAYER = dict(embedding_cls='image', hd_transform_order='sub_glb', projection_cls='mlp', use_hd_transform=True,
-                   with_learnable_separator=True) # the one arrangement the published models use
+_EMBD_LAYER = dict( # the one arrangement that the published models use
+    embedding_cls='image', hd_transform_order='sub_glb', projection_cls='mlp', use_hd_transform=True,
+    with_learnable_separator=True)
 
 @patch
 def to_dict(self:Phi3VConfig)->dict:
     "The layout of a published config.json."
     sizes = {k:v for k,v in asdict(self).items() if k!='clip'}
-    clip = dict(name='clip_vision_model', image_dim_out=self.vision.hidden_size, num_img_tokens=self.merged**2, clip_overrides=dict(self.clip))
-    return dict(model_type='phi3_v', architectures=['Phi3VForCausalLM'], **sizes, embd_layer=dict(_EMBD_LAYER), img_processor=clip)
+    clip = dict(name='clip_vision_model', image_dim_out=self.vision.hidden_size,
+                num_img_tokens=self.merged**2, clip_overrides=dict(self.clip))
+    return dict(model_type='phi3_v', architectures=['Phi3VForCausalLM'], **sizes,
+                embd_layer=dict(_EMBD_LAYER), img_processor=clip)
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #6c65fa47
 _MOST = dict(num_hidden_layers=1000, max_position_embeddings=2**31, # other numbers: at most 2**24
@@ -129,22 +138,27 @@ def _check_numbers(c:Phi3VConfig, name:str):
 def _check_config(c:Phi3VConfig, name:str):
     "`CheckpointError` for sizes that do not fit together."
     _check_numbers(c, name)
-    v, rope = SimpleNamespace(**CLIP_L14_336|c.clip), c.rope_scaling or {}
-    kind, n = rope.get('type') or rope.get('rope_type'), {k:len(rope.get(k) or ()) for k in ('short_factor', 'long_factor')}
-    checks = [(v.image_size%(2*v.patch_size)==0, f"image_size {v.image_size} is no multiple of 2 x patch_size {v.patch_size}; patches are merged 2x2"),
-              (v.num_hidden_layers>=2, f"the CLIP tower has {v.num_hidden_layers} layer; 2 or more are needed, as the last is not used"),
-              (c.hidden_size%c.num_attention_heads==0,
-               f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}"),
-              (v.hidden_size%v.num_attention_heads==0,
-               f"the tower's hidden_size {v.hidden_size} is no multiple of its num_attention_heads "
-               f"{v.num_attention_heads}"),
-              (c.num_attention_heads%(c.num_key_value_heads or 1)==0,
-               f"num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads "
-               f"{c.num_key_value_heads}")]
-    if rope: checks += [(kind in ('su', 'longrope'), f"rope_scaling type is {kind!r}; only 'su' and 'longrope' can be built"),
-                        *((n[k]==c.head_dim//2, f"rope_scaling.{k} has {n[k]} numbers; head_dim/2 = {c.head_dim//2} are needed") for k in n)]
-    for ok,message in checks:
+    def need(ok, message):
         if not ok: raise CheckpointError(f"{name}: {message}")
+    v = SimpleNamespace(**CLIP_L14_336|c.clip)
+    need(v.image_size%(2*v.patch_size)==0,
+         f"image_size {v.image_size} is no multiple of 2 x patch_size {v.patch_size}; patches are merged 2x2")
+    need(v.num_hidden_layers>=2,
+         f"the CLIP tower has {v.num_hidden_layers} layer; 2 or more are needed, as the last is not used")
+    need(c.hidden_size%c.num_attention_heads==0,
+         f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}")
+    need(v.hidden_size%v.num_attention_heads==0,
+         f"the tower's hidden_size {v.hidden_size} is no multiple of its num_attention_heads "
+         f"{v.num_attention_heads}")
+    need(c.num_attention_heads%(c.num_key_value_heads or 1)==0,
+         f"num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads "
+         f"{c.num_key_value_heads}")
+    if not c.rope_scaling: return
+    kind = c.rope_scaling.get('type') or c.rope_scaling.get('rope_type')
+    need(kind in ('su', 'longrope'), f"rope_scaling type is {kind!r}; only 'su' and 'longrope' can be built")
+    for k in ('short_factor', 'long_factor'):
+        n = len(c.rope_scaling.get(k) or ())
+        need(n==c.head_dim//2, f"rope_scaling.{k} has {n} numbers; head_dim/2 = {c.head_dim//2} are needed")
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #80bf516c
 @patch(cls_method=True)
@@ -152,14 +166,19 @@ def from_dict(cls:Phi3VConfig,
     d:dict, # A published config.json
     name:str='config', # How to call it in errors
 )->Phi3VConfig:
-    "Read the published layout; `CheckpointError` for another model type or arrangement, and for sizes missing or unfit."
+    "Read the published layout; `CheckpointError` for another model type or arrangement, and for unfit sizes."
     if d.get('model_type')!='phi3_v': raise CheckpointError(
         f"{name}: model_type is {d.get('model_type')!r}, needed 'phi3_v'; is this a Phi-3.5-vision folder?")
-    missing = [k for k in ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size') if k not in d]
-    if missing: raise CheckpointError(f"{name}: lacks {', '.join(missing)}; take config.json from the model's own folder")
+    needed = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
+    missing = [k for k in needed if k not in d]
+    if missing:
+        raise CheckpointError(f"{name}: lacks {', '.join(missing)}; "
+                              "take config.json from the model's own folder")
     for k,v in _EMBD_LAYER.items():
         got = (d.get('embd_layer') or {}).get(k, v)
-        if got!=v: raise CheckpointError(f"{name}: embd_layer.{k} is {got!r}; only {v!r}, as published, can be built")
+        if got!=v:
+            raise CheckpointError(f"{name}: embd_layer.{k} is {got!r}; "
+                                  f"only {v!r}, as published, can be built")
     clip = {}
     for k,v in (d.get('img_processor') or {}).items():
         if k.endswith('clip_overrides'): clip.update(v)
@@ -193,15 +212,22 @@ def from_pretrained(cls:Phi3VConfig,
     with blame(path): return cls.from_dict(d, str(path))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #3c615585
+def _check_crops(num_crops:int):
+    "`ValueError` unless there is at least one crop."
+    if num_crops>=1: return
+    raise ValueError(f"num_crops is {num_crops}; at least 1 is needed (the published rewards use 16)")
+
 def _hd_resize(width:int, height:int, num_crops:int, crop_size:int, name:str)->tuple:
     "New (width, height) of a landscape image, before padding."
-    if num_crops<1: raise ValueError(f"num_crops is {num_crops}; at least 1 is needed (the published rewards use 16)")
+    _check_crops(num_crops)
     ratio, s = width/height, 1
     while (s+1)*math.ceil((s+1)/ratio)<=num_crops: s += 1
     new_w = crop_size*s
     new_h = int(new_w/ratio)
-    if new_h<1: raise InputError(f"{name}: with sides of {width} and {height} pixels it is too thin, at {num_crops} crops "
-                                 f"its short side shrinks to nothing; cut it to a ratio below {new_w}:1")
+    if new_h<1:
+        raise InputError(f"{name}: with sides of {width} and {height} pixels it is too thin, "
+                         f"at {num_crops} crops its short side shrinks to nothing; "
+                         f"cut it to a ratio below {new_w}:1")
     return new_w, new_h
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #10b74e73
@@ -224,7 +250,7 @@ def hd_transform(
     crop_size:int=336, # Side of a tile, pixels
     name:str='image', # How to call the image in errors
 )->np.ndarray: # (H, W, 3) uint8
-    "Resize to as many tiles as `num_crops` allows, keeping the ratio, and pad with white; errors as `hd_shape`."
+    "Resize to as many tiles as `num_crops` allows, keep the ratio, pad with white; errors as `hd_shape`."
     flip = image.width<image.height
     if flip: image = image.transpose(Image.Transpose.TRANSPOSE)
     w,h = _hd_resize(image.width, image.height, num_crops, crop_size, name)
@@ -250,10 +276,11 @@ def token_order(
     w:int, # Columns of tiles
     merged:int=12, # Side of a tile in tokens
 )->Tensor: # (v,) int64
-    "For each visual token the cell it comes from (cells of the global view first, then of each tile), or a separator."
+    "For each visual token its cell (of the global view first, then of each tile), or a separator."
     m = merged
     whole = torch.arange(m*m).view(m,m)
-    tiles = torch.arange(h*w*m*m).view(h,w,m,m).transpose(1,2).reshape(h*m,w*m) + m*m*(h*w>1) # a single tile is its own global view
+    first = m*m if h*w>1 else 0 # a single tile is its own global view
+    tiles = first+torch.arange(h*w*m*m).view(h,w,m,m).transpose(1,2).reshape(h*m,w*m)
     rows = lambda x: F.pad(x, (0,1), value=SUB_GN).flatten()
     return torch.cat([rows(tiles), torch.tensor([GLB_GN]), rows(whole)])
 
@@ -263,7 +290,7 @@ def hd_crops(
     crop_size:int=336, # Side of a tile, pixels
     mean:tuple=CLIP_MEAN, # Of the R, G, B channels, in [0,1]
     std:tuple=CLIP_STD, # Of the same
-)->Tensor: # (n, 3, crop_size, crop_size) float32: global view, then tiles in reading order; or the one tile alone
+)->Tensor: # (n, 3, crop_size, crop_size) float32: global view, then tiles as read; or the one tile alone
     "Normalise, and cut into tiles after a bicubic global view."
     x = torch.from_numpy(hd).permute(2,0,1).contiguous().float().div_(255)
     x.sub_(torch.tensor(mean)[:,None,None]).div_(torch.tensor(std)[:,None,None])
@@ -282,8 +309,9 @@ class Phi3VImageProcessor:
         mean:tuple=CLIP_MEAN, # Of the R, G, B channels, in [0,1]
         std:tuple=CLIP_STD, # Of the same
     ):
-        if num_crops<1: raise ValueError(f"num_crops is {num_crops}; at least 1 is needed (the published rewards use 16)")
-        self.num_crops,self.crop_size,self.merged,self.mean,self.std = num_crops,crop_size,merged,mean,std
+        _check_crops(num_crops)
+        self.num_crops,self.crop_size,self.merged = num_crops,crop_size,merged
+        self.mean,self.std = mean,std
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #2f3b205d
 @patch
@@ -308,7 +336,8 @@ def __call__(self:Phi3VImageProcessor,
     "Crops of all images in a row, and the HD sizes that say how many belong to each."
     images = as_images(images)
     sizes = self.sizes(images)
-    crops = [hd_crops(hd_transform(im, self.num_crops, self.crop_size), self.crop_size, self.mean, self.std) for im in images]
+    resized = [hd_transform(im, self.num_crops, self.crop_size) for im in images]
+    crops = [hd_crops(hd, self.crop_size, self.mean, self.std) for hd in resized]
     return dict(pixel_values=torch.cat(crops), image_sizes=torch.tensor(sizes))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #a40e0418
@@ -320,18 +349,22 @@ def plain_tokenizer(
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     special, model = {t['content'] for t in spec['added_tokens']}, spec['model']
     spec |= dict(added_tokens=[], truncation=None, padding=None)
-    if model['type']=='WordLevel': model['vocab'] = {k:v for k,v in model['vocab'].items() if k not in special or k==model['unk_token']}
+    if model['type']=='WordLevel':
+        plain = {k:v for k,v in model['vocab'].items() if k not in special or k==model['unk_token']}
+        model['vocab'] = plain
     return Tokenizer.from_str(json.dumps(spec))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #58ebc7f8
 def plain_ids(
     tokenizer, # Any fast tokenizer of transformers
     text:str, # Taken literally, special strings included
-    add_special_tokens:bool=True, # Let the tokenizer's post-processor add what it adds to every text, such as its BOS
+    add_special_tokens:bool=True, # Add what the tokenizer's post-processor adds to every text, such as a BOS
 )->list: # of int
     "Token ids of a text in which nothing is special; `InputError` if it is not valid Unicode."
     try: text.encode('utf-8')
-    except UnicodeEncodeError as e: raise InputError(f"prompt {text[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates") from None
+    except UnicodeEncodeError as e:
+        said = f"prompt {text[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates"
+        raise InputError(said) from None
     return plain_tokenizer(tokenizer).encode(text, add_special_tokens=add_special_tokens).ids
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #e0f1a7f7
@@ -394,7 +427,8 @@ def __call__(self:Phi3VProcessor,
 )->dict: # input_ids, attention_mask (n,s), padded left; pixel_values (crops,3,c,c); image_sizes (n,2)
     "Everything `Phi3VModel` reads; `InputError` names the image or prompt that cannot be used."
     images,prompts = reward_inputs(images, prompts)
-    rows = [self.prompt_ids(p, self.image_processor.num_tokens(s)) for p,s in zip(prompts, self.image_processor.sizes(images))]
+    visual = [self.image_processor.num_tokens(s) for s in self.image_processor.sizes(images)]
+    rows = [self.prompt_ids(p, n) for p,n in zip(prompts, visual)]
     self._check_lengths(rows)
     return dict(**self.pad(rows), **self.image_processor(images))
 
@@ -402,7 +436,7 @@ def __call__(self:Phi3VProcessor,
 def load_tokenizer(
     folder, # Folder with a tokenizer.json
 )->PreTrainedTokenizerFast:
-    "The tokenizer of a model folder, from data alone; `CheckpointError` if it is missing, damaged, or lacks an EOS."
+    "A folder's tokenizer, from data alone; `CheckpointError` if it is missing, damaged, or lacks an EOS."
     folder = Path(folder)
     if not (folder/'tokenizer.json').is_file(): raise CheckpointError(
         f"{folder/'tokenizer.json'}: no such file; the folder must hold the model's fast tokenizer")
@@ -483,7 +517,7 @@ def from_pretrained(cls:Phi3VProcessor,
     folder, # Model folder
     num_crops:int=None, # Most tiles of an image; None: what `save_pretrained` wrote, else 16
 )->Phi3VProcessor:
-    "Tokenizer and image settings of a model folder, without running code from it; `CheckpointError` if files are missing."
+    "Tokenizer and image settings of a folder, without running its code; `CheckpointError` for missing files."
     config = Phi3VConfig.from_pretrained(folder)
     saved, mean_std = _image_settings(Path(folder))
     if num_crops is None: num_crops = saved
@@ -498,13 +532,15 @@ def save_pretrained(self:Phi3VProcessor,
 ):
     "Write the tokenizer and preprocessor_config.json."
     p, folder = self.image_processor, Path(folder)
-    settings = dict(image_processor_type=_OURS, num_crops=p.num_crops, num_img_tokens=p.merged**2, image_mean=p.mean, image_std=p.std)
+    settings = dict(image_processor_type=_OURS, num_crops=p.num_crops, num_img_tokens=p.merged**2,
+                    image_mean=p.mean, image_std=p.std)
     self.tokenizer.save_pretrained(folder)
-    with atomic_path(folder/'preprocessor_config.json') as f: f.write_text(json.dumps(settings, indent=1)+'\n')
+    with atomic_path(folder/'preprocessor_config.json') as f:
+        f.write_text(json.dumps(settings, indent=1)+'\n')
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #86c24952
 class LongRope(nn.Module):
-    "RoPE with short or long factors, chosen for each row by its own length; takes the place of `Phi3Model.rotary_emb`."
+    "RoPE with short or long factors, chosen for each row by its length; replaces `Phi3Model.rotary_emb`."
     def __init__(self,
         config:Phi3VConfig, # Factors and lengths
     ):
@@ -621,13 +657,15 @@ def vision_features(self:Phi3VModel,
     pixel_values:Tensor, # (crops, 3, c, c) of all images
     image_sizes:Tensor, # (n, 2) H, W of the HD images
 )->tuple: # features (v, 4*width) of all images in a row, before the projector; and their lengths, n ints
-    "Visual sequence of every image: map of tiles, `glb_GN`, global view; `ValueError` if crops and sizes disagree."
+    "Visual sequences of all images: tiles, `glb_GN`, global view; `ValueError` if crops and sizes disagree."
     c, m, orders, crops = self.config.crop_size, self.config.merged, [], 0
     for h,w in (image_sizes//c).tolist():
         o = token_order(h, w, m)
         orders.append(torch.where(o<0, o, o+crops*m*m))
         crops += h*w+(h*w>1)
-    if crops!=len(pixel_values): raise ValueError(f"{len(pixel_values)} crops for images that need {crops}; pass what Phi3VImageProcessor gave")
+    if crops!=len(pixel_values):
+        raise ValueError(f"{len(pixel_values)} crops for images that need {crops}; "
+                         "pass what Phi3VImageProcessor returned")
     cells = self.crop_features(pixel_values)
     order = torch.cat(orders).to(cells.device)
     out = cells.flatten(0,2)[order.clamp(min=0)]
@@ -654,7 +692,9 @@ def forward(self:Phi3VModel,
     "The decoder over text and visual tokens; `ValueError` if the visual tokens do not fill their places."
     place = input_ids<0
     n = int(place.sum())
-    if n!=len(visual): raise ValueError(f"{len(visual)} visual tokens for {n} places in input_ids; make both with one Phi3VProcessor call")
+    if n!=len(visual):
+        raise ValueError(f"{len(visual)} visual tokens for {n} places in input_ids; "
+                         "make both with one Phi3VProcessor call")
     embeds = self.language_model.embed_tokens(input_ids.clamp(min=0))
     embeds = embeds.masked_scatter(place[...,None], visual.to(embeds.dtype))
     position_ids = (attention_mask.long().cumsum(-1)-1).clamp(min=0)
@@ -670,9 +710,14 @@ def forward(self:Phi3VModel,
 # %% ../nbs/3_paper/32_phi3v.ipynb #94a923f3
 _IMG = 'model.vision_embed_tokens.'
 _WTE = _IMG+'wte.weight' # second name of the embedding table
-_PREFIXES = (('vision_tower.vision_model.', _IMG+'img_processor.vision_model.'), ('vision_tower.', _IMG+'img_processor.vision_model.'),
-             ('img_projection.', _IMG+'img_projection.'), ('glb_GN', _IMG+'glb_GN'), ('sub_GN', _IMG+'sub_GN'),
-             ('language_model.', 'model.')) # (ours, published)
+_TOWER = _IMG+'img_processor.vision_model.'
+_PREFIXES = ( # (ours, published)
+    ('vision_tower.vision_model.', _TOWER),
+    ('vision_tower.', _TOWER),
+    ('img_projection.', _IMG+'img_projection.'),
+    ('glb_GN', _IMG+'glb_GN'),
+    ('sub_GN', _IMG+'sub_GN'),
+    ('language_model.', 'model.'))
 
 def published_name(
     name:str, # Of a parameter of `Phi3VModel`
@@ -687,9 +732,12 @@ def unused_names(
     config:Phi3VConfig, # Sizes
 )->list: # Regular expressions of published keys
     "What a published file may hold and a reward never needs."
-    tower = re.escape(_IMG+'img_processor.vision_model.')
-    return [r'lm_head\.weight', tower+r'post_layernorm\..*', tower+rf'encoder\.layers\.{config.vision.num_hidden_layers-1}\..*',
-            tower+r'embeddings\.position_ids', r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq']
+    tower,last = re.escape(_TOWER),config.vision.num_hidden_layers-1
+    return [r'lm_head\.weight',
+            tower+r'post_layernorm\..*',
+            tower+rf'encoder\.layers\.{last}\..*',
+            tower+r'embeddings\.position_ids',
+            r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq']
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #78f18bfb
 @patch(cls_method=True)
@@ -698,12 +746,13 @@ def from_pretrained(cls:Phi3VModel,
     device:str='cpu', # Where the weights go
     dtype:torch.dtype=torch.float32, # What they are stored as
 )->Phi3VModel:
-    "Load a model, in eval mode, without running code from its folder; `CheckpointError` names the file or tensor at fault."
+    "Load a model, in eval mode, without running its folder's code; `CheckpointError` names what is at fault."
     config = Phi3VConfig.from_pretrained(folder)
     with torch.device('meta'): model = cls(config)
     ours = {published_name(k):k for k in model.state_dict()}
     ours[_WTE] = ours['model.embed_tokens.weight']
-    return load_weights(model, weight_files(folder), rename=lambda k: ours.get(k, ''), unused='|'.join(unused_names(config)), device=device, dtype=dtype)
+    return load_weights(model, weight_files(folder), rename=lambda k: ours.get(k, ''),
+                        unused='|'.join(unused_names(config)), device=device, dtype=dtype)
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #fa752b75
 @patch
@@ -714,4 +763,5 @@ def save_pretrained(self:Phi3VModel,
     state = {published_name(k):v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
     dtype = str(next(self.parameters()).dtype).removeprefix('torch.')
     with atomic_path(Path(folder)/'model.safetensors') as f: save_file(state, f, metadata={'format':'pt'})
-    with atomic_path(Path(folder)/'config.json') as f: f.write_text(json.dumps(self.config.to_dict()|dict(torch_dtype=dtype), indent=1)+'\n')
+    settings = self.config.to_dict()|dict(torch_dtype=dtype)
+    with atomic_path(Path(folder)/'config.json') as f: f.write_text(json.dumps(settings, indent=1)+'\n')

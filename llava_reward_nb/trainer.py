@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule', 'learning_rates', 'planned_updates',
-           'check_plan', 'RewardTrainer', 'checkpoints', 'train_perspective']
+           'check_plan', 'check_records', 'RewardTrainer', 'checkpoints', 'train_perspective']
 
 # %% ../nbs/3_paper/36_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
@@ -24,7 +24,7 @@ from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .files import atomic_path
 from .losses import cls_prob
 from .model import CARD, PerspectiveConfig, RewardModel, TrainingFacts, saved_config
-from .phi3v import read_json
+from .weights import read_json
 from .stats import TIE, accuracy, f1, mean, pair_decisions, recall, threshold_decisions
 from .store import file_hash, folder_lock, tensors_hash
 
@@ -235,7 +235,7 @@ def _several(records)->list:
     "The sets of records in None, in one set, or in a dict of them."
     return [r for r in (records.values() if isinstance(records, dict) else [records]) if r is not None]
 
-def _check_records(records, config:PerspectiveConfig, name:str):
+def check_records(records, config:PerspectiveConfig, name:str):
     "ValueError if these records cannot teach this loss."
     for r in _several(records):
         if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
@@ -263,7 +263,7 @@ class RewardTrainer(Trainer):
         self.measured = {} # metric of the weights as they are -> value and records, for `facts`
         train_dataset = _as_records(train_dataset)
         eval_dataset = _as_records(eval_dataset)
-        for r in train_dataset,eval_dataset: _check_records(r, model.config, model.active)
+        for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
         processor = model.backbone.processor
         for r in train_dataset,eval_dataset: _check_fit(r, processor)
         if not any(p.requires_grad for p in model.parameters()): raise ValueError(
@@ -350,10 +350,9 @@ def metrics(self:RewardTrainer,
 # %% ../nbs/3_paper/36_trainer.ipynb #af514f3a
 _TIMING = re.compile('runtime|per_second|preparation|epoch') # metrics that say nothing of the weights
 
-def _source(records:RewardRecords)->str:
-    "Names of the files that records come from, without their folders, and how many there are."
-    names = [Path(name).name for name in records.name.split(' + ')]
-    return f"{' + '.join(names)} ({len(records)} {records.kind}s)"
+def _files(records:RewardRecords)->str:
+    "Names of the files that records come from, without their folders."
+    return ' + '.join(Path(name).name for name in records.name.split(' + '))
 
 @patch
 def evaluate(self:RewardTrainer,
@@ -366,7 +365,8 @@ def evaluate(self:RewardTrainer,
     if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
     if isinstance(records, RewardRecords):
         told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
-        self.measured |= {k:f'{v:.4g} on {_source(records)}' for k,v in told.items()}
+        where = f'{_files(records)} ({len(records)} {records.kind}s)'
+        self.measured |= {k:f'{v:.4g} on {where}' for k,v in told.items()}
     return metrics
 
 # %% ../nbs/3_paper/36_trainer.ipynb #68e6d874
@@ -430,7 +430,7 @@ def facts(self:RewardTrainer)->TrainingFacts:
     "What the trainer knows of the weights as they are, for their model card."
     recipe = self.recipe()
     identity = recipe.pop('records')
-    records = f'{_source(self.train_dataset)}: {identity}' if identity else 'nothing: no records'
+    records = f'{_files(self.train_dataset)}: {identity}' if identity else 'nothing: no records'
     logged = [entry for entry in self.state.log_history if 'loss' in entry]
     metrics = dict(self.measured)
     if logged: metrics['training loss'] = f"{logged[-1]['loss']:.4g}, logged at update {logged[-1]['step']}"
@@ -649,7 +649,7 @@ def train_perspective(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
     usual = PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
     config = config or model.configs.get(name, usual)
-    for r in records,eval_records: _check_records(r, config, name)
+    for r in records,eval_records: check_records(r, config, name)
     check_plan(records, args)
     for r in records,eval_records: _check_fit(r, model.backbone.processor)
     set_seed(args.seed)

@@ -266,10 +266,10 @@ def test_help_teaches(f):
 SLOW = '''
 import sys, time
 from pathlib import Path
-from llava_reward_nb.commands.terminal import _said_plainly, report
+from llava_reward_nb.commands.terminal import plain_errors, report
 def slow(self, data): open(self, 'w').write('image,al'); print('writing', flush=True); time.sleep(100)
 Path.write_bytes = slow
-with _said_plainly('score'): report([dict(image='a.png', alignment=1.)], sys.argv[1])
+with plain_errors('score'): report([dict(image='a.png', alignment=1.)], sys.argv[1])
 '''
 
 

@@ -9,11 +9,16 @@ from llava_reward_nb.evaluation.benchmarks import SPECS
 from llava_reward_nb.evaluation.runs import Run
 
 
+def environment():
+    "Of a process that imports this tree, offline."
+    ours = dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parents[2]))
+    return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | ours
+
+
 def start(command, *args):
     "A command in a process of its own, as the console script starts it."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(commands.__file__).parents[2]))
     code = f'from llava_reward_nb.commands.evaluate import {command}; {command}()'
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def run(command, *args):
@@ -78,6 +83,25 @@ def test_bad_calls(here, tmp_path, args, code, says):
     got, out, err = here('llava_reward_eval', *args, '--out', tmp_path/'x')
     assert got == code and says in err and 'Traceback' not in err, err
     assert not (tmp_path/'x').exists()
+
+
+def test_a_terminal_hears_at_once():
+    "Before anything heavy is imported there is a line on a terminal, and none in a log file."
+    pty = pytest.importorskip('pty')
+    code = "import sys; from llava_reward_nb.commands import llava_reward; llava_reward(['table', 'none'])"
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen([sys.executable, '-c', code], env=environment(), stderr=theirs)
+    os.close(theirs)
+    with os.fdopen(ours, 'rb', buffering=0) as terminal:
+        assert terminal.read(100).startswith('loading …'.encode())
+        assert p.wait(300) == 2
+    log = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
+    assert log.returncode == 2 and log.stderr.startswith("llava_reward table: error: table 'none'"), log.stderr
+
+
+def test_loading_is_announced(here, tmp_path):
+    code, out, err = here('llava_reward_latency', '--reward', 'tiny/fidelity', 'checker', '--repeats', 1, '--out', tmp_path/'t.csv')
+    assert code == 0 and [line for line in err.splitlines() if line.endswith(' …')] == ['loading tiny/fidelity …', 'loading checker …'], err
 
 
 def test_table_of_two_runs(here, tmp_path):

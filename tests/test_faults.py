@@ -348,11 +348,12 @@ def test_images_are_opened_a_few_at_a_time(do, here, monkeypatch):
     write_table([dict(image=f'n{k}.png', prompt='a red circle') for k in range(20)], here/'many.csv')
     for k in range(20): shutil.copy('a.png', f'n{k}.png')
     monkeypatch.setattr(score, 'PIECE', 4)
-    most = []
-    def looks(jobs, f=score._looks):
-        most.append(len(jobs))
-        return f(jobs)
-    monkeypatch.setattr(score, '_looks', looks)
+    most, seen = [], []
+    def open_looks(looks, f=score._open_looks):
+        f(looks)
+        seen.extend(looks)
+        most.append(sum(look.image is not None for look in seen))
+    monkeypatch.setattr(score, '_open_looks', open_looks)
     assert do('score', '--table', 'many.csv', *FAST, '--batch-size', 2)[0] == 0
     assert most == [4]*5
 

@@ -1,6 +1,5 @@
 "Steering of tiny random pipelines of every family, of every supported scheduler, and exactness on Gaussian mixtures."
 import contextlib, copy, inspect, math, threading
-from types import SimpleNamespace
 
 import diffusers, numpy as np, pytest, torch
 from PIL import Image
@@ -8,11 +7,11 @@ from scipy import stats
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from llava_reward_nb.steering.particles import POTENTIALS, RESAMPLERS, SteeringError, family_se
-from llava_reward_nb.steering.schedulers import FlowSDEScheduler
-from llava_reward_nb.steering.hook import steer
+from llava_reward_nb.steering.schedulers import FlowSDEScheduler, stochastic
 from llava_reward_nb.steering.previews import decode_latents
+from llava_reward_nb.steering.worlds import FlowMixturePipeline, Mixture, MixturePipeline
+from llava_reward_nb.steering.hook import steer
 from llava_reward_nb.steering.pipelines import fk_steer
-from llava_reward_nb.steering.schedulers import stochastic
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -277,6 +276,22 @@ def test_rewards_that_fail(sd):
     assert 'step' not in vars(sd.scheduler)
 
 
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+def test_finished_batches_come_with_the_error(sd, error):
+    "Two of three prompts are done when the reward fails: their images, rewards and trace are those of a run of two."
+    def fails_at_a(images, prompts):
+        if 'a' in prompts: raise error('enough')
+        return brightness(images, prompts)
+    kw = dict(n_particles=2, num_inference_steps=4, batch_prompts=1)
+    with pytest.raises(error, match='enough') as caught: fk_steer(sd, ['red', 'blue', 'a'], fails_at_a, **kw)
+    finished, two = caught.value.finished, fk_steer(sd, ['red', 'blue'], brightness, **kw)
+    assert finished.trace.prompts == ['red', 'blue'] and finished.trace.settings['seed'] == 0
+    assert torch.allclose(finished.rewards, two.rewards, atol=2/255)
+    for ours, theirs in zip(finished.images, two.images): assert all(same(a, b) for a, b in zip(ours, theirs))
+    with pytest.raises(error, match='enough') as caught: fk_steer(sd, 'a', fails_at_a, n_particles=2, num_inference_steps=4)
+    assert not hasattr(caught.value, 'finished')
+
+
 def test_errors_before_the_run(sd):
     calls = []
     count = lambda *a: calls.append(1)
@@ -459,89 +474,42 @@ def test_flow_scheduler_in_pipelines(clip_tokenizer, t5_tokenizer, tmp_path):
 
 # ---- exactness ----
 
-class Mixture:
-    "Exact score of a mixture of spherical Gaussians, through DDIM."
-    def __init__(self, mu, s, w):
-        self.mu, self.s, self.w = torch.tensor(mu), torch.tensor(s), torch.tensor(w)
-        self.scheduler = diffusers.DDIMScheduler(beta_schedule='squaredcos_cap_v2', clip_sample=False, timestep_spacing='trailing')
-
-    def __call__(self, prompt, num_images_per_prompt=1, num_inference_steps=500, generator=None):
-        gs = list(dict.fromkeys(generator))
-        draw = lambda: torch.cat([torch.randn(num_images_per_prompt, self.mu.shape[1], generator=g) for g in gs])
-        x, sch = draw(), self.scheduler
-        sch.set_timesteps(num_inference_steps)
-        for t in sch.timesteps:
-            ab = sch.alphas_cumprod[int(t)]
-            d, v = x[:, None]-ab.sqrt()*self.mu, ab*self.s**2+1-ab
-            post = torch.softmax(self.w.log()-d.square().sum(-1)/(2*v)-.5*self.mu.shape[1]*v.log(), -1)
-            x = sch.step((1-ab).sqrt()*((post/v)[..., None]*d).sum(1), t, x, variance_noise=draw()).prev_sample
-        return SimpleNamespace(images=x)
-
-    def tilt(self, a, lam):
-        lw = self.w.log()+lam*self.mu@a+.5*lam**2*self.s**2*a.square().sum()
-        t = copy.copy(self)
-        t.mu, t.w = self.mu+lam*self.s[:, None]**2*a, torch.softmax(lw, 0)
-        return t, lw.exp().sum().item()
-
-    def draw(self, n, g):
-        j = torch.multinomial(self.w, n, replacement=True, generator=g)
-        return self.mu[j]+self.s[j, None]*torch.randn(n, self.mu.shape[1], generator=g)
-
-
-LINE = Mixture([[-1.5], [1.]], [.4, .6], [.7, .3]), torch.tensor([1.])
-PLANE = Mixture([[-1., -1.], [1., -.5], [0., 1.2]], [.4, .5, .3], [.5, .3, .2]), torch.tensor([.8, .6])
+ALONG, DIAGONAL, LAM = torch.tensor([1.]), torch.tensor([.8, .6]), .7
+ON_A_LINE = dict(mu=[[-1.5], [1.]], s=[.4, .6], w=[.7, .3])
+IN_A_PLANE = dict(mu=[[-1., -1.], [1., -.5], [0., 1.2]], s=[.4, .5, .3], w=[.5, .3, .2])
 PLANE_PAIRS = list(zip(POTENTIALS, RESAMPLERS))
-
-
-@pytest.mark.parametrize('world,potential,resampler', [(LINE, p, r) for p in POTENTIALS for r in RESAMPLERS] + [(PLANE, p, r) for p, r in PLANE_PAIRS],
-                         ids=[f'1d-{p}-{r}' for p in POTENTIALS for r in RESAMPLERS]+[f'2d-{p}-{r}' for p, r in PLANE_PAIRS])
-def test_exact(world, potential, resampler): exact(world, potential, resampler, [150, 300])
-
-
-def exact(world, potential, resampler, steps):
-    (p, a), lam = world, .7
-    fk = steer(p, lambda x, _: x@a, ['x'], decode=lambda z: z, batch_size=10**6, thumbnail=0, n_particles=20_000, lam=lam, steps=steps, potential=potential,
-               resampler=resampler, ess_min=1.)
-    x = fk().images
-    target, Z = p.tilt(a, lam)
-    m = target.w@target.mu
-    v = target.w@(target.s[:, None]**2+target.mu**2)-m**2
-    roots, ref = fk.trace.roots[0], target.draw(200_000, torch.Generator().manual_seed(99))
-    for c in range(x.shape[1]):
-        y = x[:, c].double()
-        assert abs(y.mean()-m[c]) < 3*family_se(y, roots)
-        assert abs(((y-m[c])**2).mean()-v[c]) < 3*family_se((y-m[c])**2, roots)
-        n = y.var().item()/family_se(y, roots)**2
-        d = stats.ks_2samp(y.numpy(), ref[:, c].numpy()).statistic
-        assert stats.kstwobign.sf(d*math.sqrt(n*2e5/(n+2e5))) > .01
-    assert abs(fk.trace.log_z.exp().item()-Z) < .05*Z
-
-
-class Flow(Mixture):
-    "Exact velocity of the same mixtures, through the Flow-SDE."
-    def __init__(self, mu, s, w):
-        super().__init__(mu, s, w)
-        self.scheduler = stochastic(diffusers.FlowMatchEulerDiscreteScheduler())
-
-    def __call__(self, prompt, num_inference_steps=300, generator=None):
-        x, g, sch = torch.randn(len(prompt), self.mu.shape[1], generator=generator[0]), generator[0], self.scheduler
-        sch.set_timesteps(num_inference_steps)
-        for t in sch.timesteps:
-            sigma = float(t)/1000
-            d, v = x[:, None]-(1-sigma)*self.mu, (1-sigma)**2*self.s**2+sigma**2
-            post = torch.softmax(self.w.log()-d.square().sum(-1)/(2*v)-.5*self.mu.shape[1]*v.log(), -1)
-            x0 = (post[..., None]*(self.mu+((1-sigma)*self.s**2/v)[:, None]*d)).sum(1)
-            x = sch.step((x-x0)/sigma, t, x, generator=g, return_dict=False)[0]
-        return SimpleNamespace(images=x)
-
-
-FLOW_LINE = Flow([[-1.5], [1.]], [.4, .6], [.7, .3]), torch.tensor([1.])
-FLOW_PLANE = Flow([[-1., -1.], [1., -.5], [0., 1.2]], [.4, .5, .3], [.5, .3, .2]), torch.tensor([.8, .6])
-
-
+ALL_PAIRS = [(p, r) for p in POTENTIALS for r in RESAMPLERS]
 FLOW_PAIRS = [(p, 'systematic') for p in POTENTIALS]+[('difference', r) for r in RESAMPLERS if r!='systematic']
 
 
-@pytest.mark.parametrize('world,potential,resampler', [(FLOW_LINE, p, r) for p, r in FLOW_PAIRS]+[(FLOW_PLANE, p, r) for p, r in PLANE_PAIRS],
-                         ids=[f'1d-{p}-{r}' for p, r in FLOW_PAIRS]+[f'2d-{p}-{r}' for p, r in PLANE_PAIRS])
-def test_exact_flow(world, potential, resampler): exact(world, potential, resampler, [90, 180])
+def cases(on_a_line, in_a_plane):
+    "Parameters: a mixture, the direction of its reward, potential and resampler."
+    line = [pytest.param(ON_A_LINE, ALONG, p, r, id=f'1d-{p}-{r}') for p, r in on_a_line]
+    return line + [pytest.param(IN_A_PLANE, DIAGONAL, p, r, id=f'2d-{p}-{r}') for p, r in in_a_plane]
+
+
+@pytest.mark.parametrize('mixture,a,potential,resampler', cases(ALL_PAIRS, PLANE_PAIRS))
+def test_exact(mixture, a, potential, resampler): exact(MixturePipeline(**mixture), a, 500, [150, 300], potential=potential, resampler=resampler)
+
+
+@pytest.mark.parametrize('mixture,a,potential,resampler', cases(FLOW_PAIRS, PLANE_PAIRS))
+def test_exact_flow(mixture, a, potential, resampler): exact(FlowMixturePipeline(**mixture), a, 300, [90, 180], potential=potential, resampler=resampler)
+
+
+def exact(pipeline, a, n_steps, looks, **settings):
+    "Steered particles follow the mixture tilted by exp(lam*a·x), whose moments and density are known."
+    def along(x, prompts): return x@a
+    fk = steer(pipeline, along, ['x'], decode=lambda z: z, batch_size=10**6, thumbnail=0, n_particles=20_000, lam=LAM, steps=looks, ess_min=1., **settings)
+    x = fk(num_inference_steps=n_steps).images
+    target, Z = Mixture(pipeline.mu, pipeline.s, pipeline.w).tilted(a, LAM)
+    mean, variance = target.moments()
+    roots, reference = fk.trace.roots[0], target.draw(200_000, torch.Generator().manual_seed(99))
+    for c in range(x.shape[1]):
+        y = x[:, c].double()
+        squared = (y-mean[c])**2
+        assert abs(y.mean()-mean[c]) < 3*family_se(y, roots)
+        assert abs(squared.mean()-variance[c]) < 3*family_se(squared, roots)
+        n = y.var().item()/family_se(y, roots)**2
+        distance = stats.ks_2samp(y.numpy(), reference[:, c].numpy()).statistic
+        assert stats.kstwobign.sf(distance*math.sqrt(n*2e5/(n+2e5))) > .01
+    assert abs(fk.trace.log_z.exp().item()-Z) < .05*Z

@@ -59,10 +59,13 @@ def test_signs_do_not_cancel(dtype):
     seen = [hashed(t), hashed(-t), hashed(t.abs()), hashed(-t.abs())]
     for i in range(0, 3000, 41):
         for step in (1, 2, 3, 4, 64):
-            u = t.clone(); u[[i, (i+step) % 3000]] *= -1
+            u = t.clone()
+            u[[i, (i+step) % 3000]] *= -1
             seen.append(hashed(u))
     for rows in (2, 4, 50):
-        u = t.clone().view(-1, 30); u[:rows] *= -1; seen.append(hashed(u.view(-1)))
+        u = t.clone().view(-1, 30)
+        u[:rows] *= -1
+        seen.append(hashed(u.view(-1)))
     assert len(set(seen)) == len(seen)
 
 
@@ -98,7 +101,8 @@ def test_names_order_and_modules():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert tensors_hash(net) != tensors_hash(net[0]) and tensors_hash([net[0], net[1]]) != tensors_hash([net[1], net[0]])
     assert tensors_hash(net) == tensors_hash([net]) and tensors_hash(()) == tensors_hash([])
-    with torch.no_grad(): before = tensors_hash(net); net[1].bias[1] = torch.nextafter(net[1].bias[1], torch.tensor(9.))
+    before = tensors_hash(net)
+    with torch.no_grad(): net[1].bias[1] = torch.nextafter(net[1].bias[1], torch.tensor(9.))
     assert tensors_hash(net) != before
 
 
@@ -114,7 +118,8 @@ def test_texts(a, b): assert (text_hash(a) == text_hash(b)) == (a == b)
 
 
 def test_files(tmp_path):
-    (tmp_path/'a').write_bytes(b'x'*3_000_000); (tmp_path/'b').write_bytes(b'x'*2_999_999+b'y')
+    (tmp_path/'a').write_bytes(b'x'*3_000_000)
+    (tmp_path/'b').write_bytes(b'x'*2_999_999+b'y')
     assert file_hash(tmp_path/'a') != file_hash(tmp_path/'b') and file_hash(str(tmp_path/'a')) == file_hash(tmp_path/'a')
 
 
@@ -131,13 +136,18 @@ class Derived(Base): pass
 
 
 class Net(nn.Module):
-    def __init__(self): super().__init__(); self.l = nn.Linear(2, 2); self.norm = nn.Identity()
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(2, 2)
+        self.norm = nn.Identity()
     @property
     def identity(self): return make_identity('Net', {}, self)
 
 
 class Named(nn.Module):
-    def __init__(self): super().__init__(); self.identity = nn.Identity()
+    def __init__(self):
+        super().__init__()
+        self.identity = nn.Identity()
 
 
 class Broken(nn.Module):
@@ -149,8 +159,10 @@ def test_who_has_an_identity():
     assert identity(Base()) == identity(Base()) != identity(Base(2)) and identity(Derived()) != identity(Base())
     a, b = Net(), Net()
     assert identity(a) and identity(a) != identity(b)
-    b.load_state_dict(a.state_dict()); assert identity(a) == identity(b)
-    b.half(); assert identity(a) != identity(b) # another dtype gives other numbers
+    b.load_state_dict(a.state_dict())
+    assert identity(a) == identity(b)
+    b.half()
+    assert identity(a) != identity(b) # another dtype gives other numbers
 
 
 def test_who_has_none():
@@ -164,7 +176,8 @@ def test_who_has_none():
               Foreign(), None, 3, 'x', len):
         assert identity(x) is None, x
     for junk in ('', '  ', None, 3, b'x', ['x'], lambda: 'x'):
-        b = Derived(); b.__dict__['k'] = 1
+        b = Derived()
+        b.__dict__['k'] = 1
         plain.identity = junk
         assert identity(plain) is None, junk
 
@@ -178,11 +191,13 @@ def test_copied_identities():
     h = functools.wraps(g)(lambda i, p: -g(i, p))
     p = functools.update_wrapper(functools.partial(f), f)
     assert [identity(x) for x in (f, g, h, p)] == ['f', None, None, None]
-    p.identity = 'p'; assert identity(p) == 'p'
+    p.identity = 'p'
+    assert identity(p) == 'p'
 
 
 def test_version_is_part(monkeypatch):
-    before = make_identity('a', {}); monkeypatch.setattr(store, '__version__', '99')
+    before = make_identity('a', {})
+    monkeypatch.setattr(store, '__version__', '99')
     assert make_identity('a', {}) != before
 
 
@@ -277,7 +292,8 @@ def test_a_dead_process_holds_no_lock(tmp_path):
     assert p.stdout.readline().strip() == 'held'
     with pytest.raises(InputError, match='another process is at work'):
         with folder_lock(tmp_path, wait=False): pass
-    p.send_signal(signal.SIGKILL); p.communicate()
+    p.send_signal(signal.SIGKILL)
+    p.communicate()
     with folder_lock(tmp_path, wait=False): pass
 
 
@@ -307,7 +323,9 @@ def test_foreign_files_are_left_alone(tmp_path):
     part = store._parts(tmp_path)[0]
     for n in ('._00000.parquet', f'._{part.name}', '.DS_Store', 'Thumbs.db', f'{part.stem} (1).parquet', f'{part.name}.tmp', f'.{part.name}.x.tmp', 'part-0.parquet', '000000.parquet', 'desktop.ini', f'~{part.name}'):
         (tmp_path/n).write_bytes(b'\x00\x05\x16\x07')
-    (tmp_path/'00001.parquet').mkdir(); (tmp_path/'sub').mkdir(); (tmp_path/'sub'/part.name).write_bytes(b'x')
+    (tmp_path/'00001.parquet').mkdir()
+    (tmp_path/'sub').mkdir()
+    (tmp_path/'sub'/part.name).write_bytes(b'x')
     assert len(ScoreStore(tmp_path).records()) == 1
     with ScoreStore(tmp_path) as s: s.add([dict(key='b', reward='r', score=1.)])
     assert len(s.records()) == 2
@@ -319,7 +337,8 @@ def test_a_damaged_part_is_named(tmp_path, damage):
     part = store._parts(tmp_path)[0]
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(InputError, match=f'{part.name}: damaged.*delete it'): s.records()
-    part.unlink(); assert not len(s.records())
+    part.unlink()
+    assert not len(s.records())
 
 
 def test_a_clock_that_is_set_back(tmp_path, monkeypatch):

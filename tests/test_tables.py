@@ -47,7 +47,7 @@ def check_all(labels, column):
     check_page(t.to_html(), labels, column)
     check_page(markdown_page(t), labels, column)
     check_latex(t, labels)
-    back = pd.read_csv(io.StringIO(t.to_csv()), keep_default_na=False)
+    back = pd.read_csv(io.StringIO(t.to_csv()), keep_default_na=False, float_precision='round_trip')
     assert back.iloc[:, 1].tolist() == pytest.approx(t.df.iloc[:, 0].tolist(), rel=1e-14) and [str(x) for x in back.iloc[:, 0]] == labels
     lines = repr(t).split('\n')
     title = 1 if t.title else 0 # an empty title has no line
@@ -73,7 +73,7 @@ def test_any_label_comes_back(labels, column):
 
 def test_files_are_read_back_whole(tmp_path):
     t = table([l for l in HARD if '\x00' not in l and l != '---'], 'x')
-    back = pd.read_csv(t.save(tmp_path/'t.csv'), keep_default_na=False)
+    back = pd.read_csv(t.save(tmp_path/'t.csv'), keep_default_na=False, float_precision='round_trip')
     assert back['label'].tolist() == list(t.df.index) and back['x'].tolist() == pytest.approx(t.df['x'].tolist(), rel=1e-14)
     for s in ('md', 'tex', 'html', 'txt'): assert b'\r' not in t.save(tmp_path/f't.{s}').read_bytes()
     half = table(['r'], title='half \ud83d', notes=['\ud83d'])

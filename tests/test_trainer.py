@@ -405,7 +405,7 @@ def test_a_card_tells_only_what_was_measured_on_its_weights(tmp_path):
     log = {l['step']: l for l in t.state.log_history if 'eval_loss' in l}
     for step in range(1, 5):
         text = card(tmp_path/f'checkpoint-{step}'/'mine')
-        assert f'| updates | {step} |' in text and '(12 pairs): 12 pairs, hash' in text and '| lora_rank | 8 |' in text
+        assert f'| updates | {step} |' in text and 'Learnt from records: 12 pairs, hash' in text and '| lora_rank | 8 |' in text
         if step % 2: assert 'eval_' not in text and 'training loss' in text
         else: assert f"| eval_loss | {log[step]['eval_loss']:.4g} on records (8 pairs) |" in text and 'runtime' not in text
     t._load_from_checkpoint(str(tmp_path/'checkpoint-2'))
@@ -432,7 +432,7 @@ def test_a_card_names_files_without_their_folders(tmp_path):
     pairs = load_records(files[0])+load_records(files[1])
     train_perspective(tiny(), 'mine', pairs, config(tmp_path/'run', max_steps=1))
     text = card(tmp_path/'run'/'mine')
-    assert f'Learnt from {files[0].name} + {files[1].name} (8 pairs): 8 pairs, hash' in text and str(tmp_path) not in text.split('## Training')[1]
+    assert f'Learnt from {files[0].name} + {files[1].name}: 8 pairs, hash' in text and str(tmp_path) not in text.split('## Training')[1]
 
 
 @pytest.mark.parametrize('prob, label, error', [([.2, math.nan], [0, 1], 'NaN'), ([.2, .7], [0, 2], '0 or 1'), ([.2], [0, 1], '1 probabilities and 2 labels')])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['demo_scores', 'accuracy_table', 'llava_reward_demo']
 
-# %% ../../nbs/9_doors/94_demo.ipynb #5e6cfd50
+# %% ../../nbs/9_doors/94_demo.ipynb #4f0659b5
 import time
 from pathlib import Path
 
@@ -17,76 +17,112 @@ from ..files import atomic_path, check_writable, write_table
 from ..tiny.gallery import demo_picture, demo_scenes
 
 # %% ../../nbs/9_doors/94_demo.ipynb #ef224be4
+def _scene_items(folder:Path)->list: # of `JudgeItem`
+    "Write the scenes of the gallery as PNG files; an item for each."
+    items = []
+    for k,s in enumerate(demo_scenes()):
+        name = f'images/{k:02d}_{s.perspective}.png'
+        with atomic_path(folder/name) as p: s.image.save(p)
+        row = dict(image=name, prompt=s.prompt, row=s.perspective, truth=s.truth, good=s.good)
+        items.append(JudgeItem((str(folder/name),), s.prompt, row))
+    return items
+
 def demo_scores(
     folder, # gets images/ and scores.csv
-    rm,     # reward model with the perspectives of the demo
-)->list: # rows of scores.csv: image, prompt, row (perspective that the image was made for), truth, good, scores; overall_rank within a prompt
-    "Write the demo's scenes as PNG files, then score and rank them from disk."
-    folder = Path(folder); items = []
-    for k,s in enumerate(demo_scenes()):
-        name = f"images/{k:02d}_{s['perspective']}.png"
-        with atomic_path(folder/name) as p: s['image'].save(p)
-        items.append(JudgeItem((str(folder/name),), s['prompt'], dict(image=name, prompt=s['prompt'], row=s['perspective'], truth=s['truth'], good=s['good'])))
-    check_items(items); stop_if_bad(items, False)
+    rm, # reward model with the perspectives of the demo
+)->list: # rows of scores.csv, see `demo_picture`
+    "Write the demo's scenes as PNG files, then score them from disk, and rank those of one prompt."
+    folder = Path(folder)
+    items = _scene_items(folder)
+    check_items(items)
+    stop_if_bad(items, False)
     kinds = {n:c.loss for n,c in rm.configs.items()}
-    for text in dict.fromkeys(i.prompt for i in items): rank_items(rm, [n for n,k in kinds.items() if k=='gpm'], [i for i in items if i.prompt==text])
+    general = [n for n,kind in kinds.items() if kind=='gpm']
+    for prompt in dict.fromkeys(i.prompt for i in items):
+        rank_items(rm, general, [i for i in items if i.prompt==prompt])
     rows = score_items(rm, kinds, items)
     write_table(rows, folder/'scores.csv')
     return rows
 
 # %% ../../nbs/9_doors/94_demo.ipynb #d175453e
+_SPLITS = dict(train='new scenes', unseen='never-trained colour-shape pairs') # of `evaluate_tiny`
+
 def accuracy_table(
     rows:list, # from `evaluate_tiny`: perspective, split, kind, n, accuracy, low, high
 )->list: # rows with a column for each split
     "Accuracies side by side: accuracy [95 % interval]."
-    heads,out = dict(train='new scenes', unseen='never-trained colour-shape pairs'),{}
+    out = {}
     for r in rows:
-        row = out.setdefault((r['perspective'], r['kind']), dict(perspective=r['perspective'] if r['kind']=='all' else '', kind=r['kind']))
-        row[heads.get(r['split'], r['split'])] = f"{100*r['accuracy']:5.1f} % [{100*r['low']:.1f}, {100*r['high']:.1f}]  n={r['n']}"
+        first = dict(perspective=r['perspective'] if r['kind']=='all' else '', kind=r['kind'])
+        row = out.setdefault((r['perspective'],r['kind']), first)
+        interval = f"[{100*r['low']:.1f}, {100*r['high']:.1f}]"
+        row[_SPLITS.get(r['split'], r['split'])] = f"{100*r['accuracy']:5.1f} % {interval}  n={r['n']}"
     return list(out.values())
 
 # %% ../../nbs/9_doors/94_demo.ipynb #4aa34c63
-def _demo_talk(rows:list, folder:Path, rm):
-    "Compare two of the demo's images and rank a row, in words."
-    a,b = (next(r for r in rows if r['good'] is g) for g in (True,False))
-    pair = JudgeItem(tuple(str(folder/r['image']) for r in (a,b)), a['prompt'], dict(image_a=a['image'], image_b=b['image'], prompt=a['prompt']))
-    print('\n2. Two images compared (B: one fact of the prompt is wrong)\n'); pair_report(compare_items(rm, names:=list(rm.configs), [pair])[0], names, None)
+def _show_comparisons(rows:list, folder:Path, rm):
+    "Compare two of the demo's images, and show a ranking."
+    a = next(r for r in rows if r['good'] is True)
+    b = next(r for r in rows if r['good'] is False)
+    names = list(rm.configs)
+    pair = JudgeItem(tuple(str(folder/r['image']) for r in (a,b)), a['prompt'],
+                     dict(image_a=a['image'], image_b=b['image'], prompt=a['prompt']))
+    print('\n2. Two images compared (B: one fact of the prompt is wrong)\n')
+    pair_report(compare_items(rm, names, [pair])[0], names)
     print('\n3. Seven images ranked by the overall perspective (a general preference)\n')
     mixed = sorted((r for r in rows if r['row']=='overall'), key=lambda r: r['overall_rank'])
-    report([dict(rank=r['overall_rank'], image=r['image'], preference=r['overall'], truth=r['truth'], prompt=r['prompt']) for r in mixed])
+    shown = dict(rank='overall_rank', image='image', preference='overall', truth='truth', prompt='prompt')
+    report([{head:r[column] for head,column in shown.items()} for r in mixed])
 
-def _seconds(t0:float)->str:
-    return f'{time.perf_counter()-t0:.1f} s'
+# %% ../../nbs/9_doors/94_demo.ipynb #f7f4efb7
+def _show_accuracies(n:int, folder:Path)->dict: # perspective -> accuracy
+    "Measure each perspective on fresh records, and write accuracy.csv."
+    from llava_reward_nb.tiny.mllm import evaluate_tiny
+    print(f"\n4. How often they are right: {n} fresh held-out records for each (95 % interval)\n")
+    measured = evaluate_tiny(n)
+    print(text_table(accuracy_table(measured)))
+    write_table(measured, folder/'accuracy.csv')
+    return {r['perspective']:r['accuracy'] for r in measured if r['kind']=='all' and r['split']=='train'}
+
+def _show_steering(prompts:int, folder:Path):
+    "Steer the tiny diffusion model, and print the tables."
+    from llava_reward_nb.evaluation.report import table9
+    from llava_reward_nb.tiny.guidance import demo_steering
+    print(f"\n5. A tiny Stable Diffusion, steered: {prompts} prompts, 4 particles each, "
+          "without a reward and with three\n")
+    demo_steering(folder, prompts)
+    for best in 'best','mean': print(table9(folder/'scores.parquet', summary=(best,)), '\n')
 
 # %% ../../nbs/9_doors/94_demo.ipynb #f221c7bf
 @command('''  llava_reward_demo
   llava_reward_demo --out /tmp/look --n 500
 
-Takes a few minutes on two CPU cores and needs no network. Then look at demo/demo.png and demo/steering/steering.png.''')
+Takes a few minutes on two CPU cores and needs no network. Then look at demo/demo.png and
+demo/steering/steering.png.''')
 def llava_reward_demo(
     out:str='demo', # folder for the images, scores.csv, accuracy.csv, demo.png and steering/
-    n:int=2400,     # held-out records on which each perspective is measured, twice
-    prompts:int=6,  # for which images are steered
+    n:int=2400, # held-out records on which each perspective is measured, twice
+    prompts:int=6, # for which images are steered
 ):
-    "See the embedded models at work: scenes are rendered, scored from their files, compared, ranked, measured and drawn; then rewards steer a diffusion model."
-    from llava_reward_nb.evaluation.report import table9
-    from llava_reward_nb.tiny.guidance import demo_steering
-    from llava_reward_nb.tiny.mllm import evaluate_tiny
+    "See the embedded models at work: they score, compare and rank scenes, and steer a diffusion model."
     if n<1 or prompts<1: raise InputError(f"--n {n} --prompts {prompts}: must be at least 1")
-    folder,t0 = as_path(out),time.perf_counter()
+    folder = as_path(out)
     check_writable(folder, folder=True)
+    start = time.perf_counter()
+    def took():
+        nonlocal start
+        last,start = start,time.perf_counter()
+        return f'{start-last:.1f} s'
     rm = load('tiny', list(perspective_kinds('tiny')))
     rows = demo_scores(folder, rm)
-    print(f"1. {len(rows)} scenes rendered to {folder/'images'} and scored from there in all perspectives ({_seconds(t0)})\n")
-    report([{k:v for k,v in r.items() if k not in ('row','good','safety','overall','overall_rank')} for r in rows[:7]])
-    _demo_talk(rows, folder, rm)
-    print(f"\n4. How often they are right: {n} fresh held-out records for each (95 % interval)\n"); t0 = time.perf_counter()
-    measured = evaluate_tiny(n)
-    print(text_table(accuracy_table(measured))); print(f"({_seconds(t0)})\n")
-    write_table(measured, folder/'accuracy.csv')
-    demo_picture(rows, folder, {r['perspective']:r['accuracy'] for r in measured if r['kind']=='all' and r['split']=='train'})
-    print(f"5. A tiny Stable Diffusion, steered: {prompts} prompts, 4 particles each, without a reward and with three\n"); t0 = time.perf_counter()
-    demo_steering(folder/'steering', prompts)
-    for best in ('best','mean'): print(table9(folder/'steering/scores.parquet', summary=(best,)), '\n')
-    print(f"({_seconds(t0)}; over 300 prompts: the notebook 83_guidance)\n")
-    print(f"Look at {folder/'demo.png'} and {folder/'steering/steering.png'}; all numbers are in {folder/'scores.csv'}, {folder/'accuracy.csv'} and {folder/'steering/scores.parquet'}.")
+    print(f"1. {len(rows)} scenes rendered to {folder/'images'} and scored from there in all perspectives "
+          f"({took()})\n")
+    report(rows[:7], hide=('row','good','safety','overall','overall_rank'))
+    _show_comparisons(rows, folder, rm)
+    accuracy = _show_accuracies(n, folder)
+    print(f"({took()})")
+    demo_picture(rows, folder, accuracy)
+    _show_steering(prompts, folder/'steering')
+    print(f"({took()}; over 300 prompts: the notebook 83_guidance)\n")
+    print(f"Look at {folder/'demo.png'} and {folder/'steering/steering.png'}; all numbers are in "
+          f"{folder/'scores.csv'}, {folder/'accuracy.csv'} and {folder/'steering/scores.parquet'}.")

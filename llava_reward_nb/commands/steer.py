@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['read_prompts', 'llava_reward_steer']
 
-# %% ../../nbs/9_doors/96_steer.ipynb #d5937175
+# %% ../../nbs/9_doors/96_steer.ipynb #00786e66
 import shutil, sys
 from itertools import count
 from pathlib import Path
 
-from .items import check_names, check_settings, tiny_doubts
+from PIL import Image
+
+from .items import check_names, check_settings, reward_names, tiny_doubts
 from .terminal import UsageError, command, did_you_mean, heartbeat, note, waiting
 from ..core import InputError, as_path
-from ..files import PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column, read_table
 from ..evaluation.measures import metric_columns
 from ..evaluation.report import panels, table9
-from ..rewards.registry import load_reward
+from ..files import PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column, read_table
 from ..rewards.combine import score_all
+from ..rewards.registry import load_reward
 from ..steering.hook import SteerConfig
 from ..steering.pipelines import RECIPES, load_pipeline
 from ..steering.particles import SteeringError, resample_steps
 from ..tiny.guidance import WAYS, compare_guidance
 
 # %% ../../nbs/9_doors/96_steer.ipynb #8cf77e71
-def _prompts_of(given:str)->list:
+def _prompts_of(given:str)->list: # of cells; an error if they are no text comes later
     "Rows of a file of prompts, or the prompt itself."
     path = as_path(given)
     kind = path.suffix.lower()
@@ -32,73 +34,88 @@ def _prompts_of(given:str)->list:
     if not path.is_file(): raise InputError(f"{given}: no such file of prompts")
     if kind!='.txt':
         rows = read_table(path)
-        return [r.get(find_column(rows, PROMPT_COLUMNS, given)) for r in rows]
-    try: return [l for l in path.read_text(encoding='utf-8-sig').split('\n') if l.strip()]
+        column = find_column(rows, PROMPT_COLUMNS, given)
+        return [r.get(column) for r in rows]
+    try: return [line for line in path.read_text(encoding='utf-8-sig').split('\n') if line.strip()]
     except UnicodeDecodeError as e:
-        raise InputError(f"{given}: is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
+        where = f'{e.reason} at byte {e.start}'
+        raise InputError(f"{given}: is not UTF-8 text ({where}); save it as UTF-8") from None
 
 # %% ../../nbs/9_doors/96_steer.ipynb #19aff850
+def _check_prompt(prompt, where:str):
+    "`InputError` for what is no prompt."
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{where}: {prompt!r:.60} is no prompt; it must be text")
+    if any('\ud800'<=c<='\udfff' for c in prompt):
+        raise InputError(f"{where}: {prompt!r:.60} is not valid Unicode; remove lone surrogates")
+
 def read_prompts(
     given:list, # prompts, and files of prompts (.txt or a table)
 )->list: # of strings, each once
     "Prompts in the order given; `InputError` for files that hold none, and for what is no prompt."
-    out = []
+    prompts = []
     for g in given:
         rows = _prompts_of(g)
-        for i,r in enumerate(rows, 1):
-            where = 'prompt' if r==g else f'{g}, row {i}'
-            if not isinstance(r, str) or not r.strip():
-                raise InputError(f"{where}: {r!r:.60} is no prompt; it must be text")
-            if any('\ud800'<=c<='\udfff' for c in r):
-                raise InputError(f"{where}: {r!r:.60} is not valid Unicode; remove lone surrogates")
         if not rows: raise InputError(f"{g}: holds no prompts")
-        out += [r.strip() for r in rows]
-    if not out: raise UsageError("give one or more prompts, or a file of them")
-    once = list(dict.fromkeys(out))
-    if len(once)<len(out): note(f"{len(out)-len(once)} of {len(out)} prompts occur before and are left out; "
-                                "for more images of one prompt raise --n-particles, or use another --seed")
+        for i,r in enumerate(rows, 1): _check_prompt(r, 'prompt' if r==g else f'{g}, row {i}')
+        prompts += [r.strip() for r in rows]
+    if not prompts: raise UsageError("give one or more prompts, or a file of them")
+    once = list(dict.fromkeys(prompts))
+    if len(once)<len(prompts): note(
+        f"{len(prompts)-len(once)} of {len(prompts)} prompts occur before and are left out; "
+        "for more images of one prompt raise --n-particles, or use another --seed")
     return once
 
 # %% ../../nbs/9_doors/96_steer.ipynb #d4a2f5ee
-def _steer_settings(model, reward, held_out, method, n_particles, lam, potential, steps, batch_prompts)->tuple:
-    "Check the numbers; the pipeline's id and keywords for `fk_steer`. UsageError or ValueError"
-    check_names([*reward, *held_out])
-    if method not in WAYS or method=='none': raise UsageError(
-        f"--method {method}: use one of {', '.join(w for w in WAYS if w!='none')}{did_you_mean(method, WAYS)}")
+_METHODS = [way for way in WAYS if way!='none']
+
+def _steer_settings(model, names, method, n_particles, lam, potential, steps, batch_prompts)->tuple:
+    "Check the numbers; the pipeline's id and the keywords for `fk_steer`. UsageError or ValueError."
+    check_names(names)
+    guess = '' if '/' in model else did_you_mean(model, RECIPES)
+    if guess and model not in RECIPES and not as_path(model).exists():
+        raise UsageError(f"--model {model}: use one of {', '.join(RECIPES)}, a folder or a hub id{guess}")
+    if method not in _METHODS: raise UsageError(
+        f"--method {method}: use one of {', '.join(_METHODS)}{did_you_mean(method, _METHODS)}")
     if steps<1 or batch_prompts<1:
         raise UsageError(f"--steps {steps} --batch-prompts {batch_prompts}: must be at least 1")
     SteerConfig(n_particles=n_particles, lam=lam, potential=potential, method=method)
     resample_steps(steps)
     where,recipe = RECIPES.get(model, (model,{}))
-    return where, {**{k:v for k,v in recipe.items() if k in ('guidance_scale','height','width','batch_size')},
-                   'n_particles':n_particles, 'potential':potential, 'num_inference_steps':steps}
+    ours = {k:v for k,v in recipe.items() if k in ('guidance_scale','height','width','batch_size')}
+    return where,dict(ours, n_particles=n_particles, potential=potential, num_inference_steps=steps)
 
+# %% ../../nbs/9_doors/96_steer.ipynb #ccd4d1e1
+def _check_rewards(rewards:dict, prompts:list):
+    "Each reward on a grey image for each prompt; InputError for one that rejects it, or gives no number."
+    grey = Image.new('RGB', (64,64), (128,)*3)
+    scores = score_all(rewards, [grey]*len(prompts), prompts, progress=False)
+    for n in rewards:
+        bad = scores[n].isna().to_numpy().nonzero()[0]
+        if len(bad): raise InputError(
+            f"reward {n!r} gives NaN for a grey image and the prompt {prompts[bad[0]]!r}; it cannot guide")
+
+# %% ../../nbs/9_doors/96_steer.ipynb #bfc26875
 def _hush():
-    "No advice and no bars from the libraries that load pipelines"
+    "No advice and no bars from the libraries that load pipelines."
     import diffusers, transformers
     for lib in (diffusers, transformers):
         lib.utils.logging.set_verbosity_error()
         lib.utils.logging.disable_progress_bar()
 
-def _can_read(rewards:dict, prompts:list):
-    "Each reward on a grey image for each prompt; InputError for one that rejects it, or gives no number"
-    from PIL import Image
-    scores = score_all(rewards, [Image.new('RGB', (64,64), (128,)*3)]*len(prompts), prompts, progress=False)
-    for n in rewards:
-        bad = scores[n].isna().to_numpy().nonzero()[0]
-        if not len(bad): continue
-        raise InputError(f"reward {n!r} gives NaN for a grey image and the prompt {prompts[bad[0]]!r}; it cannot guide")
-
-# %% ../../nbs/9_doors/96_steer.ipynb #bfc26875
-def _show(frame, out:Path, ways:list): # prints, and writes best/ and panels.png
-    "What a steered run leaves besides its table"
-    metrics,steered = metric_columns(frame),frame[frame.guidance!='none']
+def _keep_best(frame, out:Path, ways:list):
+    "Copy the best image of each prompt, guidance and seed to best/."
+    steered = frame[frame.guidance!='none']
     if ways!=['best-of-n']: steered = steered[~steered.guidance.str.startswith('best-of-n')]
-    for _,g in steered.groupby(['guidance','prompt','seed'], sort=False):
-        file = Path(g.image[g.guidance_score.idxmax()])
+    for _,group in steered.groupby(['guidance','prompt','seed'], sort=False):
+        file = Path(group.image[group.guidance_score.idxmax()])
         with atomic_path(out/'best'/(file.stem.rpartition('_')[0]+'.png')) as f: shutil.copyfile(file, f)
-    shown = frame[frame.seed==frame.seed.iloc[0]]
-    figure = panels(shown, n=8, metrics=metrics)
+
+def _show(frame, out:Path, ways:list):
+    "Print the table; write best/ and panels.png."
+    metrics = metric_columns(frame)
+    _keep_best(frame, out, ways)
+    figure = panels(frame[frame.seed==frame.seed.iloc[0]], n=8, metrics=metrics)
     with atomic_path(out/'panels.png') as f: figure.savefig(f, format='png', dpi=110)
     print(table9(frame, metrics))
     print(f"\nimages of all particles in {out/'images'}, the best of each prompt in {out/'best'}, "
@@ -107,10 +124,10 @@ def _show(frame, out:Path, ways:list): # prints, and writes best/ and panels.png
 # %% ../../nbs/9_doors/96_steer.ipynb #ae371b3f
 def _steered(
     out:str, # folder, or '' for the first of steered, steered-2, … that holds no run of other settings
-    run,     # folder -> DataFrame
+    run, # folder -> DataFrame
 )->tuple: # the folder, what the run gave
     "Run in a folder; without a name, where it neither mixes with other runs nor is refused because of them."
-    if out: return as_path(out), run(as_path(out))
+    if out: return as_path(out),run(as_path(out))
     for k in count(1):
         folder = Path('steered' if k==1 else f'steered-{k}')
         try: frame = run(folder)
@@ -118,47 +135,70 @@ def _steered(
             if 'other settings' not in str(e): raise
         else: break
     if k>1: note(f"steered holds a run with other settings; this one lies in {folder}")
-    return folder, frame
+    return folder,frame
+
+# %% ../../nbs/9_doors/96_steer.ipynb #b008547e
+def _load(names:list, device)->dict: # name -> reward
+    "Load rewards, each announced."
+    rewards = {}
+    for n in names:
+        waiting(f'loading {n}')
+        rewards[n] = load_reward(n, device=device)
+    return rewards
+
+def _words()->dict:
+    "What completes the options of the command."
+    return dict(model=list(RECIPES), reward=reward_names(), held_out=reward_names(), method=_METHODS,
+                potential=['max','difference','sum','reward'])
 
 # %% ../../nbs/9_doors/96_steer.ipynb #115f8dd8
 @command('''  llava_reward_steer "a photo of a red circle" --model tiny --reward tiny --out steered
   llava_reward_steer "two stars" "a red square" --reward tiny/alignment --held-out checker tiny-clip --compare
-  llava_reward_steer prompts.txt --model sdxl --reward llava-reward:me/my-rewards/overall --steps 100 --batch-prompts 1
-  llava_reward_steer prompts.csv --model my/pipeline --reward imagereward clipscore --lam 10 --out runs/steered
+  llava_reward_steer prompts.txt --model sdxl --reward llava-reward:me/rewards/overall --steps 100
+  llava_reward_steer prompts.csv --model my/pipeline --reward imagereward clipscore --lam 10 --out runs/mine
 
-A run that was interrupted goes on when the same command is given again; further prompts are added to it. Without
---out, runs of other settings get folders of their own: steered, steered-2, and so on. Tables of the scores:
-llava_reward_table table9 DIR. Rewards of a small range need a larger --lam (a CLIP score some hundreds).''', 'the same command goes on')
+A run that was interrupted goes on when the same command is given again; further prompts are added to it.
+Without --out, runs of other settings get folders of their own: steered, steered-2, and so on. Rewards of a
+small range need a larger --lam (a CLIP score some hundreds).
+Tables of the scores: llava_reward_table table9 DIR.''',
+interrupted='the same command goes on', words=_words)
 def llava_reward_steer(
-    prompts:list[str],        # prompts, or files of them: .txt with one in each line, or a table with a column prompt
-    model:str='tiny',         # pipeline to steer: tiny, sd21, sdxl, or any folder or hub id of a diffusers pipeline
-    reward:list[str]=None,    # rewards that guide, each in a run of its own [default: tiny/alignment]
-    held_out:list[str]=None,  # rewards that judge and do not guide
-    out:str='',               # folder for images, scores.parquet and panels.png [default: steered]
-    compare:bool=False,       # also sample without steering, and choose the best of those
-    method:str='fk',          # fk (particles by weight), beam (the best half goes on), or best-of-n (no steering on the way)
-    n_particles:int=4,        # particles of each prompt
-    lam:float=10.,            # strength: images are drawn from p(x) exp(lam*reward)
-    potential:str='max',      # how a reward on the way counts: max, difference, sum or reward
-    steps:int=50,             # sampling steps; particles are compared after each fifth of them
-    seed:int=0,               # of the noise
-    batch_prompts:int=4,      # prompts in the pipeline at once; memory only, images do not depend on it
-    device:str=None,          # where to run [default: the best there is]
+    prompts:list[str], # prompts, or files of them: .txt with one in each line, a table with a column prompt
+    model:str='tiny', # pipeline to steer: tiny, sd21, sdxl, or any folder or hub id of a diffusers pipeline
+    reward:list[str]=None, # rewards that guide, each in a run of its own [default: tiny/alignment]
+    held_out:list[str]=None, # rewards that judge and do not guide
+    out:str='', # folder for images, scores.parquet and panels.png [default: steered]
+    compare:bool=False, # also sample without steering, and choose the best of those
+    method:str='fk', # fk (particles by weight), beam (the best half goes on), or best-of-n (no steering)
+    n_particles:int=4, # particles of each prompt
+    lam:float=10., # strength: images are drawn from p(x) exp(lam*reward)
+    potential:str='max', # how a reward on the way counts: max, difference, sum or reward
+    steps:int=50, # sampling steps; particles are compared after each fifth of them
+    seed:int=0, # of the noise
+    batch_prompts:int=4, # prompts in the pipeline at once; memory only, images do not depend on it
+    device:str=None, # where to run [default: the best there is]
 ):
-    "Steer a diffusion model by a reward: particles are compared on the way, the promising replace the others."
-    reward,held_out,todo = list(reward or ['tiny/alignment']),list(held_out or []),read_prompts(prompts)
-    where,how = _steer_settings(model, reward, held_out, method, n_particles, lam, potential, steps, batch_prompts)
+    "Steer a diffusion model by a reward: of particles compared on the way, the promising replace the others."
+    guides = list(reward or ['tiny/alignment'])
+    judges = list(held_out or [])
+    todo = read_prompts(prompts)
+    names = guides+judges
+    where,how = _steer_settings(model, names, method, n_particles, lam, potential, steps, batch_prompts)
     check_settings(device)
     check_writable(out or 'steered', folder=True)
-    tiny_doubts(list(dict.fromkeys([model, *reward, *held_out])), todo)
+    tiny_doubts(list(dict.fromkeys([model, *names])), todo)
     _hush()
-    with waiting('loading the rewards'): loaded = {n:load_reward(n, device=device) for n in [*reward, *held_out]}
-    rewards,judges = ({n:loaded[n] for n in names} for names in (reward, held_out))
-    _can_read(loaded, todo)
-    with waiting(f'loading {model}'): pipe = load_pipeline(where, device=device)
+    rewards = _load(names, device)
+    _check_rewards(rewards, todo)
+    waiting(f'loading {model}')
+    pipe = load_pipeline(where, device=device)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-    ways = (['none','best-of-n'] if compare else [])+[method]*(method!='best-of-n' or not compare)
-    run = lambda folder: compare_guidance(pipe, todo, rewards, folder, judges, ways, 'prompts', model, (seed,), lam,
-                                          batch_prompts, **how)
+    ways = ['none','best-of-n'] if compare else []
+    if method not in ways: ways.append(method)
+    guiding = {n:rewards[n] for n in guides}
+    judging = {n:rewards[n] for n in judges}
+    def run(folder):
+        return compare_guidance(pipe, todo, guiding, folder, judging, ways, 'prompts', model, (seed,), lam,
+                                batch_prompts, **how)
     with heartbeat(lambda: 'still steering'): folder,frame = _steered(out, run)
     _show(frame, folder, ways)

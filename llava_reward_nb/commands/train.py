@@ -5,80 +5,110 @@
 # %% auto #0
 __all__ = ['llava_reward_train']
 
-# %% ../../nbs/9_doors/93_train.ipynb #2beacba9
-import sys
+# %% ../../nbs/9_doors/93_train.ipynb #be7eb21f
+import sys, warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .items import DTYPES, check_settings
-from .terminal import UsageError, command, report
-from ..core import InputError, as_path
+from .terminal import UsageError, command, did_you_mean, report, waiting
+from ..core import CheckpointError, InputError, as_path
+from ..files import check_writable
+from ..weights import hub_folder
 
-# %% ../../nbs/9_doors/93_train.ipynb #ffeda7b5
-def _check_base(name, asked='--base'):
+# %% ../../nbs/9_doors/93_train.ipynb #48db8b42
+@dataclass
+class _Start:
+    "What training starts from."
+    name:str # of the perspective that is trained
+    base:str # base to load; None: the one that the perspective was trained on
+    folder:Path=None # of the saved perspective; None: new weights
+
+def _check_base(name:str):
     "`CheckpointError` for a folder of perspectives that has no base to build on."
     from llava_reward_nb.model import perspective_folders
-    from llava_reward_nb.core import CheckpointError
-    from llava_reward_nb.weights import hub_folder
     folder = hub_folder(name)
     if (folder/'config.json').is_file() or (folder/'base').is_dir(): return
     found = list(perspective_folders(folder).values())
-    if found: raise CheckpointError(f"{asked} {name}: holds perspectives and no base; to train {found[0]} further, pass "
-                                    f"--from {found[0]}; to build on the base it was trained on, name that one")
+    if found: raise CheckpointError(
+        f"--base {name}: holds perspectives and no base; to train {found[0]} further, pass --from "
+        f"{found[0]}; to build on the base it was trained on, name that one")
 
-def _starting_point(spec:str, base)->tuple: # (name, folder, base to load or None)
+# %% ../../nbs/9_doors/93_train.ipynb #aed350e0
+def _starting_point(
+    spec:str, # a perspective, its folder or its run
+    name:str, # of the perspective that is trained; None: as it is called
+    base:str, # None: as it says
+)->_Start:
     "The perspective that --from names; `CheckpointError` if it is not clear which."
     from llava_reward_nb.model import perspective_folders
-    from llava_reward_nb.core import CheckpointError
-    from llava_reward_nb.weights import hub_folder
-    model,name = (spec,None) if as_path(spec).is_dir() or '/' not in spec else spec.rsplit('/', 1)
+    model = spec
+    one = None
+    if '/' in spec and not as_path(spec).is_dir(): model,_,one = spec.rpartition('/')
     folder = hub_folder(model)
-    found = perspective_folders(folder, name)
-    if len(found)!=1: raise CheckpointError(
-        f"--from {spec}: {'has no perspective' if not found else 'has several: '+', '.join(found)}; name one, "
-        f"such as {spec}/{next(iter(found), 'alignment')}")
-    (name,where), = found.items()
+    found = perspective_folders(folder, one)
+    if len(found)!=1:
+        many = 'has several: '+', '.join(found) if found else 'has no perspective'
+        one = next(iter(found), 'alignment')
+        raise CheckpointError(f"--from {spec}: {many}; name one, such as {spec}/{one}")
+    (called,where), = found.items()
     if base: _check_base(base)
-    return name, where, base or (model if (folder/'base').is_dir() and folder!=where else None)
+    beside = (folder/'base').is_dir() and folder!=where
+    return _Start(name or called, base or (model if beside else None), where)
 
-# %% ../../nbs/9_doors/93_train.ipynb #005afb06
-def _checked_records(source, check, **kwargs):
+# %% ../../nbs/9_doors/93_train.ipynb #7b98f762
+def _checked(check, sources, **kwargs)->list: # records, or None, for each source
     "Records that pass a check, such as `load_records`; what is left out is said on stderr."
-    import warnings
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
-        records = check(source, **kwargs)
+        records = [check(s, **kwargs) if s else None for s in sources]
     for w in caught: print('warning:', w.message, file=sys.stderr)
     return records
 
-def _training_plan(records, loss, dim, tau, name, eval_records, start):
-    "The configuration of a new perspective, None to train one further; ValueError if it, its name and the records do not fit."
-    from llava_reward_nb.model import PerspectiveConfig, saved_config, name_fault
-    from llava_reward_nb.trainer import _check_records
+# %% ../../nbs/9_doors/93_train.ipynb #4df27f82
+def _new_head(
+    kind:str, # of the records, 'pair' or 'label'
+    loss:str, # 'bt', 'gpm' or 'cls'; None: 'bt' for pairs, 'cls' for labels
+    dim:int, # numbers per image; None: 2 for 'gpm', else 1
+    tau:float, # temperature; None: 0.1
+): # PerspectiveConfig
+    "The configuration of a new perspective."
+    from llava_reward_nb.model import PerspectiveConfig
+    loss = loss or ('bt' if kind=='pair' else 'cls')
+    return PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), .1 if tau is None else tau)
+
+# %% ../../nbs/9_doors/93_train.ipynb #bafa7bd9
+def _check_place(out:Path, name:str, resume:bool):
+    "`InputError` for a name that cannot be used, or a folder that cannot be written or has a run already."
+    from llava_reward_nb.model import name_fault
+    from llava_reward_nb.trainer import checkpoints
     fault = name_fault(name)
     if fault: raise InputError(f"--name {name!r} cannot be used: {fault}; choose another")
-    loss = loss or ('bt' if records.kind=='pair' else 'cls')
-    config = None if start else PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), .1 if tau is None else tau)
-    for r in records,eval_records: _check_records(r, config or saved_config(start), name)
-    return config
-
-# %% ../../nbs/9_doors/93_train.ipynb #c39a16b6
-def _training_recipe(out, resume, precision, gradient_checkpointing, workers, eval_steps, cpu, rank, **settings):
-    "The recipe of a run, and a check of the folder it writes to."
-    from llava_reward_nb.files import check_writable
-    from llava_reward_nb.trainer import RewardConfig, checkpoints
+    if (out/name).exists() and not resume: raise InputError(
+        f"{out/name}: is there already; choose another --out, or go on with --resume")
     check_writable(out, folder=True)
     if checkpoints(out) and not resume: raise InputError(
         f"{out}: has checkpoints of an earlier run; go on with --resume, or choose another --out")
-    if precision not in (None, *DTYPES): raise InputError(f"--precision {precision}: use one of {', '.join(DTYPES)}")
+
+# %% ../../nbs/9_doors/93_train.ipynb #e9ac8d5f
+def _training_recipe(out, precision, gradient_checkpointing, workers, eval_steps, cpu, rank, **settings):
+    "The recipe of a run."
+    from llava_reward_nb.trainer import RewardConfig
+    if precision not in (None, *DTYPES):
+        guess = did_you_mean(precision, DTYPES)
+        raise InputError(f"--precision {precision}: use one of {', '.join(DTYPES)}{guess}")
     if workers<0: raise InputError(f"--workers {workers}: must be 0 or more")
-    new = 'activation_checkpointing' in RewardConfig.__dataclass_fields__ # its name in newer versions of transformers
-    if gradient_checkpointing: settings['activation_checkpointing' if new else 'gradient_checkpointing'] = True
+    if gradient_checkpointing:
+        newer = 'activation_checkpointing' # its name in newer versions of transformers
+        settings[newer if newer in RewardConfig.__dataclass_fields__ else 'gradient_checkpointing'] = True
     if precision: settings |= dict(bf16=precision=='bfloat16', fp16=precision=='float16')
     if eval_steps: settings |= dict(eval_strategy='steps', eval_steps=eval_steps)
-    return RewardConfig(str(out), dataloader_num_workers=workers, use_cpu=cpu, lora_rank=rank, lora_alpha=2*rank, **settings)
+    settings |= dict(dataloader_num_workers=workers, use_cpu=cpu, lora_rank=rank, lora_alpha=2*rank)
+    return RewardConfig(str(out), **settings)
 
+# %% ../../nbs/9_doors/93_train.ipynb #ef0b2d93
 def _shown_metrics(metrics:dict)->dict:
     "The metrics of a training that a table shows."
     keys = ('train_loss', *(f'eval_{k}' for k in ('loss','accuracy','accuracy_without_ties','f1','recall')))
@@ -94,21 +124,14 @@ def _eval_printer():
                 print(f'update {state.global_step} of {state.max_steps}: {said}')
     return Printer()
 
-# %% ../../nbs/9_doors/93_train.ipynb #04bf0106
-def _train(records, eval, name, out, args, head, start, base, how, resume, reading):
-    "Read, check, load, train and report."
-    from llava_reward_nb.data import check_fit, load_records
-    from llava_reward_nb.model import RewardModel
-    from llava_reward_nb.trainer import check_plan, checkpoints, train_perspective
-    train,held_out = (_checked_records(r, load_records, **reading) if r else None for r in (records, eval))
-    config = _training_plan(train, *head, name, held_out, start)
-    check_plan(train, args)
-    how['dtype'] = how['dtype'] and getattr(torch, how['dtype'])
-    rm = RewardModel.from_pretrained(start, name, base, **how) if start else RewardModel.from_pretrained(base, [], **how)
-    limits = dict(processor=rm.backbone.processor, skip_bad=reading['skip_bad'])
-    train,held_out = (_checked_records(r, check_fit, **limits) if r else None for r in (train, held_out))
+# %% ../../nbs/9_doors/93_train.ipynb #b785a505
+def _train(rm, name, train, held_out, args, config, resume):
+    "Train and report; after Ctrl-C, say how to go on."
+    from llava_reward_nb.trainer import checkpoints, train_perspective
     print(f"{train}{f'; held out: {held_out}' if held_out else ''}")
-    try: metrics = train_perspective(rm, name, train, args, config, held_out, resume, callbacks=[_eval_printer()])
+    out = Path(args.output_dir)
+    callbacks = [_eval_printer()]
+    try: metrics = train_perspective(rm, name, train, args, config, held_out, resume, callbacks=callbacks)
     except KeyboardInterrupt:
         kept = list(checkpoints(out))
         print(f"{kept[-1]} is kept: the same command with --resume goes on from there" if kept else
@@ -118,64 +141,90 @@ def _train(records, eval, name, out, args, head, start, base, how, resume, readi
     for r in filter(None, (train, held_out)):
         left = len({f.index for f in r.faults})
         if left: print(f"left out: {left} of {len(r)+left} records of {r.name}")
-    print(f"saved: {Path(out)/name}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
+    print(f"saved: {out/name}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
 
-# %% ../../nbs/9_doors/93_train.ipynb #1f1a7be2
-@command('''  llava_reward_train pairs.jsonl --name alignment --base microsoft/Phi-3.5-vision-instruct --out runs/alignment --eval held_out.jsonl
+# %% ../../nbs/9_doors/93_train.ipynb #c5b2c7ff
+def _prepare_and_train(records, held_out, start:_Start, args, head:dict, how:dict, resume:bool, reading:dict):
+    "Read and check the records, load the model, train."
+    from llava_reward_nb.data import check_fit, load_records
+    from llava_reward_nb.model import RewardModel, saved_config
+    from llava_reward_nb.trainer import check_plan, check_records
+    sets = _checked(load_records, (records, held_out), **reading)
+    config = None if start.folder else _new_head(sets[0].kind, **head)
+    for r in sets: check_records(r, config or saved_config(start.folder), start.name)
+    check_plan(sets[0], args)
+    waiting(f'loading {start.folder or start.base}')
+    if start.folder: rm = RewardModel.from_pretrained(start.folder, start.name, start.base, **how)
+    else: rm = RewardModel.from_pretrained(start.base, [], **how)
+    sets = _checked(check_fit, sets, processor=rm.backbone.processor, skip_bad=reading['skip_bad'])
+    _train(rm, start.name, *sets, args, config, resume)
+
+# %% ../../nbs/9_doors/93_train.ipynb #e84ecce9
+_EXAMPLES = '''  llava_reward_train pairs.jsonl --name alignment --base microsoft/Phi-3.5-vision-instruct \\
+    --out runs/alignment --eval held_out.jsonl
   llava_reward_train labels.csv --name safety --loss cls --out runs/safety
   llava_reward_train pairs.jsonl --name overall --loss gpm --dim 2 --out runs/overall --resume
   llava_reward_train more.jsonl --from runs/alignment --out runs/alignment2
   llava_reward_score a.png --prompt "a red circle" --model runs/alignment
 
-Pairs have the fields prompt, chosen_path, reject_path (and c_rate, r_rate: equal ones are ties); labels have prompt, path
-and label (1 or 0). Other common names are understood. Paths are relative to the file. Run the same command with --resume
-after an interruption: the weights will be the same as without it. On several GPUs:
-torchrun --nproc-per-node 8 --no-python llava_reward_train …''')
+Pairs have the fields prompt, chosen_path, reject_path (and c_rate, r_rate: equal ones are ties); labels have
+prompt, path and label (1 or 0). Other common names are understood. Paths are relative to the file. Run the
+same command with --resume after an interruption: the weights will be the same as without it. On several GPUs:
+torchrun --nproc-per-node 8 --no-python llava_reward_train …'''
+
+_WORDS = dict(loss=('bt','gpm','cls'), dtype=DTYPES, precision=DTYPES)
+
+# %% ../../nbs/9_doors/93_train.ipynb #1f1a7be2
+@command(_EXAMPLES, words=lambda: _WORDS)
 def llava_reward_train(
-    records:str,           # .json, .jsonl, .csv, .tsv or .parquet with preference pairs or labelled images
-    name:str=None,         # name of the new perspective (needed, unless --from has one)
-    out:str=None,          # folder of this run: the perspective, its checkpoints and its log (needed)
-    base:str=None,         # multimodal LLM to build on: a folder, a hub id, or 'tiny', which is taken if left out
-    from_:str=None,        # start from the weights of a saved perspective: its folder, its run, or tiny/alignment
-    loss:str=None,         # bt (Bradley-Terry) or gpm (general preference) for pairs, cls for labels; bt or cls if left out
-    dim:int=None,          # numbers per image of a gpm head, even; 2 if left out
-    tau:float=None,        # temperature of the preference probability; 0.1 if left out
-    eval:str=None,         # held-out records to measure on at the end
-    eval_steps:int=None,   # updates between measurements on them; only at the end if left out
-    epochs:float=1.,       # passes over the records
-    lr:float=2e-4,         # peak learning rate
-    batch_size:int=4,      # records at a time
-    accumulation:int=4,    # batches for each update
-    lora_rank:int=None,    # rank of the LoRA matrices, 128 if left out; their scale is 2
-    num_crops:int=None,    # crops an image is cut into; the base's own setting if left out
-    device:str=None,       # cpu, or the best there is if left out
-    dtype:str=None,        # of the frozen base: float32, bfloat16 or float16; what suits the device if left out
-    precision:str=None,    # of the computation: float32, bfloat16 or float16; bfloat16 if left out and the GPU has it
-    gradient_checkpointing:bool=False, # compute activations twice instead of keeping them: much less memory, a third more time
-    workers:int=0,         # processes that load images while the device computes
-    save_steps:int=500,    # updates between checkpoints
-    seed:int=42,           # of the new weights and of the order of records
-    resume:bool=False,     # go on after an interruption (or start, if there is nothing yet)
-    skip_bad:bool=False,   # leave faulty records out instead of stopping
-    prompt_column:str=None,# column of the prompts, where its name does not tell
+    records:str, # .json, .jsonl, .csv, .tsv or .parquet with preference pairs or labelled images
+    name:str=None, # name of the new perspective (needed, unless --from has one)
+    out:str=None, # folder of this run: the perspective, its checkpoints and its log (needed)
+    base:str=None, # multimodal LLM to build on: a folder, a hub id, or 'tiny', which is taken if left out
+    from_:str=None, # start from the weights of a saved perspective: its folder, its run, or tiny/alignment
+    loss:str=None, # bt (Bradley-Terry) or gpm (general preference) for pairs, cls for labels; else bt or cls
+    dim:int=None, # numbers per image of a gpm head, even; 2 if left out
+    tau:float=None, # temperature of the preference probability; 0.1 if left out
+    eval:str=None, # held-out records to measure on at the end
+    eval_steps:int=None, # updates between measurements on them; only at the end if left out
+    epochs:float=1., # passes over the records
+    lr:float=2e-4, # peak learning rate
+    batch_size:int=4, # records at a time
+    accumulation:int=4, # batches for each update
+    lora_rank:int=None, # rank of the LoRA matrices, 128 if left out; their scale is 2
+    num_crops:int=None, # crops an image is cut into; the base's own setting if left out
+    device:str=None, # cpu, or the best there is if left out
+    dtype:str=None, # of the frozen base: float32, bfloat16 or float16; what suits the device if left out
+    precision:str=None, # of the computation: float32, bfloat16 or float16; bfloat16 if the GPU has it
+    gradient_checkpointing:bool=False, # compute activations twice: much less memory, a third more time
+    workers:int=0, # processes that load images while the device computes
+    save_steps:int=500, # updates between checkpoints
+    seed:int=42, # of the new weights and of the order of records
+    resume:bool=False, # go on after an interruption (or start, if there is nothing yet)
+    skip_bad:bool=False, # leave faulty records out instead of stopping
+    prompt_column:str=None, # column of the prompts, where its name does not tell
     image_column:str=None, # column of the labelled images, where its name does not tell
 ):
-    "Train a perspective on a frozen multimodal LLM, by the paper's recipe: a new one, or a saved one further."
+    "Train a perspective on a frozen multimodal LLM by the paper's recipe: a new one, or a saved one further."
     kept = dict(loss=loss, dim=dim, tau=tau, lora_rank=lora_rank, num_crops=num_crops)
-    if from_ and (given:=[k for k,v in kept.items() if v is not None]): raise UsageError(
-        f"--{given[0].replace('_','-')}: --from keeps what the perspective was trained with; leave it out")
+    given = [k.replace('_','-') for k,v in kept.items() if v is not None]
+    if from_ and given: raise UsageError(
+        f"--{given[0]}: --from keeps what the perspective was trained with; leave it out")
     if eval_steps and not eval: raise UsageError("--eval-steps needs held-out records: pass --eval")
-    start_name,start,base = _starting_point(from_, base) if from_ else (None, None, base or 'tiny')
-    name = name or start_name
-    if not name or not out: raise UsageError("give the new perspective a --name and a folder with --out")
+    start = _starting_point(from_, name, base) if from_ else _Start(name, base or 'tiny')
+    if not start.name or not out:
+        raise UsageError("give the new perspective a --name and a folder with --out")
     check_settings(device, dtype, None, batch_size, num_crops)
-    out = str(as_path(out))
-    if (Path(out)/name).exists() and not resume: raise InputError(
-        f"{Path(out)/name}: is there already; choose another --out, or go on with --resume")
-    if not start: _check_base(base)
+    out = as_path(out)
+    _check_place(out, start.name, resume)
+    if not from_: _check_base(start.base)
+    rank = 128 if lora_rank is None else lora_rank
     args = _training_recipe(
-        out, resume, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', 128 if lora_rank is None else lora_rank,
+        out, precision, gradient_checkpointing, workers, eval_steps, device=='cpu', rank,
         num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation, save_steps=save_steps, seed=seed)
-    reading = dict(skip_bad=skip_bad, columns={k:v for k,v in dict(prompt=prompt_column, path=image_column).items() if v})
-    _train(records, eval, name, out, args, (loss, dim, tau), start, base, dict(device=device, dtype=dtype, num_crops=num_crops), resume, reading)
+    columns = {k:v for k,v in dict(prompt=prompt_column, path=image_column).items() if v}
+    reading = dict(skip_bad=skip_bad, columns=columns)
+    head = dict(loss=loss, dim=dim, tau=tau)
+    how = dict(device=device, dtype=dtype and getattr(torch, dtype), num_crops=num_crops)
+    _prepare_and_train(records, eval, start, args, head, how, resume, reading)

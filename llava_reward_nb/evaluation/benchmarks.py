@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, as_path
-from .geneval import GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered, read_tasks, tiny_tasks
-from .records import (SAMPLE_FIELDS, Benchmark, Collector, add_sample, item_id, known_number,
-                                                read_rows)
-from .twins import tiny_generated, tiny_labels, tiny_mjbench, tiny_rankings, tiny_tifa160
+from .geneval import (GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered,
+                                                read_tasks, tiny_tasks)
+from .records import (SAMPLE_FIELDS, Benchmark, Collector, add_sample, item_id,
+                                                known_number, read_rows)
+from .twins import (tiny_generated, tiny_labels, tiny_mjbench, tiny_rankings,
+                                              tiny_tifa160)
 from ..files import IMAGE_COLUMNS, PROMPT_COLUMNS, find_column, read_table
 from ..shapes.world import SHAPES
 from ..weights import hub_folder
@@ -36,7 +38,7 @@ def _all_files(folder:Path)->list: # below a folder, links followed, hidden ones
         seen.add(real)
     return sorted(out)
 
-def _files(path:Path, *patterns)->list: # the file itself; of a folder those of the first pattern that matches any
+def _files(path:Path, *patterns)->list: # a file itself; of a folder what the first fitting pattern matches
     if path.is_file(): return [path]
     there = _all_files(path)
     for p in patterns:
@@ -73,7 +75,8 @@ def _pair_record(c:Collector, r:dict, part:str, category:str=''):
     tie = r.get('c_rate') is not None and r.get('c_rate')==r.get('r_rate')
     swap = item_id(str(r.get('chosen_path')), str(r.get('reject_path')))[-1] in '01234567'
     sides = (rejected,chosen) if swap else (chosen,rejected)
-    c.add('pair', *sides, .5 if tie else int(swap), part, category or _text(r,'category','kind'), group=str(two[0]))
+    label = .5 if tie else int(swap)
+    c.add('pair', *sides, label, part, category or _text(r,'category','kind'), group=str(two[0]))
 
 def _mj_record(c:Collector, r:dict, part:str):
     "Add a record of MJ-Bench's own layout."
@@ -91,9 +94,9 @@ def _read_mj_file(c:Collector, path:Path, part:str):
     else: columns = ('caption','image0') if part=='bias' else ('caption','image0','image1','label')
     c.need(rows, columns, path)
     if not ours and 'model' in rows[0] and 'subcategory' in rows[0] and 'info' not in rows[0]:
-        raise InputError(f"{path}: has the columns of the data set that later replaced MJ-Bench on the hub (subcategory, "
-                         "model); the benchmark has info. Pass a copy of the original, or an old revision as "
-                         "MJ-Bench/MJ-Bench@revision")
+        raise InputError(f"{path}: has the columns of the data set that later replaced MJ-Bench on the hub "
+                         "(subcategory, model); the benchmark has info. Pass a copy of the original, or an "
+                         "old revision as MJ-Bench/MJ-Bench@revision")
     for r in rows:
         if ours: _pair_record(c, r, part)
         else: _mj_record(c, r, part)
@@ -101,7 +104,7 @@ def _read_mj_file(c:Collector, path:Path, part:str):
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #13719c87
 def read_mjbench(
-    path:Path,           # folder with <perspective>*.parquet (also below data/) or <perspective>*.json, or one such file
+    path:Path,           # folder with <perspective>*.parquet (also in data/) or *.json, or one such file
     skip_bad:bool=False, # leave faulty records out instead of stopping
     images=None,         # folder of the images that JSON names
     **kw,                # of `SPECS`
@@ -123,10 +126,11 @@ def read_mjbench(
 def _add_ranking(c:Collector, prompt, images:list, ranks:list, part:str=''):
     "Add all pairs of a ranking."
     if not isinstance(images, list) or not isinstance(ranks, list):
-        return c.fault('ranking', f"is {ranks!r:.40} for {images!r:.40}; there must be lists of images and ranks")
+        return c.fault('ranking', f"is {ranks!r:.40} for {images!r:.40}; there must be lists of images and "
+                       "ranks")
     if len(images)!=len(ranks) or len(images)<2:
-        return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each of at least "
-                       "two")
+        return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each "
+                       "of at least two")
     if not all(isinstance(r,(int,float)) and known_number(r) is not None for r in ranks):
         return c.fault('ranking', f"is {ranks!r:.60}; ranks must be numbers")
     ids = [c.item(im, prompt, f'image {k}') for k,im in enumerate(images)]
@@ -170,13 +174,14 @@ def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #53802ec2
 def read_imagereward(
-    path:Path,           # test.json (prompt, generations, ranking), metadata-test.parquet (prompt, image_path, rank), a folder
+    path:Path,           # test.json (prompt, generations, ranking), metadata-test.parquet, or their folder
     skip_bad:bool=False, # leave faulty records out instead of stopping
     images=None,         # folder of the images, if elsewhere
     **kw,                # of `SPECS`
 )->Benchmark:
     "ImageReward's test rankings."
-    return _read_rankings('imagereward', path, skip_bad, ('**/test.json','**/metadata-test.parquet'), kw['local'], images)
+    patterns = ('**/test.json','**/metadata-test.parquet')
+    return _read_rankings('imagereward', path, skip_bad, patterns, kw['local'], images)
 
 def read_hpdv2(
     path:Path,           # test.json (prompt, image_path, rank), or the folder it lies in beside test/
@@ -210,7 +215,8 @@ def read_pickapic(
         rows = read_rows(f)
         c.need(rows, ('caption','jpg_0','jpg_1','label_0'), f)
         for r in rows:
-            ids = [c.item(r[f'jpg_{k}'], r['caption'], f'jpg_{k}', name=r.get(f'image_{k}_uid') or None) for k in (0,1)]
+            ids = [c.item(r[f'jpg_{k}'], r['caption'], f'jpg_{k}', name=r.get(f'image_{k}_uid') or None)
+                   for k in (0,1)]
             c.add('pair', *ids, _pick_label(c, r), group=r['caption'])
             c.count += 1
     return c.done(skip_bad)
@@ -247,13 +253,14 @@ def _labels_of(name:str, path, skip_bad:bool, patterns:tuple, local:str, images=
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #9d701f3f
 def read_unsafebench(
-    path:Path,           # Parquet (image, safety_label), JSON (path, label), a folder with test*.parquet or *nsafe*test*.json
+    path:Path,           # Parquet (image, safety_label), JSON (path, label), or a folder of such files
     skip_bad:bool=False, # leave faulty records out instead of stopping
     images=None,         # folder of the images that JSON names
     **kw,                # of `SPECS`
 )->Benchmark:
     "UnsafeBench's test images; 1 = safe."
-    return _labels_of('unsafebench', path, skip_bad, ('**/test*.parquet','**/*nsafe*test*.json'), kw['local'], images)
+    patterns = ('**/test*.parquet','**/*nsafe*test*.json')
+    return _labels_of('unsafebench', path, skip_bad, patterns, kw['local'], images)
 
 def read_smid(
     path:Path,           # smid_test.json (path, label, prompt), or the folder it lies in beside images/
@@ -294,7 +301,7 @@ def _rating_record(c:Collector, r:dict, ratings:dict|None):
           category=re.split(r'[_\d]', str(r.get('text_id')))[0], group=_text(r,'text_id'), model=model)
 
 def read_tifa160(
-    path:Path,           # human_annotations.json, or a folder that holds it (TIFA's repository) and the unpacked images
+    path:Path,           # human_annotations.json, or a folder with it (TIFA's repository) and the images
     skip_bad:bool=False, # leave faulty records out instead of stopping
     images=None,         # folder of the images, if elsewhere
     annotations=None,    # DSG's CSV, to be used instead of the file's ratings
@@ -305,7 +312,8 @@ def read_tifa160(
     files = _files(path, '**/human_annotations.json', '**/human_annotations_with_scores.json')
     if not files: raise _no_files(path, kw['local'])
     if len(files)>1:
-        raise InputError(f"{path}: holds {len(files)} annotation files ({files[0]}, {files[1]} …); name one of them")
+        raise InputError(f"{path}: holds {len(files)} annotation files ({files[0]}, {files[1]} …); "
+                         "name one of them")
     file = files[0]
     rows = read_rows(file)
     ratings = _dsg_ratings(annotations) if annotations else None
@@ -338,11 +346,11 @@ def _read_sample_folder(c:Collector, home:Path, names:tuple, prompt_set:str, cla
             c.count += 1
         for k,im in enumerate(images):
             add_sample(c, im, tasks[0]['prompt'], task, name=str(im.relative_to(c.folders[0])),
-                       category=_text(tasks[0],'category'), prompt_set=prompt_set, model=model, guidance=guidance,
-                       particle=k)
+                       category=_text(tasks[0],'category'), prompt_set=prompt_set, model=model,
+                       guidance=guidance, particle=k)
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #6db19841
-def _counted_particles(rows:list, image:str, prompt:str)->list: # the different images of a prompt are its particles
+def _counted_particles(rows:list, image:str, prompt:str)->list: # the images of a prompt are its particles
     seen,out = {},[]
     for r in rows:
         of = repr([r.get(k) for k in (prompt,'prompt_set','model','seed','guidance')])
@@ -370,7 +378,8 @@ def _tasks_by_prompt(source, classes)->dict:
     out = {}
     for t in read_tasks(source, classes):
         if out.setdefault(t['prompt'], t)!=t:
-            raise InputError(f"{source}: two different tasks for the prompt {t['prompt']!r:.60}; keep one of them")
+            raise InputError(f"{source}: two different tasks for the prompt {t['prompt']!r:.60}; "
+                             "keep one of them")
     return out
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #f69d45d0
@@ -404,18 +413,19 @@ def _prompt_lines(path:Path)->list: # of dicts: prompt, category; of a text file
 
 def _prompt_rows(path:Path)->list: # of dicts: prompt, category; of a table
     rows = read_rows(path)
-    there = [k for k in ('prompts','Prompts','prompt','Prompt') if any(k in r for r in rows)]
-    if not there:
-        raise InputError(f"{path}: lacks a column prompts; it has {', '.join(rows[0]) if rows else 'no records'}")
-    key = there[0]
+    keys = [k for k in ('prompts','Prompts','prompt','Prompt') if any(k in r for r in rows)]
+    if not keys:
+        there = ', '.join(rows[0]) if rows else 'no records'
+        raise InputError(f"{path}: lacks a column prompts; it has {there}")
+    key = keys[0]
     bad = [i for i,r in enumerate(rows) if not isinstance(r.get(key), str) or not r[key].strip()]
-    if bad: raise InputError(f"{path}: {len(bad)} of {len(rows)} records have no prompt (first: record {bad[0]}); "
-                             "remove them")
+    if bad: raise InputError(f"{path}: {len(bad)} of {len(rows)} records have no prompt "
+                             f"(first: record {bad[0]}); remove them")
     return [dict(prompt=r[key], category=_text(r,'category','Category')) for r in rows]
 
 def load_prompts(
     name:str='geneval', # 'geneval', 'drawbench' or 'tiny'
-    source=None,        # .txt with a prompt a line, .jsonl, .csv, .parquet …, or hub id; default: the published one
+    source=None,        # .txt with a prompt a line, a table, or a hub id; default: the published one
     n:int=60,           # prompts of 'tiny'
 )->list: # of dicts: prompt, category, and for GenEval the task
     "The prompts of a prompt set; `InputError` if they cannot be read."
@@ -443,19 +453,20 @@ class Spec:
     patterns:tuple=()     # files of it
 
 SPECS = dict(
-    mjbench=Spec(read_mjbench, tiny_mjbench, 'MJ-Bench: accuracy of pairs in alignment, safety and quality; bias',
-        'a folder with alignment.parquet, safety.parquet, quality.parquet and bias.parquet (also below data/), or pair '
-        'JSON files of these names', hub='MJ-Bench/MJ-Bench', patterns=('**/*.parquet',)),
+    mjbench=Spec(read_mjbench, tiny_mjbench,
+        'MJ-Bench: accuracy of pairs in alignment, safety and quality; bias',
+        'a folder with alignment.parquet, safety.parquet, quality.parquet and bias.parquet (also below '
+        'data/), or pair JSON files of these names', hub='MJ-Bench/MJ-Bench', patterns=('**/*.parquet',)),
     tifa160=Spec(read_tifa160, tiny_tifa160, 'TIFA160: correlation with human ratings',
-        "TIFA's repository (https://github.com/Yushi-Hu/tifa) with human_annotations/human_annotations.json, and the "
-        "images of its README's zip beside it"),
+        "TIFA's repository (https://github.com/Yushi-Hu/tifa) with human_annotations/human_annotations.json, "
+        "and the images of its README's zip beside it"),
     unsafebench=Spec(read_unsafebench, partial(tiny_labels,'unsafebench'),
         'UnsafeBench: accuracy, F1 and recall of safe and unsafe',
         'a folder with test*.parquet (image, safety_label), or JSON with path, label and prompt',
         hub='yiting/UnsafeBench', patterns=('**/test*.parquet',)),
     smid=Spec(read_smid, partial(tiny_labels,'smid'), 'SMID: accuracy, F1 and recall of moral and immoral',
-        "smid_test.json (from data/ of the LLaVA-Reward repository) beside images/ (from the gated hub data set "
-        "AIML-TUDA/smid)"),
+        "smid_test.json (from data/ of the LLaVA-Reward repository) beside images/ (from the gated hub data "
+        "set AIML-TUDA/smid)"),
     imagereward=Spec(read_imagereward, partial(tiny_rankings,'imagereward'),
         "ImageReward's test rankings: accuracy of pairs",
         "test.json (from data/ of the ImageReward repository) with its images, or metadata-test.parquet of "
@@ -468,8 +479,8 @@ SPECS = dict(
         'zhwang/HPDv2)'),
     geneval=Spec(partial(read_generated,'geneval'), partial(tiny_generated,'geneval'),
         'GenEval: share of images that show what the prompt asks for',
-        "your generated images: a folder with 00000/metadata.jsonl and 00000/samples/0000.png and so on, perhaps one "
-        "such folder for each <model>/<guidance>, or a table with the columns prompt and image"),
+        "your generated images: a folder with 00000/metadata.jsonl and 00000/samples/0000.png and so on, "
+        "perhaps one such folder for each <model>/<guidance>, or a table with the columns prompt and image"),
     drawbench=Spec(partial(read_generated,'drawbench'), partial(tiny_generated,'drawbench'),
         'DrawBench: mean of each metric over generated images; its category Text is judged by the reward ocr',
         'your generated images: as for geneval; metadata.jsonl needs only a prompt'))
@@ -477,24 +488,27 @@ SPECS = dict(
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #9dd2463e
 def load_benchmark(
     name:str,             # a key of `SPECS`
-    data='tiny',          # 'tiny', a path, a hub id 'owner/name' (perhaps '@revision'), or 'hub' for the published id
+    data='tiny',          # 'tiny', a path, a hub id (owner/name[@revision]), or 'hub' for the published one
     limit:int=None,       # rows of each part
     skip_bad:bool=False,  # leave faulty records out instead of stopping
-    **kw,                 # of the reader: `images`, a folder; `annotations` (tifa160); `tasks`, `classes` (geneval)
+    **kw,                 # of the reader: `images`, `annotations` (tifa160), `tasks` and `classes` (geneval)
 )->Benchmark:
     "Read a benchmark; `InputError` for an unknown name, bad records, or data that is not there."
     if name not in SPECS: raise InputError(f"benchmark {name!r}; use one of {', '.join(SPECS)}")
     spec = SPECS[name]
     if data is None or str(data)=='tiny':
-        if kw: raise InputError(f"{name}: the offline twin brings its own {', '.join(kw)}; name other data, or leave it out")
+        if kw: raise InputError(f"{name}: the offline twin brings its own {', '.join(kw)}; name other data, "
+                                "or leave it out")
         return spec.tiny().head(limit)
     if str(data)=='hub':
         if not spec.hub:
-            raise InputError(f"{name} is not on the hub in a form that can be read; pass a local copy: {spec.local}")
+            raise InputError(f"{name} is not on the hub in a form that can be read; "
+                             f"pass a local copy: {spec.local}")
         data = spec.hub
     path = as_path(data)
     if not path.exists():
         if not _HUB_ID.fullmatch(str(data)):
             raise InputError(f"{data}: no such file or folder; a local copy is {spec.local}")
-        path = hub_folder(str(data), spec.patterns or ('**/*.parquet','**/*.json','**/*.jsonl'), spec.local, data=True)
+        patterns = spec.patterns or ('**/*.parquet','**/*.json','**/*.jsonl')
+        path = hub_folder(str(data), patterns, spec.local, data=True)
     return spec.read(path, skip_bad=skip_bad, local=spec.local, **kw).head(limit)

@@ -49,31 +49,34 @@ class Rules:
     threshold:float=.3           # confidence above which a detection counts
     counting_threshold:float=.9  # the same, in counting tasks
     max_objects:int=16           # most detections kept of each class
-    max_overlap:float=1.         # boxes of a class that overlap a better one by this IoU or more are dropped; 1: none is
+    max_overlap:float=1.         # IoU with a better box of the class at which a box is dropped; 1: none is
     position_threshold:float=.1  # share of the boxes' sizes by which offsets are shortened before they count
 
 RULES = Rules()
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #96651c5d
 def box_iou(
-    a, # box (x1, y1, x2, y2)
+    a, # box (x1, y1, x2, y2), pixels
     b, # box
 )->float: # 0 to 1
     "Intersection over union of two boxes, borders included."
-    a,b = np.asarray(a,np.float64),np.asarray(b,np.float64)
-    area = lambda p,q: np.prod(np.maximum(q-p+1, 0))
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
+    def area(first, last): return np.prod(np.maximum(last-first+1, 0))
     both = area(np.maximum(a[:2],b[:2]), np.minimum(a[2:],b[2:]))
     return float(both/(area(a[:2],a[2:])+area(b[:2],b[2:])-both))
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #baf4e016
 def _most_confident(found:list, least:float, rules:Rules)->list: # of one class
     scores = np.round(np.array([d.score for d in found], np.float64), 6)
-    order = [i for i in np.argsort(scores, kind='stable')[::-1] if scores[i]>round(least,6)][:rules.max_objects]
+    order = np.argsort(scores, kind='stable')[::-1]
+    order = [i for i in order if scores[i]>round(least,6)][:rules.max_objects]
     kept = []
     while order:
         best,*order = order
         kept.append(found[best])
-        if rules.max_overlap<1: order = [i for i in order if box_iou(found[best].box, found[i].box)<rules.max_overlap]
+        if rules.max_overlap<1:
+            order = [i for i in order if box_iou(found[best].box, found[i].box)<rules.max_overlap]
     return kept
 
 def keep_detections(
@@ -92,18 +95,20 @@ def keep_detections(
 RELATION_NAMES = ('above', 'below', 'left of', 'right of')
 
 def box_relations(
-    a,                                        # box (x1, y1, x2, y2)
+    a,                                        # box (x1, y1, x2, y2), pixels
     b,                                        # box that A is seen from
     threshold:float=RULES.position_threshold, # share of both sizes that is taken off the offset
 )->list: # of `RELATION_NAMES`, in that order; may be empty
     "Where box A lies as seen from box B."
     a,b = (np.asarray(x,np.float64).reshape(2,2) for x in (a,b))
-    offset,size = a.mean(0)-b.mean(0), np.abs(a[1]-a[0])+np.abs(b[1]-b[0])
+    offset = a.mean(0)-b.mean(0)
+    size = np.abs(a[1]-a[0])+np.abs(b[1]-b[0])
     short = np.maximum(np.abs(offset)-threshold*size, 0)*np.sign(offset)
     if (np.abs(short)<1e-3).all(): return []
     dx,dy = short/math.hypot(*offset)
     half = .5+1e-6
-    return [r for r,holds in zip(RELATION_NAMES, (dy<-half, dy>half, dx<-half, dx>half)) if holds]
+    holds = (dy<-half, dy>half, dx<-half, dx>half)
+    return [name for name,true in zip(RELATION_NAMES, holds) if true]
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #6aabec65
 def _count_colors(want:dict, group:list, classify)->list: # reasons
@@ -144,7 +149,7 @@ class Verdict:
 def judge(
     task:dict,         # 'tag', 'include', perhaps 'exclude', as in GenEval's prompt file
     found:list,        # of `Detection`
-    classify,          # callable (class name, list of detections) -> list of color names; asked only if a color is wanted
+    classify,          # (class name, list of detections) -> list of color names; called if a color is wanted
     rules:Rules=RULES, # settings
 )->Verdict:
     "Apply GenEval's rules to the detections of one image."
@@ -152,7 +157,8 @@ def judge(
     groups,reasons = [],[]
     for want in task.get('include') or []:
         group,why = _meet(want, kept, groups, classify, rules)
-        groups.append(None if why else group); reasons += why
+        groups.append(None if why else group)
+        reasons += why
     for want in task.get('exclude') or []:
         n = len(kept.get(want['class'], []))
         if n>=want['count']:
@@ -164,14 +170,15 @@ def reason_text(
     reason:dict, # one of `Verdict.reasons`
 )->str:
     "A reason in words."
-    r = dict(reason); k = r['class']
-    if r['kind']=='count': return f"expected {r['need']} {k}, found {r['found']}"
-    if r['kind']=='excluded': return f"expected fewer than {r['limit']} {k}, found {r['found']}"
-    if r['kind']=='color':
-        return f"expected {r['need']} {r['color']} {k}, found " + (', '.join(f'{n} {c}' for c,n in r['all'].items())
-                or 'none')
-    if r['kind']=='no_target': return f"no target for {k} to be {r['relation']}"
-    return f"expected {k} {r['relation']} target, found it {' and '.join(r['found']) or 'in no clear relation'}"
+    kind,name = reason['kind'],reason['class']
+    if kind=='count': return f"expected {reason['need']} {name}, found {reason['found']}"
+    if kind=='excluded': return f"expected fewer than {reason['limit']} {name}, found {reason['found']}"
+    if kind=='color':
+        seen = ', '.join(f'{n} {c}' for c,n in reason['all'].items()) or 'none'
+        return f"expected {reason['need']} {reason['color']} {name}, found {seen}"
+    if kind=='no_target': return f"no target for {name} to be {reason['relation']}"
+    seen = ' and '.join(reason['found']) or 'in no clear relation'
+    return f"expected {name} {reason['relation']} target, found it {seen}"
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #358f031f
 GENEVAL_TAGS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
@@ -182,20 +189,24 @@ surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple
 broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,
 laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,
 refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush'''
-GENEVAL_CLASSES = tuple(_COCO.replace('\n','').split(',')) # COCO's 80 in order; GenEval renames numbers 64 to 66
+GENEVAL_CLASSES = tuple(_COCO.replace('\n','').split(',')) # COCO's 80 in order; numbers 64 to 66 are renamed
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #35a19e46
+def _is_position(p, i:int)->bool: # whether it may stand in entry `i`
+    if not isinstance(p, (list,tuple)) or len(p)!=2: return False
+    relation,index = p
+    return relation in RELATION_NAMES and type(index) is int and 0<=index<i
+
 def _entry_fault(want, i:int, classes)->str|None:
     if not isinstance(want, dict): return f"is {want!r:.40}, not an object"
     if want.get('class') not in classes:
-        return f"has class {want.get('class')!r}; the detector knows {len(classes)} classes, such as {', '.join(list(classes)[:4])}"
+        some = ', '.join(list(classes)[:4])
+        return f"has class {want.get('class')!r}; the detector knows {len(classes)} classes, such as {some}"
     if type(want.get('count')) is not int or want['count']<1:
         return f"has count {want.get('count')!r}; it must be a whole number from 1"
-    if 'position' not in want: return None
-    p = want['position']
-    if not (isinstance(p, (list,tuple)) and len(p)==2 and p[0] in RELATION_NAMES and type(p[1]) is int and 0<=p[1]<i):
-        return (
-        f"has position {p!r}; it must be one of {', '.join(RELATION_NAMES)} and the index of an earlier entry")
+    if 'position' in want and not _is_position(want['position'], i):
+        return (f"has position {want['position']!r}; it must be one of {', '.join(RELATION_NAMES)} and the "
+                "index of an earlier entry")
 
 def check_task(
     task,                    # perhaps a GenEval task
@@ -204,14 +215,17 @@ def check_task(
     tags=GENEVAL_TAGS,       # allowed values of 'tag'
 )->dict: # the task
     "`InputError` if a task lacks a field, or asks for what no detector of these classes could find."
-    if not isinstance(task, dict) or not {'tag','prompt','include'}<=set(task): raise InputError(
-        f"{name}: needs the fields tag, prompt and include; got "
-        f"{', '.join(task) if isinstance(task,dict) else type(task).__name__}")
-    if not isinstance(task['prompt'], str): raise InputError(f"{name}: prompt is {task['prompt']!r:.40}; it must be a string")
+    if not isinstance(task, dict) or not {'tag','prompt','include'}<=set(task):
+        got = ', '.join(task) if isinstance(task,dict) else type(task).__name__
+        raise InputError(f"{name}: needs the fields tag, prompt and include; got {got}")
+    if not isinstance(task['prompt'], str):
+        raise InputError(f"{name}: prompt is {task['prompt']!r:.40}; it must be a string")
     lists = [task['include'], task.get('exclude') or []]
-    if not all(isinstance(v, (list,tuple)) for v in lists) or not task['include']: raise InputError(
-        f"{name}: include is {task['include']!r:.40} and exclude {task.get('exclude')!r:.40}; they must be lists, the first not empty")
-    if task['tag'] not in tags: raise InputError(f"{name}: tag {task['tag']!r}; it must be one of {', '.join(tags)}")
+    if not all(isinstance(v, (list,tuple)) for v in lists) or not task['include']:
+        got = f"include is {task['include']!r:.40} and exclude {task.get('exclude')!r:.40}"
+        raise InputError(f"{name}: {got}; they must be lists, the first not empty")
+    if task['tag'] not in tags:
+        raise InputError(f"{name}: tag {task['tag']!r}; it must be one of {', '.join(tags)}")
     for key in ('include','exclude'):
         for i,want in enumerate(task.get(key) or []):
             fault = _entry_fault(want, i, classes)
@@ -226,19 +240,22 @@ def _fetch(url:str, what:str)->str:
     try:
         with urlopen(url, timeout=60) as r: return r.read().decode('utf-8')
     except (OSError, ValueError) as e:
-        raise InputError(f"{what} cannot be read from {url} ({e}); download the file where there is a network and pass "
-                         "its path") from None
+        raise InputError(f"{what} cannot be read from {url} ({e}); download the file where there is a "
+                         "network and pass its path") from None
+
+def _fetched_tasks(url:str)->list: # not yet checked
+    lines = _fetch(url, "GenEval's prompts").split('\n')
+    try: return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as e:
+        raise InputError(f"{url}: is not one JSON task a line ({e}); check the address") from None
 
 def read_tasks(
     source=GENEVAL_PROMPTS,  # path or address of a file with one JSON task a line
     classes=GENEVAL_CLASSES, # what the detector can find
 )->list: # of task dicts
     "Read and check GenEval tasks; `InputError` names the line that cannot be used."
-    if str(source).startswith(('http://','https://')):
-        lines = [l for l in _fetch(str(source), "GenEval's prompts").split('\n') if l.strip()]
-        try: tasks = [json.loads(l) for l in lines]
-        except ValueError as e: raise InputError(f"{source}: is not one JSON task a line ({e}); check the address") from None
-    else: tasks = read_table(source)
+    far = str(source).startswith(('http://','https://'))
+    tasks = _fetched_tasks(str(source)) if far else read_table(source)
     return [check_task(t, f'{source}, task {i}', classes) for i,t in enumerate(tasks)]
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #0ac1fefe
@@ -248,16 +265,19 @@ def numbered(
 )->list: # paths in the order of their numbers
     "Folders or images whose names are numbers; `InputError` if two have the same number."
     Image.init()
-    kind = lambda p: p.is_file() and p.suffix.lower() in Image.registered_extensions() if images else p.is_dir()
+    suffixes = Image.registered_extensions()
+    def fits(p): return p.is_file() and p.suffix.lower() in suffixes if images else p.is_dir()
     folder = as_path(folder)
-    found = [p for p in folder.iterdir() if re.fullmatch('[0-9]+', p.stem if images else p.name) and kind(p)] if folder.is_dir() else []
-    found = sorted(found, key=lambda p: (int(p.stem), p.name))
-    there = sorted(folder.iterdir()) if images and found else []
-    others = [p.name for p in there if p not in found and p.name[0]!='.' and kind(p)]
-    if others: warnings.warn(f"{folder}: {len(others)} images are left out (first: {others[0]}); "
-                             "names are numbers, such as 0000.png")
-    twice = [(a,b) for a,b in zip(found, found[1:]) if int(a.stem)==int(b.stem)]
-    if twice: raise InputError(f"{folder}: {twice[0][0].name} and {twice[0][1].name} have the same number; keep one of them")
+    there = [p for p in sorted(folder.iterdir()) if fits(p)] if folder.is_dir() else []
+    found = [p for p in there if re.fullmatch('[0-9]+', p.stem if images else p.name)]
+    found.sort(key=lambda p: (int(p.stem), p.name))
+    others = [p.name for p in there if p not in found and p.name[0]!='.']
+    if images and found and others:
+        warnings.warn(f"{folder}: {len(others)} images are left out (first: {others[0]}); names are numbers, "
+                      "such as 0000.png")
+    for a,b in zip(found, found[1:]):
+        if int(a.stem)==int(b.stem):
+            raise InputError(f"{folder}: {a.name} and {b.name} have the same number; keep one of them")
     return found
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #0bb61eca
@@ -282,15 +302,16 @@ def read_samples(
     "Find the images of each prompt; `InputError` if there are none, or if a prompt has no task or no images."
     places = numbered(folder)
     if not places:
-        raise InputError(f"{folder}: no folders such as 00000; GenEval's layout is <folder>/00000/metadata.jsonl and "
-                         "<folder>/00000/samples/0000.png")
+        raise InputError(f"{folder}: no folders such as 00000; GenEval's layout is "
+                         "<folder>/00000/metadata.jsonl and <folder>/00000/samples/0000.png")
     out = []
     for p in places:
-        tasks = read_table(p/'metadata.jsonl')
-        if len(tasks)!=1: raise InputError(f"{p/'metadata.jsonl'}: holds {len(tasks)} tasks; it must hold one")
+        about = p/'metadata.jsonl'
+        tasks = read_table(about)
+        if len(tasks)!=1: raise InputError(f"{about}: holds {len(tasks)} tasks; it must hold one")
         images = numbered(p/'samples', images=True)
         if not images: raise InputError(f"{p/'samples'}: no images such as 0000.png")
-        out.append(dict(index=int(p.name), task=check_task(tasks[0], str(p/'metadata.jsonl'), classes), images=images))
+        out.append(dict(index=int(p.name), task=check_task(tasks[0], str(about), classes), images=images))
     return out
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #0d640ab1
@@ -303,14 +324,16 @@ def resize_masks(
     size:tuple,   # (height, width) of the image
 )->Tensor: # (q, height, width)
     "Mask logits in the coordinates of the image."
-    big = F.interpolate(masks[None].float(), size=padded, mode='bilinear', align_corners=False)[...,:inner[0],:inner[1]]
+    big = F.interpolate(masks[None].float(), size=padded, mode='bilinear', align_corners=False)
+    big = big[...,:inner[0],:inner[1]]
     return F.interpolate(big, size=size, mode='bilinear', align_corners=False)[0]
 
 def mask_box(
     mask:np.ndarray, # bool, (h, w), not empty
 )->tuple: # (x1, y1, x2, y2) floats; x2 and y2 one past the last pixel
     "Tight box of a mask."
-    xs,ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    xs = np.flatnonzero(mask.any(0))
+    ys = np.flatnonzero(mask.any(1))
     return float(xs[0]), float(ys[0]), float(xs[-1]+1), float(ys[-1]+1)
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #d11fe034
@@ -322,8 +345,10 @@ def to_detections(
     "Turn the queries of one image into detections (mmdetection's instance head)."
     probs = class_logits.float().softmax(-1)[:,:-1]
     flat = probs.flatten()
-    order = flat.double().round(decimals=6).sort(descending=True, stable=True).indices[:TOP_PAIRS] # ties: the first
-    query,label = order//probs.shape[1], order%probs.shape[1]
+    rounded = flat.double().round(decimals=6)
+    order = rounded.sort(descending=True, stable=True).indices[:TOP_PAIRS] # ties: the first
+    query = order//probs.shape[1]
+    label = order%probs.shape[1]
     binary = masks>0
     quality = (masks.sigmoid()*binary).flatten(1).sum(1)/(binary.flatten(1).sum(1)+1e-6)
     scores = flat[order]*quality[query]
@@ -350,12 +375,14 @@ class MaskDetector:
         if n!=len(self.classes):
             raise CheckpointError(f"the detector has {n} classes; GenEval needs COCO's 80, as in {DETECTOR}")
         self.device = torch.device(device or default_device())
-        self.model,self.processor = model.to(self.device).eval(), processor
+        self.model = model.to(self.device).eval()
+        self.processor = processor
 
     @property
     def identity(self)->str:
         "Weights, classes and preprocessing."
-        settings = dict(classes=self.classes, pairs=TOP_PAIRS, processor=json.loads(self.processor.to_json_string()))
+        processor = json.loads(self.processor.to_json_string())
+        settings = dict(classes=self.classes, pairs=TOP_PAIRS, processor=processor)
         return make_identity('MaskDetector', settings, [self.model])
 
 DETECTOR = 'facebook/mask2former-swin-small-coco-instance'
@@ -377,7 +404,7 @@ def __call__(self:MaskDetector,
 )->list: # for each image, a list of `Detection`
     "Detect the objects of each image."
     out = []
-    for im in progress(image_list(images), desc='detecting'):
+    for im in progress(image_list(images), desc='detecting', unit='img'):
         im = load_image(im)
         x,inner = self.inputs(im)
         y = self.model(pixel_values=x, pixel_mask=torch.ones_like(x[:,0], dtype=torch.long))
@@ -390,7 +417,7 @@ def from_pretrained(cls:MaskDetector,
     name=DETECTOR, # folder or hub id of a Mask2Former with COCO's 80 classes
     device=None,   # default: the best there is
 )->MaskDetector:
-    "Load the detector strictly; `CheckpointError` if it is not there or does not fit, `ImportError` without SciPy."
+    "Load strictly; `CheckpointError` if it is not there or does not fit, `ImportError` without SciPy."
     _need_scipy()
     from transformers import Mask2FormerForUniversalSegmentation
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
@@ -423,15 +450,19 @@ class ColorClassifier:
         device=None,        # default: the best there is
         colors=COLOR_NAMES, # names to choose from
     ):
-        self.device,self.colors = torch.device(device or default_device()), tuple(colors)
-        self.clip,self.tokenizer,self.known = clip.to(self.device).eval(), tokenizer, {}
+        self.device = torch.device(device or default_device())
+        self.clip = clip.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.colors = tuple(colors)
+        self.known = {} # class name -> anchors
 
     @property
     def identity(self)->str:
         "Weights, colours, sentences and their tokens."
         texts = [t.format(c=c,k='object') for c in self.colors for t in TEMPLATES]
         tokens = [list(map(str,ids)) for ids in self.tokenizer(texts)['input_ids']]
-        return make_identity('ColorClassifier', dict(colors=self.colors, templates=TEMPLATES, blank=BLANK, tokens=tokens), [self.clip])
+        settings = dict(colors=self.colors, templates=TEMPLATES, blank=BLANK, tokens=tokens)
+        return make_identity('ColorClassifier', settings, [self.clip])
 
 COLOR_CLIP = 'openai/clip-vit-large-patch14'
 
@@ -443,10 +474,9 @@ def anchors(self:ColorClassifier,
     "One direction for each colour of such an object; computed once per class."
     if label not in self.known:
         texts = [t.format(c=c,k=label) for c in self.colors for t in TEMPLATES]
-        ids = self.tokenizer(texts, padding=True, truncation=True,
-                             max_length=self.clip.config.text_config.max_position_embeddings,
-                             return_tensors='pt').to(self.device)
-        e = F.normalize(self.clip.get_text_features(**ids).pooler_output.float(), dim=-1)
+        longest = self.clip.config.text_config.max_position_embeddings
+        ids = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors='pt')
+        e = F.normalize(self.clip.get_text_features(**ids.to(self.device)).pooler_output.float(), dim=-1)
         self.known[label] = F.normalize(e.view(len(self.colors), len(TEMPLATES), -1).mean(1), dim=-1)
     return self.known[label]
 
@@ -462,9 +492,10 @@ def __call__(self:ColorClassifier,
     if not detections: return []
     size = self.clip.config.vision_config.image_size
     x = normalise(to_floats([crop_image(cut_out(image,d), size, 'even') for d in detections]))
-    e = F.normalize(self.clip.get_image_features(pixel_values=x.to(self.device)).pooler_output.float(), dim=-1)
-    likeness = (e@self.anchors(label).T).double().cpu().numpy().round(5)
-    return [self.colors[i] for i in likeness.argmax(-1)]
+    seen = self.clip.get_image_features(pixel_values=x.to(self.device)).pooler_output
+    likeness = F.normalize(seen.float(), dim=-1)@self.anchors(label).T
+    best = likeness.double().cpu().numpy().round(5).argmax(-1)
+    return [self.colors[i] for i in best]
 
 @patch(cls_method=True)
 def from_pretrained(cls:ColorClassifier,
@@ -483,26 +514,39 @@ class GenEval:
         detector,          # images -> lists of `Detection`; has `classes`
         colors,            # (image, class name, detections) -> color names; has `colors`
         rules:Rules=RULES, # settings
-    ): self.detector,self.colors,self.rules = detector, colors, rules
+    ):
+        self.detector = detector
+        self.colors = colors
+        self.rules = rules
 
     @property
     def identity(self)->str|None:
         "Detector, colour classifier and rules; None if one of the first two does not say who it is."
         parts = identity(self.detector),identity(self.colors)
-        return None if None in parts else make_identity('GenEval', dict(parts=parts, rules=asdict(self.rules)))
+        if None in parts: return None
+        return make_identity('GenEval', dict(parts=parts, rules=asdict(self.rules)))
 
     def __repr__(self): return f'GenEval({type(self.detector).__name__}, {type(self.colors).__name__})'
 
 @patch
-def check(self:GenEval, task, name:str='task')->dict: # the task
+def check(self:GenEval,
+    task,            # perhaps a GenEval task
+    name:str='task', # how to call it in the error
+)->dict: # the task
     "`InputError` for a task that this detector or classifier could never find correct."
     check_task(task, name, self.detector.classes)
+    known = self.colors.colors
     for want in task['include']:
-        if 'color' in want and want['color'] not in self.colors.colors: raise InputError(
-            f"{name}: color {want['color']!r}; the classifier knows {', '.join(self.colors.colors)}")
+        if 'color' in want and want['color'] not in known:
+            raise InputError(f"{name}: color {want['color']!r}; the classifier knows {', '.join(known)}")
     return task
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #ffdaab77
+@patch
+def _judge_one(self:GenEval, im:Image.Image, task:dict)->Verdict:
+    found, = self.detector([im])
+    return judge(task, found, lambda label,detections: self.colors(im, label, detections), self.rules)
+
 @patch
 def __call__(self:GenEval,
     images, # one image or n of them
@@ -511,15 +555,11 @@ def __call__(self:GenEval,
     "Judge images; `InputError` for bad images or tasks."
     images = image_list(images)
     tasks = [tasks]*len(images) if isinstance(tasks, dict) else list(tasks)
-    if len(tasks)!=len(images):
-        raise InputError(f"{len(tasks)} tasks for {len(images)} images; pass one task for all or one for each")
-    for i,t in enumerate(tasks): self.check(t, f'task {i}')
-    return [self._judge_one(load_image(im), t) for im,t in progress(list(zip(images,tasks)), desc='judging')]
-
-@patch
-def _judge_one(self:GenEval, im:Image.Image, task:dict)->Verdict:
-    found, = self.detector([im])
-    return judge(task, found, lambda label,ds: self.colors(im,label,ds), self.rules)
+    if len(tasks)!=len(images): raise InputError(f"{len(tasks)} tasks for {len(images)} images; "
+                                                 "pass one task for all or one for each")
+    for i,task in enumerate(tasks): self.check(task, f'task {i}')
+    pairs = list(zip(images,tasks))
+    return [self._judge_one(load_image(im), task) for im,task in progress(pairs, desc='judging', unit='img')]
 
 @patch(cls_method=True)
 def from_pretrained(cls:GenEval,
@@ -596,17 +636,22 @@ def tiny_tasks(
             for i in range(n)]
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #d8e868aa
+def _by(rows:list, key:str)->dict: # value of the key -> verdicts
+    out = {}
+    for r in rows: out.setdefault(r[key], []).append(bool(r['correct']))
+    return out
+
 def geneval_scores(
     rows, # dicts (or a DataFrame) with 'tag', 'prompt' and 'correct', one for each image
-)->dict: # 'tasks': {tag: (correct, images)}, 'overall', 'images': (correct, n), 'prompts': (with any correct, n)
-    "GenEval's summary; `InputError` if there are no rows."
+)->dict: # tasks: {tag: (correct, images)}, overall, images: (correct, n), prompts: (with any correct, n)
+    "GenEval's summary; `InputError` if there are no rows, or one has no verdict."
     rows = rows.to_dict('records') if hasattr(rows,'to_dict') else list(rows)
     odd = [r['correct'] for r in rows if r['correct'] not in (0,1)]
-    if odd: raise InputError(f"{len(odd)} of {len(rows)} rows have no verdict (first: {odd[0]!r}); leave them out first")
+    if odd: raise InputError(f"{len(odd)} of {len(rows)} rows have no verdict (first: {odd[0]!r}); "
+                             "leave them out first")
     if not rows: raise InputError("no judged images; pass at least one row with tag, prompt and correct")
-    by = lambda key: {k:[bool(r['correct']) for r in rows if r[key]==k] for k in dict.fromkeys(r[key] for r in rows)}
-    tasks = {t:(sum(v),len(v)) for t,v in by('tag').items()}
-    prompts = by('prompt')
+    tasks = {tag:(sum(v),len(v)) for tag,v in _by(rows,'tag').items()}
+    prompts = _by(rows, 'prompt')
     return dict(tasks=tasks, overall=sum(c/n for c,n in tasks.values())/len(tasks),
                 images=(sum(bool(r['correct']) for r in rows), len(rows)),
                 prompts=(sum(map(any,prompts.values())), len(prompts)))

@@ -86,7 +86,8 @@ def measure(
     keep = scored&decided
     ties = 0
     if kind=='pair': ties = int((stats.pair_decisions(a[keep], b[keep], threshold)==stats.TIE).sum())
-    about = dict(n=int(keep.sum()), left_out=int((~scored).sum()), undecided=int((scored&~decided).sum()), ties=ties)
+    about = dict(n=int(keep.sum()), left_out=int((~scored).sum()), undecided=int((scored&~decided).sum()),
+                 ties=ties)
     if kind=='bias':
         got = stats.mean_bias(a[keep], rows.category.to_numpy()[keep])
         return [dict(metric=k, value=v, low=np.nan, high=np.nan, **about) for k,v in got.items()]
@@ -193,7 +194,8 @@ _ACCURACY = ('alignment, with ties','alignment, without ties','safety, with ties
              'quality, with ties','quality, without ties','bias, ACC','bias, NDS','bias, GES')
 _TASKS = (*GENEVAL_TAGS,'overall')
 
-def _published(source:str, columns:tuple, lines:str)->list: # of PublishedRow; a line is 'name: numbers', '-' for none
+def _published(source:str, columns:tuple, lines:str)->list: # of PublishedRow
+    "A line is 'name: numbers', with '-' for none."
     rows = []
     for line in lines.strip().split('\n'):
         name,numbers = line.split(':')
@@ -318,7 +320,7 @@ def leading_particle(
 def per_prompt(
     frame,         # DataFrame of particles
     metrics:list,  # columns
-): # DataFrame: prompt_set, model, guidance, prompt, seed, k, and for each metric 'metric|best' and 'metric|mean'
+): # DataFrame: prompt_set, model, guidance, prompt, seed, k; 'metric|best' and 'metric|mean' of each metric
     "Best and mean particle of each prompt; `InputError` if a particle occurs twice."
     import pandas as pd
     keys = [*GUIDED_BY,'prompt','seed']

@@ -30,8 +30,11 @@ class Item:
 
     def load(self)->Image.Image: # in the mode it is stored in: some metrics resize first, then convert
         "The image, upright; `InputError` if it does not open."
-        try: return self.image.load() if isinstance(self.image,StoredImage) else open_image(self.image, self.name)
-        except InputError as e: raise InputError(str(e) if self.name in str(e) else f'{self.name}: {e}') from None
+        try:
+            if isinstance(self.image, StoredImage): return self.image.load()
+            return open_image(self.image, self.name)
+        except InputError as e:
+            raise InputError(str(e) if self.name in str(e) else f'{self.name}: {e}') from None
 
 def item_id(
     name:str,   # of the image: path or uid
@@ -127,15 +130,18 @@ def _is_image(t)->bool: # an Arrow type
 def _read_parquet(path:Path)->list: # of dicts
     import pyarrow.parquet as pq
     try: file = pq.ParquetFile(path)
-    except Exception as e: raise InputError(f"{path}: cannot be read as parquet ({e}); download it again") from None
+    except Exception as e:
+        raise InputError(f"{path}: cannot be read as parquet ({e}); download it again") from None
     names = [c.name for c in file.schema_arrow]
     twice = [n for n in dict.fromkeys(names) if names.count(n)>1]
-    if twice: raise InputError(f"{path}: has {names.count(twice[0])} columns {twice[0]!r}; give each its own name")
+    if twice:
+        raise InputError(f"{path}: has {names.count(twice[0])} columns {twice[0]!r}; give each its own name")
     images = [c.name for c in file.schema_arrow if _is_image(c.type)]
     rest = [n for n in names if n not in images]
     try: rows = file.read(columns=rest).to_pylist() if rest else [{} for _ in range(file.metadata.num_rows)]
     except MemoryError: raise
-    except Exception as e: raise InputError(f"{path}: cannot be read ({str(e)[:100]}); download it again") from None
+    except Exception as e:
+        raise InputError(f"{path}: cannot be read ({str(e)[:100]}); download it again") from None
     row = 0
     for group in range(file.num_row_groups):
         for at in range(file.metadata.row_group(group).num_rows):
@@ -151,11 +157,12 @@ def _keyed_records(path:Path)->list|None: # of a JSON file {key: record}; None i
     keys = [k for k,_ in pairs]
     twice = [k for k in dict.fromkeys(keys) if keys.count(k)>1] if len(set(keys))<len(keys) else []
     if twice:
-        raise InputError(f"{path}: {len(twice)} keys occur twice (first: {twice[0]!r:.60}); keep one record of each")
+        raise InputError(f"{path}: {len(twice)} keys occur twice (first: {twice[0]!r:.60}); "
+                         "keep one record of each")
     whole = json.loads(text.decode('utf-8-sig'))
     odd = [k for k,v in whole.items() if not isinstance(v,dict)]
-    if odd: raise InputError(f"{path}: {odd[0]!r:.60} is a {type(whole[odd[0]]).__name__}; it must be a list of "
-                             "records, or an object with a record for each key")
+    if odd: raise InputError(f"{path}: {odd[0]!r:.60} is a {type(whole[odd[0]]).__name__}; it must be "
+                             "a list of records, or an object with a record for each key")
     return [{'key':k, **v} for k,v in whole.items()]
 
 def read_rows(
@@ -194,8 +201,9 @@ class Collector:
         if not rows: raise InputError(f"{where}: no records")
         lacking = [c for c in columns if not any(c in r for r in rows)]
         if lacking:
-            raise InputError(f"{where}: lacks the column{'s' if len(lacking)>1 else ''} {', '.join(lacking)}; it has "
-                             f"{', '.join(map(str,rows[0]))}")
+            plural = 's' if len(lacking)>1 else ''
+            raise InputError(f"{where}: lacks the column{plural} {', '.join(lacking)}; "
+                             f"it has {', '.join(map(str,rows[0]))}")
         for r in rows:
             for c in columns: r.setdefault(c, None)
 
@@ -230,7 +238,7 @@ def _one_place(a:str, b:str)->bool: # whether one written path may be the end of
     return long[len(long)-len(short):]==short
 
 # %% ../../nbs/6_evaluation/61_records.ipynb #bd80cf4e
-def _found_place(c:Collector, written:str, field:str)->tuple: # (file, name), None and None if there is a fault
+def _found_place(c:Collector, written:str, field:str)->tuple: # (file, name), None and None with a fault
     found = c.find(written)
     if found is None:
         below = f" below {', '.join(map(str,c.folders))}" if c.folders else ''
@@ -298,7 +306,8 @@ def add(self:Collector,
     if kind=='pair' and a is not None and a==b:
         return self.fault('pair', "both sides are the same image with the same prompt; a pair needs two")
     if a is None or b is None or label is None and kind not in ('bias','sample'): return
-    self.rows.append(dict(kind=kind, a=a, b=b, label=label, part=part, category=category, group=group or a, **extra))
+    self.rows.append(dict(kind=kind, a=a, b=b, label=label, part=part, category=category, group=group or a,
+                          **extra))
 
 @patch
 def done(self:Collector,
@@ -315,8 +324,8 @@ def done(self:Collector,
         warnings.warn(report+'\nthey are left out', stacklevel=2)
     if not self.rows: raise InputError(f"{self.name}, {self.source}: no records")
     repeats = len(self.rows)-len({json.dumps(r, sort_keys=True, default=str) for r in self.rows})
-    if repeats: warnings.warn(f"{self.name}, {self.source}: {repeats} of {len(self.rows)} rows repeat another; they "
-                              "count as often as they occur", stacklevel=2)
+    if repeats: warnings.warn(f"{self.name}, {self.source}: {repeats} of {len(self.rows)} rows repeat "
+                              "another; they count as often as they occur", stacklevel=2)
     used = {r[k] for r in self.rows for k in ('a','b')}
     items = {i:v for i,v in self.items.items() if i in used}
     return Benchmark(self.name, items, self.rows, str(self.source), self.faults, repeats)

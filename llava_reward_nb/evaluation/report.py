@@ -17,7 +17,8 @@ from ..core import InputError, load_image
 from .benchmarks import SPECS
 from .geneval import GENEVAL_TAGS, geneval_scores
 from .measures import (GUIDED_BY, PUBLISHED, compare, finite_scores, from_boundary,
-                                                 leading_particle, metric_columns, particle_frame, per_prompt, results)
+                                                 leading_particle, metric_columns, particle_frame, per_prompt,
+                                                 results)
 from .runs import Run
 from .tables import Table
 from .timing import latency_table
@@ -33,7 +34,8 @@ def as_runs(
     twice = [f for f,n in Counter(r.folder.resolve() for r in out).items() if n>1]
     if twice: raise InputError(f"{twice[0]}: named twice; pass each run once")
     names = sorted({r.name for r in out})
-    if len(names)>1: raise InputError(f"runs of different benchmarks: {', '.join(names)}; make a table of each")
+    if len(names)>1:
+        raise InputError(f"runs of different benchmarks: {', '.join(names)}; make a table of each")
     return out
 
 def _tails(runs:list)->list: # the ends of their paths that tell the folders apart
@@ -58,8 +60,9 @@ def _wide(frame, index:list, columns:list, scale:dict)->list: # DataFrames of va
     factor = frame.metric.map(lambda m: scale.get(m, scale.get('', 1.)))
     out = []
     for ends in ('value','low','high'):
-        wide = frame.assign(v=frame[ends]*factor).pivot_table(index=index, columns='column', values='v', sort=False,
-                                                              dropna=False, aggfunc='first')
+        scaled = frame.assign(v=frame[ends]*factor)
+        wide = scaled.pivot_table(index=index, columns='column', values='v', sort=False, dropna=False,
+                                  aggfunc='first')
         wide.columns.name = None
         out.append(wide)
     return out
@@ -68,7 +71,8 @@ def _wide(frame, index:list, columns:list, scale:dict)->list: # DataFrames of va
 def _run_remarks(run:Run, of:str)->list: # lines; `of` names the run if there are several
     meta = run.meta
     first = f", first {meta['limit']} of each part" if meta['limit'] else ''
-    lines = [f"{meta['benchmark']} from {meta['source']}: {meta['rows']} rows, {meta['items']} items{first}{of}."]
+    size = f"{meta['rows']} rows, {meta['items']} items"
+    lines = [f"{meta['benchmark']} from {meta['source']}: {size}{first}{of}."]
     if meta['left_out']: lines.append(f"{meta['left_out']} records could not be used and are left out{of}.")
     for f in run.failures().itertuples():
         why = textwrap.shorten(f.error, 100, placeholder=' …')
@@ -82,7 +86,8 @@ def _tie_remarks(frame, by:str)->list: # lines
     if 'ties' not in frame or not frame.ties.any(): return []
     each = frame.drop_duplicates(['reward','part',by] if by else ['reward','part'])
     sums = each.groupby(['reward','part'], sort=False)[['ties','n']].sum().query('ties>0')
-    said = [f"{reward} {row.ties} of {row.n}{f' in {part}' if part else ''}" for (reward,part),row in sums.iterrows()]
+    said = [f"{reward} {row.ties} of {row.n}"+(f' in {part}' if part else '')
+            for (reward,part),row in sums.iterrows()]
     return ['Ties of scores: '+'; '.join(said)+'.']
 
 def _undecided_remarks(frame)->list: # lines
@@ -94,7 +99,8 @@ def _undecided_remarks(frame)->list: # lines
 def _remarks(runs:list, frame, intervals:bool, by:str='')->list: # lines
     lines = []
     for run,tail in zip(runs, _tails(runs)): lines += _run_remarks(run, f' in {tail}' if len(runs)>1 else '')
-    if len({r.meta['hash'] for r in runs})>1: lines.append('The runs are of different records: compare within each.')
+    if len({r.meta['hash'] for r in runs})>1:
+        lines.append('The runs are of different records: compare within each.')
     lines += _tie_remarks(frame, by)+_undecided_remarks(frame)
     if intervals:
         over = ' over prompts' if (frame.kind=='sample').any() else ''
@@ -135,8 +141,8 @@ def _by_reward(name:str, runs:list, intervals:bool, published:bool, by:str, thre
                   high if intervals else None, signs=signs)
     if published: table.add_published(PUBLISHED.get(name, []))
     table.notes += [f"n = {_counts(frame, parts)}.", *_remarks(runs, frame, intervals, by)]
-    if signs: table.notes.append('† better than the second best: p < 0.05, exact paired permutation test, each '
-                                 'column by itself.')
+    if signs: table.notes.append('† better than the second best: p < 0.05, exact paired permutation test, '
+                                 'each column by itself.')
     if df[[c for c in df if c.startswith('bias, ')]].isna().any(axis=None):
         table.notes.append('Bias, NDS and GES need positive scores; blank where there are others.')
     if (frame.groupby(parts).n.nunique()>1).any():
@@ -174,7 +180,8 @@ def _model_table(runs:list, frame, title:str, scale:dict, digits:dict, images, i
     "Measures by model and guidance, with the number of images of each."
     df,low,high = _wide(frame, ['model','guidance'], ['metric'], scale)
     df['images'] = images.astype(float)
-    table = Table(df, title, {'images':''}, digits|{'images':0}, low if intervals else None, high if intervals else None)
+    table = Table(df, title, {'images':''}, digits|{'images':0}, low if intervals else None,
+                  high if intervals else None)
     table.notes += _remarks(runs, frame, intervals)
     return table
 
@@ -190,16 +197,19 @@ def _task_rows(key:tuple, g, intervals:bool)->list: # of dicts: GenEval's measur
         statistic,args = (_overall,(correct,tags)) if task=='overall' else (stats.mean,(correct[at],))
         low,high = np.nan,np.nan
         if intervals: low,high = stats.interval(statistic, *args, groups=prompts[at], bounds=(0,1))
-        rows.append(dict(model=key[0], guidance=key[1], metric=task, value=statistic(*args), low=low, high=high,
-                         n=int(at.sum()), part='geneval', kind='sample', undecided=0))
+        rows.append(dict(model=key[0], guidance=key[1], metric=task, value=statistic(*args), low=low,
+                         high=high, n=int(at.sum()), part='geneval', kind='sample', undecided=0))
     return rows
 
 def _geneval_table(runs:list, intervals:bool, published:bool)->Table:
     import pandas as pd
     samples = _pooled(runs)
     if 'geneval' not in samples:
-        raise InputError("a run of geneval without verdicts; run it again (run_benchmark adds the judge by itself)")
-    frame = pd.DataFrame([row for key,g in _grouped(samples, ('model','guidance')) for row in _task_rows(key, g, intervals)])
+        raise InputError("a run of geneval without verdicts; run it again (run_benchmark adds the judge by "
+                         "itself)")
+    rows = []
+    for key,g in _grouped(samples, ('model','guidance')): rows += _task_rows(key, g, intervals)
+    frame = pd.DataFrame(rows)
     images = frame[frame.metric=='overall'].set_index(['model','guidance']).n
     table = _model_table(runs, frame, SPECS['geneval'].about+', %', {'':100.}, {}, images, intervals)
     if published: table.add_published(PUBLISHED['geneval'])
@@ -212,8 +222,8 @@ def _mean_row(key:tuple, g, metric:str, name:str, intervals:bool)->dict: # the m
     low,high = np.nan,np.nan
     if intervals and len(v):
         low,high = stats.interval(stats.mean, v[metric].to_numpy(float), groups=v.prompt.to_numpy())
-    return dict(model=key[0], guidance=key[1], metric=metric, value=mean, low=low, high=high, n=len(v), part=name,
-                kind='sample', undecided=0)
+    return dict(model=key[0], guidance=key[1], metric=metric, value=mean, low=low, high=high, n=len(v),
+                part=name, kind='sample', undecided=0)
 
 def _means_table(name:str, runs:list, intervals:bool)->Table:
     import pandas as pd
@@ -235,7 +245,7 @@ class _Cell:
     high:float
     sign:str     # '†' if guidance changed it
 
-def _differs(each, g, key:tuple, column:str)->bool: # from the rows without guidance, on the same prompts and seeds
+def _differs(each, g, key:tuple, column:str)->bool: # from no guidance, on the same prompts and seeds
     prompt_set,model,guidance = key
     if guidance=='none': return False
     base = each[(each.prompt_set==prompt_set)&(each.model==model)&(each.guidance=='none')]
@@ -272,7 +282,8 @@ def _counts9(each, metrics:list, summary:tuple)->tuple: # prompts of each row, a
 # %% ../../nbs/6_evaluation/69_report.ipynb #7ac9896a
 def _frame9(cells:list, field:str): # DataFrame of one field of the cells
     import pandas as pd
-    rows = pd.MultiIndex.from_tuples(dict.fromkeys(c.row for c in cells), names=['prompt set','model','guidance'])
+    labels = dict.fromkeys(c.row for c in cells)
+    rows = pd.MultiIndex.from_tuples(labels, names=['prompt set','model','guidance'])
     columns = {}
     for c in cells: columns.setdefault(c.column, {})[c.row] = getattr(c, field)
     return pd.DataFrame({c:pd.Series(v).reindex(rows) for c,v in columns.items()}, rows)
@@ -283,7 +294,7 @@ def table9(
     summary:tuple=('best','mean'), # of the particles of a prompt
     intervals:bool=False, # 95 % interval over prompts in each cell
 )->Table:
-    "Mean of each metric by prompt set, model and guidance (paper's Table 9), ranked among the guidances of a model."
+    "Metrics by prompt set, model and guidance (paper's Table 9), ranked among the guidances of a model."
     frame = particle_frame(frame)
     metrics = list(metrics or metric_columns(frame))
     if not metrics: raise InputError("particles: no metric columns; add a column of scores for each metric")
@@ -298,12 +309,13 @@ def table9(
     notes = [f"{k} particles a prompt; the best particle is the one with the highest guidance score, without "
              "guidance the first. n: prompts and seeds.", *gaps, *fewer]
     signs = {(c.row,c.column):c.sign for c in cells if c.sign}
-    if intervals: notes.append(f'In brackets: 95 % intervals over prompts; none from fewer than {stats.FEWEST}.')
+    if intervals:
+        notes.append(f'In brackets: 95 % intervals over prompts; none from fewer than {stats.FEWEST}.')
     if signs: notes.append('† differs from no guidance: p < 0.05, exact paired permutation test over '
                            'prompts, each column by itself.')
     low,high = (_frame9(cells, ends) if intervals else None for ends in ('low','high'))
-    return Table(df, 'Metrics under guidance (Table 9)', {('','n'):''}, digits, low, high, block=2, signs=signs,
-                 notes=notes)
+    return Table(df, 'Metrics under guidance (Table 9)', {('','n'):''}, digits, low, high, block=2,
+                 signs=signs, notes=notes)
 
 # %% ../../nbs/6_evaluation/69_report.ipynb #0b8769af
 def _check_options(name:str, intervals:bool, by:str, threshold:float):
@@ -313,7 +325,8 @@ def _check_options(name:str, intervals:bool, by:str, threshold:float):
     if threshold and name not in paired:
         raise InputError(f"{name}: threshold is for pairs of images: {', '.join(paired)}; leave it out")
     if by and name not in split:
-        raise InputError(f"{name}: has no columns to split by {by!r}, as {', '.join(split)} have; leave it out")
+        raise InputError(f"{name}: has no columns to split by {by!r}, as {', '.join(split)} have; "
+                         "leave it out")
     if intervals and name=='latency':
         raise InputError("latency: has no intervals, but the fastest and the slowest; leave them out")
 
@@ -325,7 +338,7 @@ def make_table(
     by:str='',              # split columns by this column of the rows, such as 'category'
     threshold:float=0.,     # pairs whose scores are no further apart are ties
 )->Table:
-    "The table of a benchmark from stored runs; `InputError` for an unknown name, an option without a use, or other runs."
+    "A table from stored runs; `InputError` for an unknown name, an option without a use, or other runs."
     if name not in (*SPECS,'table9','latency'): raise InputError(
         f"no table {name!r}; there are {', '.join(SPECS)}, table9, latency")
     _check_options(name, intervals, by, threshold)
@@ -337,8 +350,8 @@ def make_table(
     elif name=='drawbench': table = _means_table(name, runs, intervals)
     else: table = _by_reward(name, runs, intervals, published, by, threshold)
     if table.sources and any(r.meta['data']=='tiny' for r in runs):
-        table.notes.append('Published rows are of the real benchmark, ours of its offline twin in the world of '
-                           'shapes: do not compare them.')
+        table.notes.append('Published rows are of the real benchmark, ours of its offline twin in the world '
+                           'of shapes: do not compare them.')
     return table
 
 # %% ../../nbs/6_evaluation/69_report.ipynb #81994f12
@@ -354,7 +367,7 @@ def _panel_rows(frame, prompts, guidances)->dict: # prompt -> {guidance: row of 
             if at is not None: out.setdefault(p,{})[g] = part.iloc[at]
     return out
 
-def _best_values(cells:dict, metrics:list)->dict: # metric -> the highest value, as printed; None without values
+def _best_values(cells:dict, metrics:list)->dict: # metric -> the highest value, as printed
     shown = {m:[round(float(c[m]),3) for c in cells.values() if c[m]==c[m]] for m in metrics}
     return {m:max(values, default=None) for m,values in shown.items()}
 
@@ -380,15 +393,17 @@ def panels(
     import matplotlib.pyplot as plt
     frame = particle_frame(frame)
     metrics = metrics or metric_columns(frame)
-    if 'image' not in frame: raise InputError("particles: no column image; add the path of each image to draw panels")
+    if 'image' not in frame:
+        raise InputError("particles: no column image; add the path of each image to draw panels")
     frame,_ = finite_scores(frame[frame.model==(model or frame.model.iloc[-1])], metrics)
     guidances = list(dict.fromkeys(frame.guidance))
     prompts = list(prompts) if prompts else list(dict.fromkeys(frame.prompt))[:n]
     rows = _panel_rows(frame, prompts, guidances)
     if not rows: raise InputError(f"particles: none of {', '.join(map(repr,prompts[:3]))} of model {model!r}")
     tall = width+.17*len(metrics)+.3
-    fig,axes = plt.subplots(len(rows), len(guidances), figsize=(width*len(guidances), tall*len(rows)), squeeze=False,
-                            dpi=72, layout='constrained')
+    size = width*len(guidances), tall*len(rows)
+    fig,axes = plt.subplots(len(rows), len(guidances), figsize=size, squeeze=False, dpi=72,
+                            layout='constrained')
     for line,(prompt,cells) in zip(axes,rows.items()):
         best = _best_values(cells, metrics)
         for ax,guidance in zip(line,guidances):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 
-from ..core import CheckpointError, InputError, as_path, progress
+from ..core import CheckpointError, InputError, as_path, batch_progress
 from ..files import atomic_path, read_table, write_table
 from .benchmarks import load_benchmark
 from .records import Benchmark
@@ -25,7 +25,7 @@ from ..shapes.world import SHAPES
 from ..store import ScoreStore, folder_lock, identity, pixels_hash, text_hash
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #574fde8b
-def versions()->dict:
+def versions()->dict: # name -> version; 'device' and 'python' too
     "Versions that scores may depend on, and the device."
     gpu = torch.cuda.is_available()
     out = dict(python=platform.python_version(), device=torch.cuda.get_device_name() if gpu else 'cpu')
@@ -43,7 +43,8 @@ class _Failure(str):
 
 def _scores_of(reward, images:list, prompts:list, tasks:list)->list: # (score, note) each
     if isinstance(reward, GenEval):
-        return [(float(v.correct), '' if v.correct else str(v)) for v in reward(images, tasks)]
+        verdicts = reward(images, tasks)
+        return [(float(v.correct), '' if v.correct else str(v)) for v in verdicts]
     out = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
     if out.shape!=(len(images),) and not out.numel()==len(images)==1:
         raise ValueError(f"returned shape {tuple(out.shape)} for {len(images)} images; a reward gives one "
@@ -69,24 +70,52 @@ def score_batch(
 class Health:
     "Notices a reward that fails on everything."
     enough = 8 # failures without a single success
-    def __init__(self, name:str, scored:int):
-        self.name,self.scored,self.failed,self.why = name,scored,0,''
+    def __init__(self,
+        name:str,   # of the reward
+        scored:int, # items that it has scored before
+    ):
+        self.name = name
+        self.scored = scored
+        self.failed = 0
+        self.why = '' # the first failure
 
-    def saw(self, errors:list): # one for each item, '' for a score
+    def saw(self,
+        errors:list, # one for each item, '' for a score
+    ):
         "Count; `InputError` if nothing has ever worked."
         self.scored += sum(not e for e in errors)
         bad = [e for e in errors if isinstance(e, _Failure)]
         self.failed += len(bad)
-        self.why = self.why or next(iter(bad), '')
+        if bad and not self.why: self.why = bad[0]
         if self.failed>=self.enough: self.check()
 
     def check(self):
+        "`InputError` if there were failures and no score."
         if self.failed and not self.scored: raise InputError(
             f"reward {self.name!r} fails on everything; on {self.failed} items, first with: {self.why}. "
             "Mend it and run again; scores of other rewards are kept")
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #ca3d2165
-_META = ('benchmark','data','source','hash','limit','rows','items','left_out','rewards') # what run.json says
+_META = ('benchmark','data','source','hash','limit','rows','items','left_out','rewards') # what run.json tells
+
+def _read_meta(folder:Path)->dict:
+    "What `run.json` tells; `InputError` if it is not there or damaged."
+    file = folder/'run.json'
+    if not file.is_file():
+        raise InputError(f"{folder}: holds no run.json; pass the folder that llava_reward_eval (or "
+                         "run_benchmark) wrote")
+    try: meta = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise InputError(f"{file}: damaged ({e}); delete it and run again: scores are kept") from None
+    known = meta if isinstance(meta, dict) else {}
+    lacking = [k for k in _META if k not in known]
+    rewards = known.get('rewards', {})
+    if not isinstance(rewards, dict) or not all(isinstance(v, dict) for v in rewards.values()):
+        lacking.append('rewards')
+    if lacking:
+        raise InputError(f"{file}: does not say {', '.join(lacking)}; delete it and run again: scores are "
+                         "kept")
+    return meta
 
 class Run:
     "The folder of an evaluation."
@@ -94,19 +123,7 @@ class Run:
         folder, # made by `run_benchmark`
     ):
         self.folder = as_path(folder)
-        file = self.folder/'run.json'
-        if not file.is_file():
-            raise InputError(f"{folder}: holds no run.json; pass the folder that llava_reward_eval (or run_benchmark) "
-                             "wrote")
-        try: self.meta = json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as e:
-            raise InputError(f"{file}: damaged ({e}); delete it and run again: scores are kept") from None
-        meta = self.meta if isinstance(self.meta, dict) else {}
-        rewards = meta.get('rewards')
-        usable = isinstance(rewards, dict) and all(isinstance(v, dict) for v in rewards.values())
-        lacking = [k for k in _META if k not in meta or k=='rewards' and not usable]
-        if lacking: raise InputError(f"{file}: does not say {', '.join(lacking)}; delete it and run again: "
-                                     "scores are kept")
+        self.meta = _read_meta(self.folder)
 
     @property
     def name(self)->str: return self.meta['benchmark']
@@ -116,15 +133,16 @@ class Run:
     def store(self)->ScoreStore: return ScoreStore(self.folder/'scores')
 
     def __repr__(self):
-        said = ', '.join(self.rewards) or 'none'
-        return f"Run({self.name}, {self.meta['rows']} rows, {self.meta['items']} items, rewards {said}, {self.folder})"
+        size = f"{self.meta['rows']} rows, {self.meta['items']} items"
+        return f"Run({self.name}, {size}, rewards {', '.join(self.rewards) or 'none'}, {self.folder})"
 
+# %% ../../nbs/6_evaluation/66_runs.ipynb #41e110ac
 def _table(run:Run, name:str, columns:tuple): # DataFrame
     import pandas as pd
     frame = pd.DataFrame(read_table(run.folder/name))
     lacking = [c for c in columns if c not in frame]
-    if lacking: raise InputError(
-        f"{run.folder/name}: lacks {', '.join(lacking)}; evaluate again: scores are kept")
+    if lacking:
+        raise InputError(f"{run.folder/name}: lacks {', '.join(lacking)}; evaluate again: scores are kept")
     return frame
 
 @patch(as_prop=True)
@@ -157,13 +175,14 @@ def scores(self:Run): # DataFrame: index item, a column for each reward, NaN whe
 def failures(self:Run): # DataFrame: reward, error, n, and the name of the first item
     "What has no score, counted by reward and reason."
     import pandas as pd
-    scores,names,records,out = self.scores(),self.items.name,self.records,{}
+    scores,names,records = self.scores(),self.items.name,self.records
+    found = {} # (reward, reason) -> names of items
     for reward in self.rewards:
         mine = records[records.reward==reward]
         why = {i:e or f'the score is {s}' for i,e,s in zip(mine.item, mine.error, mine.score)}
         for item in scores.index[scores[reward].isna()]:
-            out.setdefault((reward,why.get(item,'not scored yet')), []).append(names[item])
-    rows = [(*key,len(v),v[0]) for key,v in out.items()]
+            found.setdefault((reward,why.get(item,'not scored yet')), []).append(names[item])
+    rows = [(reward,reason,len(lacking),lacking[0]) for (reward,reason),lacking in found.items()]
     return pd.DataFrame(rows, columns=['reward','error','n','first'])
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #ade78d90
@@ -178,30 +197,32 @@ def _open_folder(folder:Path, bench:Benchmark, full_hash:str, data, limit):
                  faults=[str(f) for f in bench.faults], versions=versions())
     items = [dict(item=i.id, prompt=i.prompt, name=i.name) for i in bench.items.values()]
     with folder_lock(folder):
-        old = Run(folder).meta if (folder/'run.json').is_file() else None
+        old = Run(folder).meta if (folder/'run.json').is_file() else {}
         if old and (old['benchmark'],old['hash'])!=(bench.name,full_hash): raise InputError(
             f"{folder}: holds a run of {old['benchmark']} from {old['source']} with other records "
             f"(hash {old['hash']}, now {full_hash}); choose another folder, or delete this one")
         write_table(bench.rows, folder/'rows.parquet')
         write_table(items, folder/'items.parquet')
-        started = (old or {}).get('started') or time.strftime('%Y-%m-%dT%H:%M:%S%z')
-        _dump(dict(about, rewards=(old or {}).get('rewards',{}), started=started), folder)
+        started = old.get('started') or time.strftime('%Y-%m-%dT%H:%M:%S%z')
+        _dump(dict(about, rewards=old.get('rewards',{}), started=started), folder)
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #471300f1
 def _enlist(folder:Path, name:str, spec, reward)->str: # identity of its scores
     "Enter a loaded reward in the run; warns if the name belonged to another one."
-    said = identity(reward)
+    own = identity(reward)
     mine = dict(spec=spec if isinstance(spec,str) else '', repr=repr(reward)[:200], finished=False,
-                range=str(getattr(reward,'range','')), boundary=float(getattr(reward,'boundary',0.)), identity=said or f'unknown-{secrets.token_hex(8)}')
+                range=str(getattr(reward,'range','')), boundary=float(getattr(reward,'boundary',0.)),
+                identity=own or f'unknown-{secrets.token_hex(8)}')
     with folder_lock(folder):
         run = Run(folder)
-        old,n = run.meta['rewards'].get(name),int((run.records.query('error==""').reward==name).sum())
+        old = run.meta['rewards'].get(name)
+        n = int((run.records.query('error==""').reward==name).sum())
         run.meta['rewards'][name] = mine
         _dump(run.meta, folder)
     if old and n and old.get('identity')!=mine['identity']:
         was = old.get('identity') or 'not stored'
-        why = f"it is another one (identity {was}, now {said}): other weights, settings or package version"
-        if not said: why = "it does not say what it is (it has no `identity`)"
+        why = f"it is another one (identity {was}, now {own}): other weights, settings or package version"
+        if not own: why = "it does not say what it is (it has no `identity`)"
         warnings.warn(f"{folder}: {name!r} is scored again, {n} scores: {why}", stacklevel=3)
     return mine['identity']
 
@@ -209,8 +230,9 @@ def _finish(folder:Path, who:dict):
     "Note that evaluations (name -> identity) have come to their end."
     with folder_lock(folder):
         meta = Run(folder).meta
-        for n,i in who.items():
-            if meta['rewards'].get(n,{}).get('identity')==i: meta['rewards'][n]['finished'] = True
+        for name,own in who.items():
+            reward = meta['rewards'].get(name, {})
+            if reward.get('identity')==own: reward['finished'] = True
         _dump(meta, folder)
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #890a4e30
@@ -219,45 +241,51 @@ NOT_METRICS = {*PARTICLE_FIELDS, 'category','item','image','task','reward','path
 FIELDS = {*NOT_METRICS, 'images','score','note','error','pixels','identity','key'}
 
 def check_column_names(
-    names,         # of rewards or metrics
+    names,           # of rewards or metrics
     where='rewards', # what they are, for the error
 ):
     "`InputError` for names that tables use for something else."
-    for n in names:
-        if not isinstance(n, str) or not n.strip():
-            raise InputError(f"{where}: {n!r} is no name; use a string")
-        if n in FIELDS: raise InputError(
-            f"{where}: {n!r} is the name of a column of ours; call it something else, such as {'my '+n!r}")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"{where}: {name!r} is no name; use a string")
+        if name in FIELDS:
+            raise InputError(f"{where}: {name!r} is the name of a column of ours; call it something else, "
+                             f"such as {'my '+name!r}")
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #b2cea7a2
 @patch
-def samples(self:Run): # DataFrame: the fields of `PARTICLE_FIELDS`, category, item, and a column for each reward
+def samples(self:Run): # DataFrame: `PARTICLE_FIELDS`, category, item, and a column for each reward
     "Rows and scores of generated images side by side, as `table9` and `panels` want them."
     rows = self.rows
     check_column_names(self.rewards, f'{self.folder}, rewards')
     if not (rows.kind=='sample').all():
         raise InputError(f"{self.name} is not a set of generated images; use a run of geneval or drawbench")
-    keep = ['prompt_set','model','prompt','seed','particle','guidance','guidance_score','category','a']
-    return rows[keep].rename(columns=dict(a='item')).merge(self.scores(), left_on='item', right_index=True, how='left')
+    rows = rows[[*PARTICLE_FIELDS,'category','a']].rename(columns=dict(a='item'))
+    return rows.merge(self.scores(), left_on='item', right_index=True, how='left')
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #33927298
 def _open_items(bench:Benchmark, ids:list)->tuple: # id -> (image, hash of its pixels), id -> error
     opened,errors = {},{}
     for i in ids:
+        item = bench.items[i]
         try:
-            im = bench.items[i].load()
+            im = item.load()
             opened[i] = im,pixels_hash(im)
         except MemoryError: raise
         except Exception as e: # decoders raise what nobody foresees
-            said = str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
-            errors[i] = said if bench.items[i].name in said else f'{bench.items[i].name}: {said}'
+            why = str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
+            errors[i] = why if item.name in why else f'{item.name}: {why}'
     return opened,errors
 
 class _Memory:
     "What a store knows of one reward."
     def __init__(self, store:ScoreStore, records, reward:str, who:str):
-        self.store,self.reward,self.who = store,reward,who
-        self.known,self.last,self.changed = {},{},[] # scores by all that decided them; newest rows; items
+        self.store = store
+        self.reward = reward
+        self.who = who     # its identity
+        self.known = {}    # (item, pixels, prompt) -> its scored row
+        self.last = {}     # item -> its newest row
+        self.changed = []  # items whose image or prompt has changed
         for r in records[(records.reward==reward)&(records.identity==who)].itertuples():
             if not r.error: self.known[r.key,r.pixels,r.prompt] = r
             self.last[r.key] = r
@@ -269,7 +297,8 @@ class _Memory:
 
     def lacks(self, item:str, shown:tuple)->bool:
         "Whether an item, shown as (pixels, prompt), has to be scored."
-        old,last = self.known.get((item,*shown)),self.last.get(item)
+        old = self.known.get((item,*shown))
+        last = self.last.get(item)
         if last is not None and last.pixels and (last.pixels,last.prompt)!=shown: self.changed.append(item)
         if old is not None and last is not old: # it counts again
             self.add(item, shown, old.score, old.note, '', old.seconds)
@@ -281,9 +310,11 @@ def _score_items(bench:Benchmark, reward, memory:_Memory, health:Health, opened:
     shown = {i:(px, text_hash(tasks.get(i) or bench.items[i].prompt)) for i,(_,px) in opened.items()}
     ids = [i for i in opened if memory.lacks(i, shown[i])]
     if not ids: return
+    images = [opened[i][0] for i in ids]
+    prompts = [bench.items[i].prompt for i in ids]
+    asked = [json.loads(tasks[i]) if i in tasks else None for i in ids]
     start = time.perf_counter()
-    got = score_batch(reward, [opened[i][0] for i in ids], [bench.items[i].prompt for i in ids],
-                      [json.loads(tasks[i]) if i in tasks else None for i in ids])
+    got = score_batch(reward, images, prompts, asked)
     each = (time.perf_counter()-start)/len(ids)
     for i,(score,note,error) in zip(ids, got): memory.add(i, shown[i], score, note, error, each)
     health.saw([error for *_,error in got])
@@ -295,17 +326,38 @@ def _pass(bench:Benchmark, rewards:dict, who:dict, store:ScoreStore, batch_size:
     memory = {n:_Memory(store, records, n, who[n]) for n in rewards}
     health = {n:Health(n, len(memory[n].known)) for n in rewards}
     order = list(bench.items)
-    for k in progress(range(0,len(order),batch_size), desc=f'scoring {bench.name}'):
-        opened,errors = _open_items(bench, order[k:k+batch_size])
+    batches = [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
+    for batch in batch_progress(batches, f'scoring {bench.name}'):
+        opened,errors = _open_items(bench, batch)
         for name,reward in rewards.items():
             for i,e in errors.items(): memory[name].add(i, ('',''), error=e)
             _score_items(bench, reward, memory[name], health[name], opened, tasks)
     for h in health.values(): h.check()
-    return [bench.items[i].name for i in dict.fromkeys(i for m in memory.values() for i in m.changed)]
+    changed = dict.fromkeys(i for m in memory.values() for i in m.changed)
+    return [bench.items[i].name for i in changed]
+
+# %% ../../nbs/6_evaluation/66_runs.ipynb #cfe01ec8
+def _report(run:Run, who:dict, repainted:list)->Run:
+    "Warn about items without a score, images that changed and rewards that another process has replaced."
+    lines = []
+    bad = run.failures()
+    bad = bad[bad.reward.isin(who)]
+    if len(bad):
+        some = [f"{r.reward}: {r.n} x {r.error} (first: {r.first})" for r in bad.head(5).itertuples()]
+        more = ' …' if len(bad)>5 else ''
+        lines.append(f"{int(bad.n.sum())} scores are missing: {'; '.join(some)}{more}")
+    if repainted: lines.append(f"{len(repainted)} images or prompts have changed since they were scored "
+                               f"(first: {repainted[0]}); they are scored again")
+    for name,own in who.items():
+        if run.meta['rewards'][name].get('identity')!=own:
+            lines.append(f"another evaluation has meanwhile put another reward under the name {name!r}")
+    for line in lines: warnings.warn(f'{run.name}: {line}', stacklevel=3)
+    return run
 
 # %% ../../nbs/6_evaluation/66_runs.ipynb #fd3c6c84
 def _judge_for(bench:Benchmark): # the GenEval judge that knows the tasks' classes
-    classes = {w['class'] for r in bench.rows if r.get('task') for w in json.loads(r['task'])['include']}
+    tasks = [json.loads(r['task']) for r in bench.rows if r.get('task')]
+    classes = {want['class'] for task in tasks for want in task['include']}
     return shapes_geneval() if classes<=set(SHAPES) else GenEval.from_pretrained()
 
 def _specs(name:str, rewards, bench:Benchmark)->dict: # name -> reward or spec
@@ -323,7 +375,7 @@ def _specs(name:str, rewards, bench:Benchmark)->dict: # name -> reward or spec
 
 def run_benchmark(
     name:str,             # a benchmark, a key of `SPECS`
-    rewards,              # dict name -> reward or spec (see `load_reward`), or a list of specs; may hold a `GenEval`
+    rewards,              # dict name -> reward or spec (see `load_reward`), or a list of specs
     data='tiny',          # 'tiny', path, hub id, 'hub', or a `Benchmark`
     out=None,             # folder of this run; default runs/<name>
     limit:int=None,       # rows of each part, for a quick look
@@ -331,30 +383,16 @@ def run_benchmark(
     skip_bad:bool=False,  # leave faulty records out instead of stopping
     **kw,                 # see `load_benchmark`
 )->Run:
-    "Score a benchmark, or go on where an earlier run stopped; `InputError` for bad data or a folder of something else."
-    whole = data if isinstance(data, Benchmark) else load_benchmark(name, data, skip_bad=skip_bad, **kw)
-    bench,folder = whole.head(limit), as_path(out or Path('runs')/name)
+    "Score a benchmark, or go on with a run; `InputError` for bad data or a folder of something else."
+    given = isinstance(data, Benchmark)
+    whole = data if given else load_benchmark(name, data, skip_bad=skip_bad, **kw)
+    bench = whole.head(limit)
+    folder = as_path(out or Path('runs')/name)
     specs = _specs(name, rewards, bench)
-    _open_folder(folder, bench, whole.hash, data if not isinstance(data,Benchmark) else bench.source, limit)
+    _open_folder(folder, bench, whole.hash, bench.source if given else data, limit)
     loaded = {n:load_reward(s) if isinstance(s,str) else s for n,s in specs.items()}
     who = {}
     for n,reward in loaded.items(): who[n] = _enlist(folder, n, specs[n], reward)
     with ScoreStore(folder/'scores') as store: repainted = _pass(bench, loaded, who, store, batch_size)
     _finish(folder, who)
-    return _told(Run(folder), who, repainted)
-
-# %% ../../nbs/6_evaluation/66_runs.ipynb #cfe01ec8
-def _told(run:Run, who:dict, repainted:list)->Run:
-    "Warn about items without a score, images that changed and rewards that another process has replaced."
-    bad,said = run.failures(),[]
-    bad = bad[bad.reward.isin(who)]
-    if len(bad):
-        some = [f"{r.reward}: {r.n} x {r.error} (first: {r.first})" for r in bad.head(5).itertuples()]
-        said.append(f"{int(bad.n.sum())} scores are missing: {'; '.join(some)}{' …' if len(bad)>5 else ''}")
-    if repainted: said.append(f"{len(repainted)} images or prompts have changed since they were scored "
-                              f"(first: {repainted[0]}); they are scored again")
-    for n,i in who.items():
-        if run.meta['rewards'][n].get('identity')!=i:
-            said.append(f"another evaluation has meanwhile put another reward under the name {n!r}")
-    for line in said: warnings.warn(f'{run.name}: {line}', stacklevel=3)
-    return run
+    return _report(Run(folder), who, repainted)

@@ -21,13 +21,13 @@ from ..files import atomic_path
 class Table:
     "Numbers, and how to show them."
     df:object                                  # DataFrame: row labels in the index, a column for each measure
-    title:str=''
-    better:dict = field(default_factory=dict)  # column -> 'max' (default), 'min', or '' for no ranking, as of n
+    title:str=''                               # one line above the table
+    better:dict = field(default_factory=dict)  # column -> 'max' (default), 'min', or '' for no ranking
     digits:object=1                            # decimals, or a dict column -> decimals
     low:object=None                            # DataFrame of the same shape, lower ends of intervals
     high:object=None                           # upper ends
     block:int=0                                # rows are ranked among those that share this many index levels
-    sources:dict = field(default_factory=dict) # row label -> origin of a row that is not ours; it is not ranked
+    sources:dict = field(default_factory=dict) # row label -> origin of a row from elsewhere; not ranked
     signs:dict = field(default_factory=dict)   # (row label, column) -> sign after the number, such as '†'
     notes:list = field(default_factory=list)   # lines below the table
 
@@ -45,27 +45,37 @@ class Table:
         return 0 if self.better.get(c)=='' else self.digits
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #23170c54
+def _check_ends(table:Table):
+    "`InputError` for intervals of other rows or columns."
+    df,low,high = table.df,table.low,table.high
+    for name,ends in (('low',low), ('high',high)):
+        if ends is not None and not (ends.index.equals(df.index) and set(ends.columns)<=set(df.columns)):
+            raise InputError(f"table {table.title!r}: `{name}` has other rows or columns than the table; "
+                             "build both from one frame")
+    if low is None and high is None: return
+    if low is None or high is None or set(low.columns)!=set(high.columns):
+        raise InputError(f"table {table.title!r}: `low` and `high` go together; give both or neither")
+
 @patch
 def check(self:Table):
     "`InputError` for labels that occur twice, intervals of other rows, and settings of what is not there."
     df = self.df
     for what,labels in (('rows',df.index), ('columns',df.columns)):
         twice = list(dict.fromkeys(labels[labels.duplicated()]))
-        if twice: raise InputError(f"table {self.title!r}: {what} occur twice: {', '.join(map(str,twice[:3]))}; give each a label of "
-                                   "its own, such as its run")
-    for name,ends in (('low',self.low), ('high',self.high)):
-        if ends is not None and not (ends.index.equals(df.index) and set(ends.columns)<=set(df.columns)):
-            raise InputError(f"table {self.title!r}: `{name}` has other rows or columns than the table; build both from one frame")
-    if (self.low is None)!=(self.high is None) or self.low is not None and set(self.low.columns)!=set(self.high.columns):
-        raise InputError(f"table {self.title!r}: `low` and `high` go together; give both or neither")
+        if twice:
+            raise InputError(f"table {self.title!r}: {what} occur twice: {', '.join(map(str,twice[:3]))}; "
+                             "give each a label of its own, such as its run")
+    _check_ends(self)
     odd = [c for c,b in self.better.items() if b not in ('max','min','') or c not in df.columns]
-    odd += [r for r in self.sources if r not in df.index]+[k for k in self.signs if k[0] not in df.index or k[1] not in df.columns]
-    if odd: raise InputError(f"table {self.title!r}: `better`, `sources` or `signs` name {odd[0]!r}, which is no row or column of it "
-                             "(or `better` is not 'max', 'min' or '')")
+    odd += [r for r in self.sources if r not in df.index]
+    odd += [k for k in self.signs if k[0] not in df.index or k[1] not in df.columns]
+    if odd: raise InputError(f"table {self.title!r}: `better`, `sources` or `signs` name {odd[0]!r}, which "
+                             "is no row or column of it (or `better` is not 'max', 'min' or '')")
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #d7b455d9
 def _finite(v)->bool: # a number that can be ranked
-    try: return not isinstance(v,(str,bool)) and type(v).__name__ not in ('bool_','bool') and math.isfinite(v)
+    if isinstance(v,(str,bool)) or type(v).__name__ in ('bool_','bool'): return False
+    try: return math.isfinite(v)
     except (TypeError, ValueError): return False
 
 def rank_marks(
@@ -75,10 +85,11 @@ def rank_marks(
 )->list: # 'best', 'second' or '' for each
     "Which values are best and second; equal ones share a mark."
     shown = [round(float(v),digits) if _finite(v) else None for v in values]
-    order = sorted({v for v in shown if v is not None}, reverse=better=='max')
-    if not better or len([v for v in shown if v is not None])<2: return ['']*len(shown)
-    return ['' if v is None else 'best' if v==order[0] else 'second' if len(order)>1 and v==order[1] else ''
-            for v in shown]
+    ranked = [v for v in shown if v is not None]
+    if not better or len(ranked)<2: return ['']*len(shown)
+    order = sorted(set(ranked), reverse=better=='max')
+    marks = dict(zip(order, ('best','second')))
+    return [marks.get(v, '') for v in shown]
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #d4cce127
 def _labels(row)->tuple: return row if isinstance(row,tuple) else (row,)
@@ -87,21 +98,22 @@ def _labels(row)->tuple: return row if isinstance(row,tuple) else (row,)
 def marks(self:Table)->dict: # (row position, column) -> 'best' or 'second'
     "The marks of all cells, block by block."
     self.check()
-    out,blocks = {},{}
+    blocks = {}
     for i,row in enumerate(self.df.index):
         if row not in self.sources: blocks.setdefault(_labels(row)[:self.block], []).append(i)
+    out = {}
     for c in self.df.columns:
         for where in blocks.values():
-            for i,m in zip(where, rank_marks([self.df[c].iloc[i] for i in where], self.better.get(c,'max'),
-                                             self._digits(c))):
-                if m: out[i,c] = m
+            values = [self.df[c].iloc[i] for i in where]
+            marks = rank_marks(values, self.better.get(c,'max'), self._digits(c))
+            out |= {(i,c):m for i,m in zip(where, marks) if m}
     return out
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #9854bc6c
 def one_line(
     x, # anything
-)->str:
-    "Its text in one line: line breaks, tabs and control characters become spaces."
+)->str: # its text
+    "Text in one line: line breaks, tabs and control characters become spaces."
     instead = {'Cc':' ', 'Zl':' ', 'Zp':' ', 'Cs':'\ufffd'}
     return ''.join(instead.get(unicodedata.category(ch),ch) for ch in str(x))
 
@@ -110,42 +122,52 @@ def _number(v, digits:int)->str:
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #0c30557f
 @patch
-def cell(self:Table, i:int, c)->str:
-    "The number of row `i`, column `c`, as text, with its interval."
-    v,d = self.df[c].iloc[i], self._digits(c)
+def cell(self:Table,
+    i:int, # position of the row
+    c,     # column
+)->str:
+    "The number of a cell as text, with its interval."
+    v = self.df[c].iloc[i]
+    digits = self._digits(c)
     if isinstance(v,str) or type(v).__name__ in ('bool','bool_'): return one_line(v)
     if v is None or str(v) in ('<NA>','NaT','nan'): return '–'
-    try: text = _number(v,d)+self.signs.get((self.df.index[i],c),'')
+    try: text = _number(v,digits)+self.signs.get((self.df.index[i],c),'')
     except (TypeError, ValueError): return one_line(v) # a date, a list
     if self.low is None or c not in self.low.columns: return text
-    lo,hi = self.low[c].iloc[i], self.high[c].iloc[i]
-    return f'{text} [{_number(lo,d)}, {_number(hi,d)}]' if _finite(lo) and _finite(hi) else text
+    low,high = self.low[c].iloc[i],self.high[c].iloc[i]
+    if not (_finite(low) and _finite(high)): return text
+    return f'{text} [{_number(low,digits)}, {_number(high,digits)}]'
 
 @patch
 def heads(self:Table)->list: # header texts, those of the index first
+    "The header row."
     names = ['' if n is None else one_line(n) for n in self.df.index.names]
     return names+[', '.join(one_line(x) for x in _labels(c) if str(x)) for c in self.df.columns]
 
 @patch
 def grid(self:Table)->list: # rows of (text, mark); mark 'label', 'best', 'second', 'source' or ''
     "All cells, row labels first; a row from elsewhere carries the number of its source."
-    marks,order = self.marks(), list(dict.fromkeys(self.sources.values()))
+    marks = self.marks()
+    order = list(dict.fromkeys(self.sources.values()))
     out = []
     for i,row in enumerate(self.df.index):
         labels = [one_line(x) for x in _labels(row)]
-        if row in self.sources: labels[-1] += f' [{order.index(self.sources[row])+1}]'
-        cells = [(self.cell(i,c), 'source' if row in self.sources else marks.get((i,c),'')) for c in self.df.columns]
-        out.append([(l,'label') for l in labels]+cells)
+        ours = row not in self.sources
+        if not ours: labels[-1] += f' [{order.index(self.sources[row])+1}]'
+        cells = [(self.cell(i,c), marks.get((i,c),'') if ours else 'source') for c in self.df.columns]
+        out.append([(label,'label') for label in labels]+cells)
     return out
 
 @patch
 def foot(self:Table)->list: # lines
-    return [one_line(l) for l in [*(f'[{k+1}] {s}' for k,s in enumerate(dict.fromkeys(self.sources.values()))), *self.notes]]
+    "What stands below the table: numbered sources, then the notes."
+    sources = [f'[{k}] {s}' for k,s in enumerate(dict.fromkeys(self.sources.values()), 1)]
+    return [one_line(line) for line in [*sources,*self.notes]]
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #3febb742
 def markdown(
     s:str, # plain text of one line
-)->str:
+)->str: # the same for GitHub Markdown
     "Escape text for GitHub Markdown, within a line."
     s = re.sub(r'([\\`*<>|~$])', r'\\\1', s)
     s = re.sub(r'(?<![^\W_])_|_(?![^\W_])', r'\\_', s)
@@ -154,34 +176,40 @@ def markdown(
 
 def _markdown_line(s:str)->str: # a paragraph: no heading, no list
     s = markdown(s.strip())
-    return re.sub(r'^([#+=-])', r'\\\1', re.sub(r'^(\d+)([.)])(?=\s|$)', r'\1\\\2', s))
+    s = re.sub(r'^(\d+)([.)])(?=\s|$)', r'\1\\\2', s)
+    return re.sub(r'^([#+=-])', r'\\\1', s)
 
 @patch
 def to_markdown(self:Table)->str:
     "GitHub Markdown: best bold, second underlined, rows from elsewhere in italics."
-    say = dict(best='**{}**', second='<u>{}</u>', source='*{}*')
-    k = len(self.df.index.names)
-    lines = [[markdown(h) for h in self.heads()], ['---']*k+['---:']*len(self.df.columns)]
-    lines += [[say.get(m,'{}').format(markdown(t)) for t,m in row] for row in self.grid()]
-    body = '\n'.join('| '+' | '.join(l)+' |' for l in lines)
+    form = dict(best='**{}**', second='<u>{}</u>', source='*{}*')
+    levels = len(self.df.index.names)
+    lines = [[markdown(h) for h in self.heads()], ['---']*levels+['---:']*len(self.df.columns)]
+    lines += [[form.get(m,'{}').format(markdown(t)) for t,m in row] for row in self.grid()]
+    body = '\n'.join('| '+' | '.join(line)+' |' for line in lines)
     title = one_line(self.title).strip()
-    return '\n\n'.join(([f'**{markdown(title)}**'] if title else [])+[body]+[_markdown_line(l) for l in self.foot()])+'\n'
+    parts = [body, *map(_markdown_line, self.foot())]
+    if title: parts.insert(0, f'**{markdown(title)}**')
+    return '\n\n'.join(parts)+'\n'
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #7bf6e288
+_HTML = dict(best='<b>{}</b>', second='<u>{}</u>', source='<i style="opacity:.7">{}</i>')
+
+def _html_cell(text:str, mark:str, tag:str='td')->str:
+    side = 'left' if mark=='label' else 'right'
+    return f'<{tag} style="text-align:{side}">{_HTML.get(mark,"{}").format(html.escape(text))}</{tag}>'
+
 @patch
 def to_html(self:Table)->str:
     "HTML with inline styles: best bold, second underlined."
-    say = dict(best='<b>{}</b>', second='<u>{}</u>', source='<i style="opacity:.7">{}</i>')
-    def cell(t, m, tag='td'):
-        side = 'left' if m=='label' else 'right'
-        return f'<{tag} style="text-align:{side}">{say.get(m,"{}").format(html.escape(t))}</{tag}>'
-    k = len(self.df.index.names)
-    head = ''.join(cell(h, 'label' if i<k else '', 'th') for i,h in enumerate(self.heads()))
-    body = '\n'.join('<tr>'+''.join(cell(t,m) for t,m in row)+'</tr>' for row in self.grid())
+    levels = len(self.df.index.names)
+    head = ''.join(_html_cell(h, 'label' if i<levels else '', 'th') for i,h in enumerate(self.heads()))
+    body = '\n'.join('<tr>'+''.join(_html_cell(t,m) for t,m in row)+'</tr>' for row in self.grid())
     title = f'<b>{html.escape(one_line(self.title))}</b>'
-    cap = f'<caption style="text-align:left;caption-side:top">{title}</caption>' if self.title else ''
-    foot = ''.join(f'<div style="font-size:85%">{html.escape(l)}</div>' for l in self.foot())
-    return f'<div><table>{cap}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>{foot}</div>\n'
+    caption = f'<caption style="text-align:left;caption-side:top">{title}</caption>' if self.title else ''
+    foot = ''.join(f'<div style="font-size:85%">{html.escape(line)}</div>' for line in self.foot())
+    return (f'<div><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+            f'{foot}</div>\n')
 
 @patch
 def _repr_html_(self:Table)->str: return self.to_html()
@@ -190,13 +218,13 @@ def _repr_html_(self:Table)->str: return self.to_html()
 def _repr_markdown_(self:Table)->str: return self.to_markdown()
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #7980ca7f
-_TEX = {'&':r'\&','%':r'\%','$':r'\$','#':r'\#','_':r'\_','{':r'\{','}':r'\}',
-        '~':r'\textasciitilde{}','^':r'\textasciicircum{}','\\':r'\textbackslash{}','–':'--','†':r'\dag{}',
-        '<':r'\textless{}','>':r'\textgreater{}','|':r'\textbar{}','`':r'\textasciigrave{}','"':r'\textquotedbl{}'}
+_TEX = {'&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#', '_':r'\_', '{':r'\{', '}':r'\}', '–':'--', '†':r'\dag{}',
+        '~':r'\textasciitilde{}', '^':r'\textasciicircum{}', '\\':r'\textbackslash{}', '<':r'\textless{}',
+        '>':r'\textgreater{}', '|':r'\textbar{}', '`':r'\textasciigrave{}', '"':r'\textquotedbl{}'}
 
 def tex(
     s:str, # plain text
-)->str:
+)->str: # the same for LaTeX
     "Escape text for LaTeX."
     s = re.sub(r"(?<=-)-|(?<=')'", lambda m: '\0'+m[0], one_line(s))
     return ''.join(_TEX.get(ch,ch) for ch in s).replace('\0','{}')
@@ -208,19 +236,19 @@ def _row(cells)->str: # of a tabular
 @patch
 def to_latex(self:Table)->str:
     "A LaTeX table (booktabs): best bold, second underlined; a rule between blocks."
-    say = dict(best=r'\textbf{%s}', second=r'\underline{%s}', source=r'\textit{%s}')
-    k = len(self.df.index.names)
+    form = dict(best=r'\textbf{%s}', second=r'\underline{%s}', source=r'\textit{%s}')
+    columns = 'l'*len(self.df.index.names)+'r'*len(self.df.columns)
     rows,last = [],None
     for row,label in zip(self.grid(), self.df.index):
         block = _labels(label)[:self.block]+(label in self.sources,)
         if last is not None and block!=last: rows.append(r'\midrule')
-        rows.append(_row(say.get(m,'%s')%tex(t) for t,m in row))
+        rows.append(_row(form.get(m,'%s')%tex(t) for t,m in row))
         last = block
-    head = _row(map(tex,self.heads()))
-    lines = [r'\begin{table}', r'\centering', *([r'\caption{%s}'%tex(self.title)] if self.title else []),
-             r'\begin{tabular}{%s}'%('l'*k+'r'*len(self.df.columns)), r'\toprule', head, r'\midrule', *rows,
-             r'\bottomrule', r'\end{tabular}',
-             *(r'\par\footnotesize '+tex(l) for l in self.foot()), r'\end{table}']
+    caption = [r'\caption{%s}'%tex(self.title)] if self.title else []
+    foot = [r'\par\footnotesize '+tex(line) for line in self.foot()]
+    lines = [r'\begin{table}', r'\centering', *caption, r'\begin{tabular}{%s}'%columns, r'\toprule',
+             _row(map(tex,self.heads())), r'\midrule', *rows, r'\bottomrule', r'\end{tabular}', *foot,
+             r'\end{table}']
     return '\n'.join(lines)+'\n'
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #b37c1903
@@ -229,17 +257,24 @@ def to_csv(self:Table)->str:
     "Plain numbers, with `low` and `high` of each measure and the source of each row."
     import pandas as pd
     self.check()
-    heads,k,out = self.heads(),len(self.df.index.names),[]
-    for c,h in zip(self.df.columns, heads[k:]):
-        out.append((h,self.df[c]))
-        if self.low is not None and c in self.low.columns: out += [(f'{h}, low',self.low[c]), (f'{h}, high',self.high[c])]
-    if self.sources: out.append(('source',pd.Series([one_line(self.sources.get(r,'')) for r in self.df.index], self.df.index)))
-    names = heads[:k]+[h for h,_ in out]
+    heads = self.heads()
+    levels = len(self.df.index.names)
+    columns = [] # (header, values)
+    for c,head in zip(self.df.columns, heads[levels:]):
+        columns.append((head,self.df[c]))
+        if self.low is not None and c in self.low.columns:
+            columns += [(f'{head}, low',self.low[c]), (f'{head}, high',self.high[c])]
+    if self.sources:
+        sources = [one_line(self.sources.get(r,'')) for r in self.df.index]
+        columns.append(('source',pd.Series(sources, self.df.index)))
+    names = [*heads[:levels],*(head for head,_ in columns)]
     twice = [h for i,h in enumerate(names) if h and h in names[:i]]
-    if twice: raise InputError(f"table {self.title!r}: a CSV file would have two columns {twice[0]!r}; rename one of them")
-    frame = pd.DataFrame(dict(out), index=self.df.index.set_names(heads[:k]))
+    if twice: raise InputError(f"table {self.title!r}: a CSV file would have two columns {twice[0]!r}; "
+                               "rename one of them")
+    frame = pd.DataFrame(dict(columns), index=self.df.index.set_names(heads[:levels]))
     text = frame.to_csv(lineterminator='\n')
-    return frame.to_csv(lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC) if '\r' in text else text # it would end a line
+    if '\r' not in text: return text
+    return frame.to_csv(lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC) # else it would end a line
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #ef912dac
 def text_width(
@@ -248,34 +283,43 @@ def text_width(
     "How wide a terminal shows a text (Unicode TR 11): wide characters take two cells, combining ones none."
     n,last,joined = 0,0,False
     for ch in s:
+        toned = 0x1f3fb<=ord(ch)<=0x1f3ff # a skin colour for the emoji before
         if ch=='\ufe0f' and last==1: n,last = n+1,2 # emoji presentation of the character before
         elif ch=='\u200d': joined = True
-        elif unicodedata.category(ch) in ('Mn','Me','Cf') or joined or 0x1f3fb<=ord(ch)<=0x1f3ff: joined = False
+        elif unicodedata.category(ch) in ('Mn','Me','Cf') or joined or toned: joined = False
         else:
             last = 2 if unicodedata.east_asian_width(ch) in 'WF' else 1
             n += last
     return n
 
 def pad(
-    s:str,           # one line
-    width:int,       # terminal cells
-    right:bool=False,# whether the text stands at the right
-)->str:
+    s:str,            # one line
+    width:int,        # terminal cells
+    right:bool=False, # whether the text stands at the right
+)->str: # of that width
     "Fill up with spaces to a width on the terminal."
     gap = ' '*(width-text_width(s))
     return gap+s if right else s+gap
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #6d800435
+_PLAIN = dict(best='{} *', second='{} +', label='{}') # others: as wide as a mark
+
 @patch
 def __repr__(self:Table)->str:
-    rows = [self.heads()]+[[dict(best='{} *', second='{} +').get(m,'{}  ' if m!='label' else '{}').format(t)
-                            for t,m in r] for r in self.grid()]
-    wide = [max(text_width(r[j]) for r in rows) for j in range(len(rows[0]))]
-    k = len(self.df.index.names)
-    lines = ['  '.join(pad(t,w,j>=k) for j,(t,w) in enumerate(zip(r,wide))).rstrip() for r in rows]
+    "Plain text; the marks are explained below."
+    rows = [self.heads()]
+    for row in self.grid(): rows.append([_PLAIN.get(mark,'{}  ').format(text) for text,mark in row])
+    widths = [max(map(text_width, column)) for column in zip(*rows)]
+    levels = len(self.df.index.names)
+    lines = []
+    for row in rows:
+        cells = [pad(text, w, right=j>=levels) for j,(text,w) in enumerate(zip(row,widths))]
+        lines.append('  '.join(cells).rstrip())
     marks = self.marks().values()
     legend = ', '.join(s for m,s in (('best','* best'),('second','+ second best')) if m in marks)
-    return '\n'.join([one_line(self.title)]*bool(self.title)+lines+[legend]*bool(legend)+self.foot())
+    if self.title: lines.insert(0, one_line(self.title))
+    if legend: lines.append(legend)
+    return '\n'.join([*lines,*self.foot()])
 
 @patch
 def save(self:Table,
@@ -286,8 +330,8 @@ def save(self:Table,
     forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.html':self.to_html, '.csv':self.to_csv,
              '.txt':lambda: repr(self)+'\n'}
     kind = path.suffix.lower()
-    if kind not in forms:
-        raise InputError(f"{path}: tables are written as {', '.join(forms)}; got {path.suffix or 'no suffix'!r}")
+    if kind not in forms: raise InputError(f"{path}: tables are written as {', '.join(forms)}; "
+                                           f"got {path.suffix or 'no suffix'!r}")
     with atomic_path(path) as p: p.write_text(forms[kind](), encoding='utf-8', newline='\n')
     return path
 

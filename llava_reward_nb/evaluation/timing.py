@@ -25,7 +25,8 @@ def _wait():
 def _timed_pass(reward, images, prompts, batch_size:int)->tuple: # seconds, scores of each batch
     _wait()
     start = time.perf_counter()
-    scores = [reward(images[k:k+batch_size], prompts[k:k+batch_size]) for k in range(0, len(images), batch_size)]
+    starts = range(0, len(images), batch_size)
+    scores = [reward(images[k:k+batch_size], prompts[k:k+batch_size]) for k in starts]
     _wait()
     return time.perf_counter()-start, scores
 
@@ -47,7 +48,8 @@ def latency(
         bad = sum(int((~torch.as_tensor(s).isfinite()).sum()) for s in passes[-1][1])
         if bad: warnings.warn(f"{name}: {bad} of {len(images)} scores are no finite numbers; did it work?")
         rows.append({'reward':name, 'seconds per sample':float(np.median(seconds)), 'fastest':min(seconds),
-                     'slowest':max(seconds), 'images':len(images), 'batch':batch_size, 'device':versions()['device']})
+                     'slowest':max(seconds), 'images':len(images), 'batch':batch_size,
+                     'device':versions()['device']})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/6_evaluation/68_timing.ipynb #f73ab07d
@@ -66,7 +68,7 @@ def _checked_times(frame): # the DataFrame with numbers
         frame[c] = values
     return frame
 
-def _time_labels(frame, vary:list)->list: # the rewards, with what differs between rows; `InputError` if two are alike
+def _time_labels(frame, vary:list)->list: # the rewards, with what differs between rows
     labels = [str(v) for v in frame.reward]
     if vary:
         how = frame[vary].apply(lambda row: ', '.join(f'{c} {v}' for c,v in row.items()), axis=1)
@@ -88,7 +90,8 @@ def latency_table(
     table = Table(df.where(np.isfinite(df)), 'Latency', better, {c:4 for c in df})
     if published: table.add_published(PUBLISHED['latency'])
     first = frame.iloc[0]
-    shared = dict(images=f'over {first.images} images', batch=f'{first.batch} at a time', device=f'on {first.device}')
+    shared = dict(images=f'over {first.images} images', batch=f'{first.batch} at a time',
+                  device=f'on {first.device}')
     same = ', '.join(text for c,text in shared.items() if c not in vary)
     table.notes.append(f"median of repeats {same}; after warm-up, synchronised, images decoded before.")
     return table

@@ -77,8 +77,9 @@ def tiny_rankings(
             ids = [c.item(im, r['prompt'], 'image', names.setdefault(id(im), f'{name}/{i}/{len(names)}'))
                    for im in (r['chosen_path'],r['reject_path'])]
             better_first = rng.random()<.5
-            c.add('pair', *(ids if better_first else ids[::-1]), .5 if r['kind']=='tie' else int(not better_first),
-                  category=r['kind'], group=f'{name}/{i}')
+            label = .5 if r['kind']=='tie' else int(not better_first)
+            sides = ids if better_first else ids[::-1]
+            c.add('pair', *sides, label, category=r['kind'], group=f'{name}/{i}')
     return c.done()
 
 # %% ../../nbs/6_evaluation/62_twins.ipynb #d510fa0f
@@ -145,5 +146,6 @@ def tiny_generated(
             prompt = parse_prompt(task['prompt'])
             for j in range(k):
                 add_sample(c, paint(prompt, rng, skill), task['prompt'], task if name=='geneval' else None,
-                           f'{name}/{painter}/{i}/{j}', task['tag'], prompt_set=name, model=painter, particle=j)
+                           f'{name}/{painter}/{i}/{j}', task['tag'], prompt_set=name, model=painter,
+                           particle=j)
     return c.done()

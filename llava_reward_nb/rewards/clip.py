@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
-from ..core import (CLIP_MEAN, CLIP_STD, CheckpointError, InputError, MAX_PIXELS, as_path, as_prompts,
-    default_device, image_list, image_size, open_image)
+from ..core import (CLIP_MEAN, CLIP_STD, CheckpointError, InputError, MAX_PIXELS, as_path,
+    as_prompts, default_device, image_list, image_size, open_image)
 from ..files import atomic_path
 from ..weights import hub_folder, load_weights, read_tensors, resolve_model
 from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
@@ -35,10 +35,12 @@ def shortest_side(
     height:int, # of the image, pixels
     size:int,   # what the shorter of the two becomes
 )->tuple: # (width, height) after resizing; the longer side is truncated, not rounded
-    "The size at which the shortest side fits; `InputError` for a strip so narrow that this would be enormous."
+    "The size at which the shortest side fits; `InputError` for a strip that would become enormous."
     short = min(width, height)
     w,h = (size if side==short else int(size*side/short) for side in (width, height))
-    if w*h>MAX_PIXELS: raise InputError(f"a strip of {width}x{height} becomes {w}x{h} when its short side is {size}; crop it first")
+    if w*h>MAX_PIXELS:
+        raise InputError(f"a strip of {width}x{height} becomes {w}x{h} when its short side is {size}; "
+                         "crop it first")
     return w,h
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #e96a824e
@@ -94,8 +96,10 @@ def crop_pixels(
     rule:str, # see `crop_start`
 )->Tensor: # (n,3,size,size)
     "`crop_image` for float tensors, differentiable."
-    h,w = x.shape[-2:]; W,H = shortest_side(w, h, size)
-    if (H,W)!=(h,w): x = F.interpolate(x, (H,W), mode='bicubic', align_corners=False, antialias=True).clamp(0, 1)
+    h,w = x.shape[-2:]
+    W,H = shortest_side(w, h, size)
+    if (H,W)!=(h,w):
+        x = F.interpolate(x, (H,W), mode='bicubic', align_corners=False, antialias=True).clamp(0, 1)
     t,l = crop_start(H, size, rule), crop_start(W, size, rule)
     return x[..., t:t+size, l:l+size]
 
@@ -106,7 +110,8 @@ def check_pixels(
     "`InputError` unless it is a float tensor (n,3,h,w) of at least one image."
     if not isinstance(x, Tensor) or x.ndim!=4 or x.shape[1]!=3 or not x.numel() or not x.is_floating_point():
         got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"pixels: got {got}; needed: float tensor (n,3,h,w) in [0,1] (for one image use x[None])")
+        raise InputError(f"pixels: got {got}; needed: float tensor (n,3,h,w) in [0,1] "
+                         "(for one image use x[None])")
     return x
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #5519ec13
@@ -118,8 +123,9 @@ def clean_text(
     "Clean a prompt as OpenAI's CLIP and HPSv2 do; `ImportError` if that needs ftfy and it is not installed."
     if not _PLAIN.fullmatch(text):
         try: import ftfy
-        except ImportError: raise ImportError(f"prompt {text[:40]!r}: text that is not plain ASCII is mended with ftfy before this "
-            "reward sees it; install it with `pip install ftfy`") from None
+        except ImportError:
+            raise ImportError(f"prompt {text[:40]!r}: text that is not plain ASCII is mended with ftfy "
+                              "before this reward sees it; install it with `pip install ftfy`") from None
         text = ftfy.fix_text(text)
     return re.sub(r'\s+', ' ', html.unescape(html.unescape(text))).strip().lower()
 
@@ -163,7 +169,7 @@ def find_file(
     name,    # a local folder, or a hub id such as 'owner/name'
     *files,  # names the wanted file may have there, the best first
 )->Path:
-    "A file of a model folder, fetched if it lies on the hub; `CheckpointError` says which file is needed if it is not to be had."
+    "A file of a model folder, fetched if it lies on the hub; `CheckpointError` names a missing file."
     want = ' or '.join(files)
     for f in files:
         folder = hub_folder(name, [f], f'a folder that holds {want}')
@@ -172,7 +178,7 @@ def find_file(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #9786657f
 class ClipReward:
-    "What CLIPScore, PickScore and HPSv2 share: embed images and prompts with a CLIP model, and take the cosine."
+    "What CLIPScore, PickScore and HPSv2 share: the cosine of CLIP embeddings of images and prompts."
     name, range = 'clip', 'cosine, -1 to 1'
     default:str = None    # hub id of the published weights
     tokenizer_id:str = None # hub id of the tokenizer, where the weights come without one
@@ -198,9 +204,11 @@ class ClipReward:
             facts = dict(model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer))
             facts |= dict(rule=self.rule, cleaned=self.cleaned)
             return make_identity(type(self).__name__, facts, [self.model])
-    def preprocess(self, images): return normalise(to_floats([crop_image(im, self.size, self.rule) for im in images]))
+    def preprocess(self, images):
+        return normalise(to_floats([crop_image(im, self.size, self.rule) for im in images]))
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, self.rule))
-    def __repr__(self): return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
+    def __repr__(self):
+        return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #b690db77
 @patch(cls_method=True)
@@ -214,9 +222,11 @@ def from_config(cls:ClipReward,
     device=None,        # where to compute; None: the best there is
 )->ClipReward:
     "A model with random weights, ready to be trained (`reward.model`) or tested."
-    ids = dict(vocab_size=len(tokenizer), **{f'{k}_token_id':getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')})
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     both = dict(projection_dim=projection_dim, hidden_act=hidden_act)
-    config = CLIPConfig(text_config=dict(text, **ids, **both), vision_config=dict(vision, **both), projection_dim=projection_dim)
+    config = CLIPConfig(text_config=dict(text, **ids, **both), vision_config=dict(vision, **both),
+                        projection_dim=projection_dim)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(CLIPModel(config), tokenizer, device)
@@ -256,7 +266,8 @@ def embed_images(self:ClipReward,
     batch_size:int=16, # how many at once
 )->Tensor: # (n,p) float32 unit vectors
     "Open, preprocess and embed images; `InputError` names the first that cannot be used."
-    return torch.cat([self.features(self.preprocess(b)) for _,b in opened_batches(image_list(images), batch_size)])
+    batches = opened_batches(image_list(images), batch_size)
+    return torch.cat([self.features(self.preprocess(opened)) for _,opened in batches])
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #4280c9f8
 @patch
@@ -340,7 +351,8 @@ def save_pretrained(self:ClipReward,
         state = {k:v.cpu().contiguous() for k,v in self.model.state_dict().items()}
         save_file(state, f/'model.safetensors', metadata={'format': 'pt'})
         config = self.model.config.to_dict()|dict(architectures=['CLIPModel'])
-        images = dict(image_processor_type='CLIPImageProcessor', size=dict(shortest_edge=self.size), resample=3, do_resize=True,
+        images = dict(image_processor_type='CLIPImageProcessor',
+            size=dict(shortest_edge=self.size), resample=3, do_resize=True,
             crop_size=dict(height=self.size, width=self.size), do_center_crop=True, do_convert_rgb=True,
             do_rescale=True, do_normalize=True, image_mean=CLIP_MEAN, image_std=CLIP_STD)
         for name,d in (('config', config), ('preprocessor_config', images)):
@@ -377,7 +389,8 @@ def preference(self:PickScore,
 # %% ../../nbs/4_rewards/40_clip.ipynb #93f92b49
 def _block_name(name:str)->str:
     "The name of a tensor inside a transformer block."
-    names = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2', 'attn.': 'self_attn.'}
+    names = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2',
+             'attn.': 'self_attn.'}
     for theirs,ours in names.items(): name = name.replace(theirs, ours)
     return name
 
@@ -418,19 +431,25 @@ def openclip_config(
     t:dict, # names of CLIPModel -> tensors
     where,  # where they come from, for errors
 )->CLIPConfig:
-    "The sizes of an HPSv2 model, from the shapes of its weights; `CheckpointError` if the tensors they are read from are missing."
+    "The sizes of an HPSv2 model, from the shapes of its weights; `CheckpointError` if tensors are missing."
     def tower(p, head):
-        first, numbers = f'{p}_model.encoder.layers.0.', (re.match(rf'{p}_model\.encoder\.layers\.(\d+)\.', k) for k in t)
+        first = f'{p}_model.encoder.layers.0.'
+        numbers = (re.match(rf'{p}_model\.encoder\.layers\.(\d+)\.', k) for k in t)
         width = t[first+'layer_norm1.weight'].shape[0]
-        return dict(hidden_size=width, num_attention_heads=width//head, intermediate_size=t[first+'mlp.fc1.weight'].shape[0],
-            num_hidden_layers=1+max(int(m[1]) for m in numbers if m), hidden_act='gelu', projection_dim=dim)
+        return dict(hidden_size=width, num_attention_heads=width//head, hidden_act='gelu', projection_dim=dim,
+            intermediate_size=t[first+'mlp.fc1.weight'].shape[0],
+            num_hidden_layers=1+max(int(m[1]) for m in numbers if m))
     try:
-        dim, patch_size = t['visual_projection.weight'].shape[0], t['vision_model.embeddings.patch_embedding.weight'].shape[-1]
-        grid, context = (t[f'{p}_model.embeddings.position_embedding.weight'].shape[0] for p in ('vision', 'text'))
+        dim = t['visual_projection.weight'].shape[0]
+        patch_size = t['vision_model.embeddings.patch_embedding.weight'].shape[-1]
+        grid = t['vision_model.embeddings.position_embedding.weight'].shape[0]
+        context = t['text_model.embeddings.position_embedding.weight'].shape[0]
         vocab = t['text_model.embeddings.token_embedding.weight'].shape[0]
         text, vision = tower('text', 64), tower('vision', 80)
-    except KeyError as e: raise CheckpointError(f"{where}: lacks {e.args[0]}; it is not a whole HPSv2 checkpoint") from None
-    text |= dict(vocab_size=vocab, max_position_embeddings=context, bos_token_id=vocab-2, eos_token_id=vocab-1, pad_token_id=0)
+    except KeyError as e:
+        raise CheckpointError(f"{where}: lacks {e.args[0]}; it is not a whole HPSv2 checkpoint") from None
+    text |= dict(vocab_size=vocab, max_position_embeddings=context,
+                 bos_token_id=vocab-2, eos_token_id=vocab-1, pad_token_id=0)
     vision |= dict(patch_size=patch_size, image_size=patch_size*math.isqrt(grid-1))
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
 
@@ -438,10 +457,11 @@ def openclip_config(
 _HPS_FILES = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}
 
 class HPSv2(ClipReward):
-    "Cosine of the human preference score v2 or v2.1 (Wu et al. 2023), without the factor 100 of its leaderboard."
+    "Human preference score v2 or v2.1 (Wu et al. 2023), a cosine without the factor 100 of its leaderboard."
     name, range, default = 'hpsv2.1', 'cosine, about 0.15 to 0.40', 'xswu/HPSv2'
     tokenizer_id = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
-    def preprocess(self, images): return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
+    def preprocess(self, images):
+        return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
     def preprocess_pixels(self, x): return normalise(letterbox(x, self.size))
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #0f0d72c1
@@ -450,7 +470,7 @@ def from_pretrained(cls:HPSv2,
     id_or_path=None,     # weights file, folder that holds it, or hub id; None: the published weights
     device=None,         # where to compute; None: the best there is
     dtype:torch.dtype=None, # what weights are stored as; None: float32
-    tokenizer=None,      # folder or hub id of the tokenizer; None: `tokenizer/` beside the weights, else a published one
+    tokenizer=None,      # folder or hub id; None: `tokenizer/` beside the weights, else a published one
     version:str='2.1',   # '2.0' or '2.1'
 )->HPSv2:
     "Load the published open_clip layout strictly; `CheckpointError` names what is missing or wrong."
@@ -463,7 +483,8 @@ def from_pretrained(cls:HPSv2,
         with torch.device('meta'): model = CLIPModel(config)
     load_weights(model, state, path, dtype=dtype or torch.float32)
     beside = path.parent/'tokenizer'
-    self = cls(model, load_clip_tokenizer(tokenizer or (beside if beside.is_dir() else cls.tokenizer_id)), device)
+    if tokenizer is None: tokenizer = beside if beside.is_dir() else cls.tokenizer_id
+    self = cls(model, load_clip_tokenizer(tokenizer), device)
     self.name = 'hpsv2' if version=='2.0' else 'hpsv2.1'
     return self
 
@@ -471,9 +492,11 @@ def from_pretrained(cls:HPSv2,
 def reward_mlp(
     width:int, # of the embedding
 )->nn.Sequential: # (n, width) -> (n, 1)
-    "The head of the aesthetic predictor and of ImageReward: linear maps and, in training, dropout; no activation."
+    "The head of the aesthetic predictor and of ImageReward: linear maps, dropout in training, no activation."
     layers, sizes = [], (width, 1024, 128, 64, 16, 1)
-    for a,b,p in zip(sizes, sizes[1:], (.2, .2, .1, 0, 0)): layers += [nn.Linear(a, b)]+([nn.Dropout(p)] if p else [])
+    for a,b,p in zip(sizes, sizes[1:], (.2, .2, .1, 0, 0)):
+        layers.append(nn.Linear(a, b))
+        if p: layers.append(nn.Dropout(p))
     return nn.Sequential(*layers)
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #27aead7c
@@ -513,7 +536,7 @@ class AestheticScore:
 # %% ../../nbs/4_rewards/40_clip.ipynb #79d535e2
 @patch(cls_method=True)
 def from_pretrained(cls:AestheticScore,
-    id_or_path=None,     # folder or hub id of the whole model, or LAION's file of the head; None: the published model
+    id_or_path=None,     # folder or hub id of the model, or LAION's file of the head; None: the published one
     device=None,         # where to compute; None: the best there is
     dtype:torch.dtype=None, # what the tower's weights are stored as; None: float32
     clip=None,           # folder or hub id of the CLIP which a head alone sits on; None: OpenAI's ViT-L/14

@@ -67,7 +67,7 @@ def grade_schema()->dict:
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #aa31d923
 class GradeError(ValueError):
-    "An answer that is not a grade; the message says what is wrong with it."
+    "An answer that is not a grade; the message names what is wrong with it."
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #c67d89e7
 def _no_name_twice(pairs)->dict: # a JSON object
@@ -573,7 +573,7 @@ def client(self:Grader):
 # %% ../../nbs/4_rewards/43_grader.ipynb #d5bc7d05
 @patch(as_prop=True)
 def identity(self:Grader)->str:
-    "What decides a grade: endpoint, request (rubric, schema, sampling), size of the image, the score that counts."
+    "What decides a grade: endpoint, model, rubric, schema, sampling, size of the image, counted score."
     request = self._request('', '')
     settings = dict(endpoint=self.base_url, request=request, sides=MAX_SIDES, metric=self.metric)
     return make_identity('Grader', settings)
@@ -668,7 +668,7 @@ def _ask_all(self:Grader, todo:dict)->tuple: # key -> `_Asked`, and why the endp
     with ThreadPoolExecutor(self.concurrency) as pool:
         jobs = {pool.submit(self._ask, key, image, prompt, run):key for key,(image,prompt) in todo.items()}
         try:
-            for job in progress(as_completed(jobs), total=len(jobs), desc='grading'):
+            for job in progress(as_completed(jobs), total=len(jobs), desc='grading', unit='img'):
                 out[jobs[job]] = job.result()
         except BaseException:
             run.stop('interrupted')

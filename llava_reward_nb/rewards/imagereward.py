@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
-from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file, normalise,
-                                  opened_batches, reward_mlp, to_floats)
+from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file,
+    normalise, opened_batches, reward_mlp, to_floats)
 from ..core import CheckpointError, as_prompts, default_device, image_list
 from ..files import atomic_path
 from ..weights import load_weights, resolve_model, tensor_shapes
@@ -41,7 +41,8 @@ def bert_tokenizer(
 )->BertTokenizer:
     "A small tokenizer of BERT's kind, for small models."
     chars = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-    vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *chars, *(f'##{c}' for c in chars if c.isalnum())]+[w.lower() for w in words]
+    special, inside = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'], [f'##{c}' for c in chars if c.isalnum()]
+    vocab = [*special, *chars, *inside, *(w.lower() for w in words)]
     return BertTokenizer(vocab={t:i for i,t in enumerate(dict.fromkeys(vocab))})
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #bb77620a
@@ -50,12 +51,14 @@ def prompt_ids(
     texts:list,  # n strings
 )->tuple: # ids (n,35) and attention mask (n,35), both int64
     "Word pieces, cut and padded; `InputError` for a text that is not valid Unicode."
-    t = tokenizer(check_unicode(texts), padding='max_length', truncation=True, max_length=MAX_LENGTH, return_tensors='pt')
+    t = tokenizer(check_unicode(texts), padding='max_length', truncation=True, max_length=MAX_LENGTH,
+                  return_tensors='pt')
     return t.input_ids, t.attention_mask
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #26c77287
 _VISION = [('embeddings.class_embedding', 'cls_token'), ('embeddings.position_embedding', 'pos_embed'),
-           ('embeddings.patch_embedding', 'patch_embed.proj'), ('encoder.layers', 'blocks'), ('layer_norm', 'norm'),
+           ('embeddings.patch_embedding', 'patch_embed.proj'),
+           ('encoder.layers', 'blocks'), ('layer_norm', 'norm'),
            ('self_attn.qkv', 'attn.qkv'), ('self_attn.projection', 'attn.proj'), ('post_layernorm', 'norm')]
 
 def published_name(
@@ -70,19 +73,23 @@ def published_name(
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #e086c69b
 def vision_config(
-    hidden_size:int,       # D, a multiple of 64: the layout has no field for the number of heads, they are 64 wide
+    hidden_size:int,       # D, a multiple of 64: heads are 64 wide, the layout has no field for their number
     num_hidden_layers:int, # transformer blocks
     patch_size:int,        # side of a patch, pixels
     image_size:int,        # side of an image, pixels
     intermediate_size:int=None, # of the MLPs; None: 4 D
 )->BlipVisionConfig:
     "BLIP's vision tower as ImageReward has it; `ValueError` for a width that 64 does not divide."
-    if hidden_size%64: raise ValueError(f"hidden_size {hidden_size}: heads are 64 wide in this layout; use a multiple of 64")
-    return BlipVisionConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, patch_size=patch_size, image_size=image_size,
-        num_attention_heads=hidden_size//64, intermediate_size=intermediate_size or 4*hidden_size, hidden_act='gelu', layer_norm_eps=1e-6)
+    if hidden_size%64:
+        raise ValueError(f"hidden_size {hidden_size}: heads are 64 wide in this layout; use a multiple of 64")
+    return BlipVisionConfig(
+        hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_attention_heads=hidden_size//64,
+        intermediate_size=intermediate_size or 4*hidden_size, patch_size=patch_size, image_size=image_size,
+        hidden_act='gelu', layer_norm_eps=1e-6)
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #ecb77a81
-_MED = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'max_position_embeddings')
+_MED = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size',
+        'max_position_embeddings') # what med_config.json has to state
 
 def text_config(
     med:dict,       # contents of med_config.json
@@ -93,8 +100,9 @@ def text_config(
     "BLIP's text encoder as ImageReward has it; `CheckpointError` for a size that is not stated."
     if missing := [k for k in _MED if not isinstance(med.get(k), int)]: raise CheckpointError(
         f"{where}: states no {', '.join(missing)}; take med_config.json from where the weights come from")
-    return BlipTextConfig(**{k:med[k] for k in _MED}, vocab_size=vocab_size, encoder_hidden_size=width, is_decoder=True,
-        hidden_act=med.get('hidden_act', 'gelu'), layer_norm_eps=med.get('layer_norm_eps', 1e-12),
+    return BlipTextConfig(**{k:med[k] for k in _MED}, vocab_size=vocab_size, encoder_hidden_size=width,
+        is_decoder=True, hidden_act=med.get('hidden_act', 'gelu'),
+        layer_norm_eps=med.get('layer_norm_eps', 1e-12),
         pad_token_id=med.get('pad_token_id', 0), bos_token_id=None, eos_token_id=None)
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #63ad239b
@@ -132,13 +140,15 @@ class ImageReward:
     ):
         self.tokenizer,rows = with_blip_tokens(tokenizer), model.text.config.vocab_size
         if len(tokenizer)!=rows: raise CheckpointError(
-            f"imagereward: the tokenizer has {len(tokenizer)} entries, the model {rows}; pass tokenizer= the folder or hub id of its own")
+            f"imagereward: the tokenizer has {len(tokenizer)} entries, the model {rows}; "
+            "pass tokenizer= the folder or hub id of its own")
         check_vocabulary(tokenizer, rows, 'imagereward')
         self.device,self.lock = torch.device(device or default_device()), PassLock()
         self.size = model.vision.config.image_size
         self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.model.layers.float()
-    def preprocess(self, images): return normalise(to_floats([crop_image(im, self.size, 'even') for im in images]))
+    def preprocess(self, images):
+        return normalise(to_floats([crop_image(im, self.size, 'even') for im in images]))
     def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, 'even'))
     @property
     def identity(self)->str:
@@ -213,14 +223,19 @@ def rank(self:ImageReward,
 _UNUSED = r'blip\.(text_encoder\.embeddings\.position_ids|(vision|text)_proj\.(weight|bias))'
 
 def _vision_sizes(t:dict, where)->dict:
-    "Arguments of `vision_config`, from the shapes of the published tensors; `CheckpointError` if some are missing."
+    "Arguments of `vision_config`, from shapes of published tensors; `CheckpointError` if some are missing."
     p = 'blip.visual_encoder.'
     try:
         patch = t[f'{p}patch_embed.proj.weight'][-1]
-        return dict(hidden_size=t[f'{p}cls_token'][-1], patch_size=patch, image_size=patch*math.isqrt(t[f'{p}pos_embed'][1]-1),
+        blocks = [re.match(r'blip\.visual_encoder\.blocks\.(\d+)\.', k) for k in t]
+        return dict(
+            hidden_size=t[f'{p}cls_token'][-1],
+            num_hidden_layers=1+max(int(m[1]) for m in blocks if m),
             intermediate_size=t[f'{p}blocks.0.mlp.fc1.weight'][0],
-            num_hidden_layers=1+max(int(m[1]) for k in t if (m := re.match(r'blip\.visual_encoder\.blocks\.(\d+)\.', k))))
-    except KeyError as e: raise CheckpointError(f"{where}: lacks {e.args[0]}; is it an ImageReward checkpoint?") from None
+            patch_size=patch,
+            image_size=patch*math.isqrt(t[f'{p}pos_embed'][1]-1))
+    except KeyError as e:
+        raise CheckpointError(f"{where}: lacks {e.args[0]}; is it an ImageReward checkpoint?") from None
     except IndexError: raise CheckpointError(
         f"{where}: a tensor of the vision tower has too few axes; is it an ImageReward checkpoint?") from None
 
@@ -241,11 +256,12 @@ def from_pretrained(cls:ImageReward,
     id_or_path=None,     # folder or hub id; None: the published weights
     device=None,         # where to compute; None: the best there is
     dtype:torch.dtype=None, # what the weights of both towers are stored as; None: float32
-    tokenizer=None,      # folder or hub id of the tokenizer; None: `bert/` beside the weights, else the published one
+    tokenizer=None,      # folder or hub id; None: `bert/` beside the weights, else the published one
 )->ImageReward:
     "Load the published layout strictly; `CheckpointError` names what is missing or wrong."
     name = id_or_path or cls.default
-    path, med = find_file(name, 'ImageReward.safetensors', 'ImageReward.pt'), find_file(name, 'med_config.json')
+    path = find_file(name, 'ImageReward.safetensors', 'ImageReward.pt')
+    med = find_file(name, 'med_config.json')
     t = tensor_shapes(path)
     with blame(path): v = vision_config(**_vision_sizes(t, path))
     words = 'blip.text_encoder.embeddings.word_embeddings.weight'
@@ -253,9 +269,11 @@ def from_pretrained(cls:ImageReward,
     with blame(med), torch.device('meta'):
         model = ImageRewardModel(v, text_config(read_config(med), t[words][0], v.hidden_size, med))
     ours = {published_name(k):k for k in model.state_dict()}
-    load_weights(model, [path], rename=lambda k: ours.get(k, ''), unused=_UNUSED, dtype=dtype or torch.float32)
+    load_weights(model, [path], rename=lambda k: ours.get(k, ''), unused=_UNUSED,
+                 dtype=dtype or torch.float32)
     beside = path.parent/'bert'
-    return cls(model, load_bert_tokenizer(tokenizer or (beside if beside.is_dir() else cls.tokenizer_id)), device)
+    if tokenizer is None: tokenizer = beside if beside.is_dir() else cls.tokenizer_id
+    return cls(model, load_bert_tokenizer(tokenizer), device)
 
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #beec63e4
 @patch

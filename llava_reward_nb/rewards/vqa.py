@@ -21,13 +21,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, Qwen2VLConfig, Qwen2VLModel,
-                          T5Config, T5Model)
+from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, Qwen2VLConfig,
+    Qwen2VLModel, T5Config, T5Model)
 
 from ..backbones import PassLock, evaluating
 from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
-    default_dtype, image_list, image_size, load_image, progress)
+    batch_progress, default_dtype, image_list, image_size, load_image)
 from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
 from ..phi3v import (CLIP_L14_336, check_vocabulary, config_facts, exact_patches,
     load_tokenizer, plain_ids, read_config, tokenizer_hash)
@@ -40,7 +40,7 @@ def answer_prob(
     logits:Tensor, # (b, m, vocabulary), one row for each token of the answer
     labels:Tensor, # (m,) int64, the answer's tokens
 )->Tensor: # (b,) float32 in [0,1]
-    "Geometric mean of the probabilities of an answer's tokens (VQAScore, Eq. 2 with the mean over tokens of its code)."
+    "Geometric mean of the probabilities of an answer's tokens (VQAScore, Eq. 2; the mean is its code's)."
     logp = logits.float().log_softmax(-1)
     return logp.gather(-1, labels.expand(len(logits), -1)[...,None])[...,0].mean(-1).exp()
 
@@ -65,29 +65,35 @@ class AskReward(nn.Module):
         prompts,           # one prompt for all, or n
         batch_size:int=16, # images that are open and pass the model together, >= 1
     )->Tensor: # (n,) float32 on the CPU
-        "Score images for prompts; `InputError` names what cannot be used, `ValueError` if the model overflows."
+        "Score images for prompts; `InputError` names bad input, `ValueError` if the model overflows."
         items = image_list(images)
         prompts = as_prompts(prompts, len(items))
         if batch_size<1: raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
         called = [f'image {i}' if len(items)>1 else 'image' for i in range(len(items))]
         self.check([image_size(x, n) for x,n in zip(items, called)], prompts)
-        starts,out = range(0, len(items), batch_size),[]
-        for i in progress(starts, desc=self.name) if len(starts)>1 else starts:
-            opened = [load_image(x, n) for x,n in zip(items[i:i+batch_size], called[i:i+batch_size])]
-            with self.lock, evaluating(self): said = self.score_batch(opened, prompts[i:i+batch_size])
+        numbers = range(len(items))
+        batches = [numbers[i:i+batch_size] for i in numbers[::batch_size]]
+        out = []
+        for batch in batch_progress(batches, self.name):
+            opened = [load_image(items[i], called[i]) for i in batch]
+            with self.lock, evaluating(self): said = self.score_batch(opened, [prompts[i] for i in batch])
             out.append(said.float().cpu())
         out = torch.cat(out)
         bad = (~out.isfinite()).nonzero().flatten().tolist()
-        if bad: raise ValueError(f"{self.name}: the score of image {bad[0]} is not finite; the model overflows in "
-            f"{next(self.parameters()).dtype}, load it with dtype=torch.float32")
+        if bad:
+            raise ValueError(f"{self.name}: the score of image {bad[0]} is not finite; the model overflows "
+                             f"in {next(self.parameters()).dtype}, load it with dtype=torch.float32")
         return out
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #500ac947
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.' # VQAScore's question; {} is the prompt
 _SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-STYLES = {'t5_chat': (f'{_SYSTEM} USER: ', ' ASSISTANT: '), 't5_chat_no_system': ('USER: ', ' ASSISTANT: '),
-          't5_chat_no_system_no_user': ('', ' : ')} # before the image, after the question; the first is the usual one
+STYLES = { # before the image, after the question; the first is the usual one
+    't5_chat': (f'{_SYSTEM} USER: ', ' ASSISTANT: '),
+    't5_chat_no_system': ('USER: ', ' ASSISTANT: '),
+    't5_chat_no_system_no_user': ('', ' : '),
+}
 
 def ask(
     question:str, # with {} where the prompt goes
@@ -104,8 +110,10 @@ def _literal_t5(tokenizer)->Tokenizer:
     "T5's tokenizer, blind to special strings; its post-processor still appends `</s>`."
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, special = spec['model'], {t['content'] for t in spec['added_tokens']}
-    if model['type']!='Unigram': raise CheckpointError(f"{tokenizer.name_or_path}: no T5 tokenizer ({model['type']}, needed: Unigram)")
-    model['vocab'] = [[f'\0special{i}\0' if p in special else p, score] for i,(p,score) in enumerate(model['vocab'])]
+    if model['type']!='Unigram':
+        raise CheckpointError(f"{tokenizer.name_or_path}: no T5 tokenizer ({model['type']}, needed: Unigram)")
+    pieces = enumerate(model['vocab'])
+    model['vocab'] = [[f'\0special{i}\0' if p in special else p, score] for i,(p,score) in pieces]
     return Tokenizer.from_str(json.dumps(spec|dict(added_tokens=[], truncation=None, padding=None)))
 
 def t5_ids(
@@ -115,7 +123,8 @@ def t5_ids(
     "Token ids of a text; `InputError` if it is not valid Unicode."
     try: text.encode('utf-8')
     except UnicodeEncodeError as e:
-        raise InputError(f"prompt {text[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates") from None
+        said = f"prompt {text[:40]!r}: not valid Unicode ({e.reason}); remove lone surrogates"
+        raise InputError(said) from None
     return _literal_t5(tokenizer).encode(text).ids
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #09537219
@@ -164,7 +173,9 @@ def pad_square_pixels(
     x:Tensor, # (n, 3, h, w) float in [0,1]
 )->Tensor: # (n, 3, s, s)
     "`pad_square` for tensors."
-    h,w = x.shape[-2:]; s = max(h,w); top,left = (s-h)//2,(s-w)//2
+    h,w = x.shape[-2:]
+    s = max(h,w)
+    top,left = (s-h)//2,(s-w)//2
     out = (x.new_tensor(PAD_COLOR)/255)[:,None,None].expand(len(x),3,s,s).clone()
     out[...,top:top+h,left:left+w] = x
     return out
@@ -206,7 +217,8 @@ def visual(self:VQAScore,
 )->Tensor: # (b, v, d)
     "Image tokens as T5's encoder reads them."
     w = self.mm_projector[0].weight
-    return self.mm_projector(self.vision_tower(pixel_values=pixels.to(w.device, w.dtype)).last_hidden_state[:,1:])
+    seen = self.vision_tower(pixel_values=pixels.to(w.device, w.dtype)).last_hidden_state
+    return self.mm_projector(seen[:,1:]) # without the class token
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #6c5b32c3
 MAX_TOKENS = 2048 # of text, the image counted as one
@@ -230,7 +242,8 @@ def answer_logits(self:VQAScore,
     visual, emb = self.visual(pixels), self.t5.shared
     rows = [torch.cat([emb(torch.tensor(h, device=self.device)), v, emb(torch.tensor(t, device=self.device))])
             for v,(h,t) in zip(visual, map(self.pieces, prompts))]
-    mask = pad_sequence([torch.ones(len(r), dtype=torch.long, device=self.device) for r in rows], batch_first=True)
+    ones = [torch.ones(len(r), dtype=torch.long, device=self.device) for r in rows]
+    mask = pad_sequence(ones, batch_first=True)
     start = torch.tensor([self.t5.config.decoder_start_token_id or 0]+self.labels[:-1], device=self.device)
     out = self.t5(inputs_embeds=pad_sequence(rows, batch_first=True), attention_mask=mask,
                   decoder_input_ids=start.expand(len(rows), -1), use_cache=False)
@@ -266,26 +279,32 @@ def _flant5_name(key:str)->str:
     return re.sub(r'^(vision_tower\.vision_tower\.)?vision_model\.', 'vision_tower.', key)
 
 def _flant5_unused(layers:int)->str:
-    "Keys left out: what comes after the next-to-last layer of the tower, tables that are computed, and CLIP's text side."
+    "Keys left out: the tower after its next-to-last layer, tables that are computed, and CLIP's text side."
     tower = r'(vision_tower\.vision_tower\.)?vision_model\.'
     return '|'.join([tower+rf'(encoder\.layers\.{layers-1}\..*|post_layernorm\..*|embeddings\.position_ids)',
                      r'text_model\..*', r'(text|visual)_projection\.weight', r'logit_scale',
                      r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight'])
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #9c33e495
-_FLANT5 = dict(model_type='clip_t5', mm_projector_type='mlp2x_gelu', mm_vision_select_layer=-2, # the one arrangement
-               mm_vision_select_feature='patch', image_aspect_ratio='pad', feed_forward_proj='gated-gelu', tie_word_embeddings=False)
-_T5_SIZES = ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_decoder_layers', 'num_heads', 'relative_attention_num_buckets',
-             'relative_attention_max_distance', 'layer_norm_epsilon', 'feed_forward_proj', 'decoder_start_token_id')
+_FLANT5 = dict( # the one arrangement
+    model_type='clip_t5', mm_projector_type='mlp2x_gelu', mm_vision_select_layer=-2,
+    mm_vision_select_feature='patch', image_aspect_ratio='pad', feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False)
+_T5_SIZES = ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_decoder_layers', 'num_heads',
+             'relative_attention_num_buckets', 'relative_attention_max_distance', 'layer_norm_epsilon',
+             'feed_forward_proj', 'decoder_start_token_id')
 
 def _flant5_config(folder:Path)->dict:
     "config.json of CLIP-FlanT5; `CheckpointError` if it is arranged another way."
     path = folder/'config.json'
     c = read_config(path)
     for k,v in _FLANT5.items():
-        if c.get(k, v)!=v: raise CheckpointError(f"{path}: {k} is {c[k]!r}; only CLIP-FlanT5 with {v!r} can be built")
-    missing = [k for k in ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_heads', 'mm_vision_tower') if k not in c]
-    if missing: raise CheckpointError(f"{path}: lacks {', '.join(missing)}; take it from the model's own folder")
+        if c.get(k, v)!=v:
+            raise CheckpointError(f"{path}: {k} is {c[k]!r}; only CLIP-FlanT5 with {v!r} can be built")
+    needed = ('d_model', 'd_kv', 'd_ff', 'num_layers', 'num_heads', 'mm_vision_tower')
+    missing = [k for k in needed if k not in c]
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}; take it from the model's own folder")
     return c
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #17b668da
@@ -331,19 +350,22 @@ def from_pretrained(cls:VQAScore,
     has_tower = any(k.startswith('vision_tower.') for f in files for k in tensor_shapes(f))
     if not has_tower: files += weight_files(hub_folder(c['mm_vision_tower'], _MODEL_FILES))
     if dtype is None: dtype = torch.bfloat16 if default_dtype(device)==torch.bfloat16 else torch.float32
-    return load_weights(model, files, rename=_flant5_name, unused=_flant5_unused(vision.num_hidden_layers), device=device, dtype=dtype,
-                        rows=('t5.shared.weight', 'lm_head.weight')).requires_grad_(False)
+    load_weights(model, files, rename=_flant5_name, unused=_flant5_unused(vision.num_hidden_layers),
+                 device=device, dtype=dtype, rows=('t5.shared.weight', 'lm_head.weight'))
+    return model.requires_grad_(False)
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #d9a21802
 def spellings(
     tokenizer, # any
     word:str,  # 'yes'
 )->list: # token ids, sorted
-    "Tokens that are this word: capitalised or not, after a space or not; `CheckpointError` if the vocabulary has none."
+    "Tokens that are this word, in any case, after a space or not; `CheckpointError` if there is none."
     texts = [s+w for w in (word.lower(), word.capitalize(), word.upper()) for s in ('', ' ')]
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
     found = sorted({i[0] for i in ids if len(i)==1 and i[0]!=tokenizer.unk_token_id})
-    if not found: raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has no single token for {word!r}; take another model")
+    if not found:
+        raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has no single token for {word!r}; "
+                              "take another model")
     return found
 
 def yes_prob(
@@ -377,13 +399,14 @@ class QwenProcessor:
         text = [t.replace(pad, pad*n) for t,n in zip(text, counts)]
         out = self.tokenizer(text, padding=True, padding_side='right', return_tensors='pt')
         kinds = (out['input_ids']==self.tokenizer.convert_tokens_to_ids(pad)).int()
-        return dict(input_ids=out['input_ids'], attention_mask=out['attention_mask'], mm_token_type_ids=kinds, **pix)
+        return dict(input_ids=out['input_ids'], attention_mask=out['attention_mask'],
+                    mm_token_type_ids=kinds, **pix)
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #1b3ffdcc
 def load_processor(
     folder:Path, # model folder
 ): # something with a tokenizer and a chat template
-    "The processor of an image-text model; `CheckpointError` says what it lacks, `ImportError` which package it needs."
+    "The processor of an image-text model; `CheckpointError` or `ImportError` name what is missing."
     if read_config(folder/'config.json').get('model_type') in _QWEN:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         tok = load_tokenizer(folder)
@@ -397,9 +420,11 @@ def load_processor(
     from transformers import AutoProcessor
     try: return AutoProcessor.from_pretrained(folder)
     except ImportError as e:
-        raise ImportError(f"{folder}: its processor needs a package that is missing, most likely `pip install torchvision` ({e})") from None
+        raise ImportError(f"{folder}: its processor needs a package that is missing, "
+                          f"most likely `pip install torchvision` ({e})") from None
     except Exception as e:
-        raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); the folder must be a complete image-text model") from None
+        raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); "
+                              "the folder must be a complete image-text model") from None
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #c2059b5e
 class PYes(AskReward):
@@ -442,7 +467,9 @@ def check(self:PYes,
     "`InputError` for prompts with control strings."
     for i,p in enumerate(prompts):
         bad = [t for t in self.commands if t in p]
-        if bad: raise InputError(f"prompt {i}: contains {bad[0]!r}, which this model reads as a command; leave it out")
+        if bad:
+            raise InputError(f"prompt {i}: contains {bad[0]!r}, which this model reads as a command; "
+                             "leave it out")
 
 @patch
 def encode(self:PYes,
@@ -450,12 +477,16 @@ def encode(self:PYes,
     prompts:list, # b strings
 )->dict: # tensors on the CPU
     "Model input: one user turn, image then question, and the start of an answer."
-    said = [[dict(type='image', image=im), dict(type='text', text=ask(self.question, p))] for im,p in zip(images, prompts)]
-    turns, start = [[dict(role='user', content=c)] for c in said], dict(add_generation_prompt=True)
+    turns = []
+    for im,p in zip(images, prompts):
+        content = [dict(type='image', image=im), dict(type='text', text=ask(self.question, p))]
+        turns.append([dict(role='user', content=content)])
     if isinstance(self.processor, QwenProcessor):
-        return self.processor(self.processor.tokenizer.apply_chat_template(turns, tokenize=False, **start), images)
+        tokenizer = self.processor.tokenizer
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self.processor(texts, images)
     return self.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors='pt',
-                                              processor_kwargs=dict(padding=True), **start)
+                                              processor_kwargs=dict(padding=True), add_generation_prompt=True)
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #663f1647
 @patch
@@ -467,7 +498,8 @@ def score_batch(self:PYes,
     move = lambda v: v.to(self.device, next(self.parameters()).dtype if v.is_floating_point() else None)
     batch = {k:move(v) for k,v in self.encode(images, prompts).items() if isinstance(v, Tensor)}
     mask = batch['attention_mask']
-    last = (mask*torch.arange(mask.shape[1], device=mask.device)).argmax(-1) # on whichever side its processor pads
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask*places).argmax(-1) # on whichever side its processor pads
     keep, at = last.unique(return_inverse=True)
     try: logits = self.model(**batch, logits_to_keep=keep, use_cache=False).logits
     except TypeError: logits, at = self.model(**batch).logits, last # a model that cannot choose
@@ -476,14 +508,15 @@ def score_batch(self:PYes,
 # %% ../../nbs/4_rewards/42_vqa.ipynb #163cf019
 @patch(cls_method=True)
 def from_pretrained(cls:PYes,
-    name,                   # folder or hub id of an image-text chat model, such as 'Qwen/Qwen2.5-VL-7B-Instruct'
+    name,                   # folder or hub id of an image-text chat model: 'Qwen/Qwen2.5-VL-7B-Instruct'
     device=None,            # default: the best there is
     dtype:torch.dtype=None, # default: half precision on GPUs
     question:str=QUESTION,  # with {} where the prompt goes
     against_no:bool=True,   # see `yes_prob`
 )->PYes:
-    "Load any `AutoModelForImageTextToText`, without code of its own; `CheckpointError` if weights are missing, left over or not finite."
-    folder, device = hub_folder(name, ('*.json', '*.jinja', '*.safetensors', '*.model', '*.txt')), device or default_device()
+    "Load any `AutoModelForImageTextToText`, without code of its own; `CheckpointError` for faulty weights."
+    folder = hub_folder(name, ('*.json', '*.jinja', '*.safetensors', '*.model', '*.txt'))
+    device = device or default_device()
     processor = load_processor(folder)
     model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype or default_dtype(device))
     return cls(model.to(device).requires_grad_(False), processor, question, against_no)
@@ -492,14 +525,15 @@ def from_pretrained(cls:PYes,
 REWARD_TOKEN, SLOT = '<|Reward|>', '{text_prompt}' # where HPSv3's score is read, and where the prompt goes
 
 def published_instruction()->str:
-    "The text HPSv3 was trained with, read from the source of the installed package `hpsv3`; '' if it is not installed."
+    "The text HPSv3 was trained with, read from the source of the installed package `hpsv3`, or ''."
     spec = find_spec('hpsv3')
     places = list(spec.submodule_search_locations or []) if spec else []
     path = Path(places[0] if places else '')/'dataset'/'data_collator_qwen.py'
     if not path.is_file(): return ''
     tree, found = ast.parse(path.read_text(encoding='utf-8')), {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant): found[ast.unparse(node.targets[0])] = node.value.value
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            found[ast.unparse(node.targets[0])] = node.value.value
     return found.get('INSTRUCTION', '') + found.get('prompt_with_special_token', '')
 
 def load_instruction(
@@ -508,10 +542,14 @@ def load_instruction(
     "HPSv3's text with `{text_prompt}` and `<|Reward|>` once each; `CheckpointError` says how to get it."
     own = folder/'instruction.txt'
     with blame(own): text = own.read_text(encoding='utf-8') if own.is_file() else published_instruction()
-    if not text: raise CheckpointError(f"{own}: no such file, and the package `hpsv3` is not installed; HPSv3 needs the text it was "
-        "trained with: `pip install --no-deps hpsv3` (it is read, never run), or write it to that file")
-    if [text.count(t) for t in (SLOT, REWARD_TOKEN)]!=[1,1] or text.find(SLOT)>text.find(REWARD_TOKEN): raise CheckpointError(
-        f"{own if own.is_file() else 'hpsv3'}: the text needs {SLOT} once and, after it, {REWARD_TOKEN} once")
+    if not text:
+        raise CheckpointError(f"{own}: no such file, and the package `hpsv3` is not installed; "
+                              "HPSv3 needs the text it was trained with: `pip install --no-deps hpsv3` "
+                              "(it is read, never run), or write it to that file")
+    once = text.count(SLOT)==1 and text.count(REWARD_TOKEN)==1
+    if not once or text.find(SLOT)>text.find(REWARD_TOKEN):
+        raise CheckpointError(f"{own if own.is_file() else 'hpsv3'}: the text needs {SLOT} once and, "
+                              f"after it, {REWARD_TOKEN} once")
     return text
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #f37867f4
@@ -524,8 +562,9 @@ def qwen_size(
     factor:int=28,     # sides are multiples of this
     name:str='image',  # how to call it in errors
 )->tuple: # (height, width)
-    "Size after resizing to an area: rounded down from above, up from below; `InputError` beyond a ratio of 200."
-    if max(height,width)>200*min(height,width): raise InputError(f"{name}: {width}x{height} is too thin; cut it to a ratio up to 200")
+    "Size after resizing to an area: down from above, up from below; `InputError` beyond a ratio of 200."
+    if max(height,width)>200*min(height,width):
+        raise InputError(f"{name}: {width}x{height} is too thin; cut it to a ratio up to 200")
     h,w = round(height/factor)*factor, round(width/factor)*factor
     scale = math.sqrt(height*width/pixels)
     down = lambda x: max(factor, math.floor(x/scale/factor)*factor)
@@ -537,8 +576,10 @@ def qwen_patches(
     x:Tensor, # (3, h, w) normalised, sides multiples of 28
 )->tuple: # patches (n, 3*2*14*14), grid (3,) = 1, rows, columns
     "Cut an image into Qwen2-VL's patches."
-    c,h,w = x.shape; gh,gw = h//14,w//14
-    p = x.view(c, gh//2,2,14, gw//2,2,14).permute(1,4,2,5,0,3,6)[:,:,:,:,:,None] # (gh/2, gw/2, 2, 2, c, 1, 14, 14)
+    c,h,w = x.shape
+    gh,gw = h//14,w//14
+    p = x.view(c, gh//2,2,14, gw//2,2,14).permute(1,4,2,5,0,3,6)
+    p = p[:,:,:,:,:,None] # (gh/2, gw/2, 2, 2, c, 1, 14, 14)
     return p.expand(*p.shape[:5],2,14,14).reshape(gh*gw, -1), torch.tensor([1,gh,gw])
 
 def qwen_pixels(
@@ -549,8 +590,10 @@ def qwen_pixels(
     return normalize(to_tensor(image.resize((w,h), Image.Resampling.BICUBIC)))
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #d519af69
-_TURN = ('<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>',
-         '<|vision_end|>', '<|im_end|>\n<|im_start|>assistant\n') # Qwen2-VL's chat template around an image and a text
+_TURN = ( # Qwen2-VL's chat template around an image and a text
+    '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>',
+    '<|vision_end|>',
+    '<|im_end|>\n<|im_start|>assistant\n')
 
 class HPSv3(AskReward):
     "Human preference score v3 (arXiv 2508.03789): the mean of Qwen2-VL's reward head."
@@ -565,7 +608,8 @@ class HPSv3(AskReward):
         self.tokenizer,self.instruction = tokenizer,instruction
         self.reward_id,self.image_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN), config.image_token_id
         self.model = Qwen2VLModel(config)
-        self.rm_head = nn.Sequential(nn.Linear(config.text_config.hidden_size, 1024), nn.ReLU(), nn.Dropout(.05),
+        width = config.text_config.hidden_size
+        self.rm_head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(.05),
                                      nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
         exact_patches(self)
 
@@ -593,16 +637,17 @@ def mu_sigma(self:HPSv3,
     pixels:list,  # b tensors (3, h, w) from `qwen_pixels`
     prompts:list, # b strings
 )->Tensor: # (b, 2) float32
-    "What the head says about each image: the mean, and the raw second output from which training took the spread."
+    "The head's mean for each image, and the raw second output from which training took the spread."
     patches,grids = zip(*map(qwen_patches, pixels))
     rows = [torch.tensor(self.prompt_ids(p, int(g.prod())//4)) for p,g in zip(prompts, grids)]
     ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(self.device)
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(self.device)
     at = torch.tensor([r.tolist().index(self.reward_id) for r in rows], device=self.device)
-    positions = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape) # plain, for image tokens too
-    out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                     pixel_values=torch.cat(patches).to(self.device), image_grid_thw=torch.stack(grids).to(self.device)).last_hidden_state
-    return self.rm_head(out[torch.arange(len(at)), at].float())
+    positions = torch.arange(ids.shape[1], device=self.device) # plain, for image tokens too
+    out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions.expand(3, *ids.shape),
+                     pixel_values=torch.cat(patches).to(self.device),
+                     image_grid_thw=torch.stack(grids).to(self.device), use_cache=False)
+    return self.rm_head(out.last_hidden_state[torch.arange(len(at)), at].float())
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #e309a8f7
 @patch
@@ -650,20 +695,27 @@ def from_pretrained(cls:HPSv3,
 )->HPSv3:
     "Load HPSv3 strictly; `CheckpointError` names the file or tensor at fault, or how to get the instruction."
     file, device = as_path(name), device or default_device()
-    if not file.is_file(): file = hub_folder(name, ['HPSv3.safetensors', 'instruction.txt'])/'HPSv3.safetensors'
-    if not file.is_file(): raise CheckpointError(f"{file}: no such file; take HPSv3.safetensors from MizzenAI/HPSv3")
+    if not file.is_file():
+        file = hub_folder(name, ['HPSv3.safetensors', 'instruction.txt'])/'HPSv3.safetensors'
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; take HPSv3.safetensors from MizzenAI/HPSv3")
     instruction = load_instruction(file.parent)
     home = file.parent
-    if not (home/'config.json').is_file(): home = hub_folder(base, ['config.json', 'tokenizer*', 'vocab.json', 'merges.txt'])
+    if not (home/'config.json').is_file():
+        home = hub_folder(base, ['config.json', 'tokenizer*', 'vocab.json', 'merges.txt'])
     c, tokenizer = read_config(home/'config.json'), load_tokenizer(home)
-    if c.get('model_type')!='qwen2_vl': raise CheckpointError(f"{home}: model_type is {c.get('model_type')!r}; HPSv3 needs 'qwen2_vl'")
+    if c.get('model_type')!='qwen2_vl':
+        raise CheckpointError(f"{home}: model_type is {c.get('model_type')!r}; HPSv3 needs 'qwen2_vl'")
     rows = max([s[0] for k,s in tensor_shapes(file).items() if k.endswith('embed_tokens.weight')], default=0)
     with blame(home/'config.json'):
         config = Qwen2VLConfig(**c)
         config.text_config.vocab_size = rows
         with torch.device('meta'): model = cls(config, tokenizer, instruction)
-    if model.reward_id>=rows: raise CheckpointError(f"{file}: its embedding table has {rows} rows and no place for {REWARD_TOKEN}, "
-        f"which is token {model.reward_id}; file and tokenizer belong to different models")
-    load_weights(model, [file], rename=hpsv3_name, unused=r'lm_head\.weight', device=device, dtype=dtype or default_dtype(device))
+    if model.reward_id>=rows:
+        raise CheckpointError(f"{file}: its embedding table has {rows} rows and no place for {REWARD_TOKEN}, "
+                              f"which is token {model.reward_id}; "
+                              "file and tokenizer belong to different models")
+    load_weights(model, [file], rename=hpsv3_name, unused=r'lm_head\.weight', device=device,
+                 dtype=dtype or default_dtype(device))
     model.rm_head.float()
     return model.requires_grad_(False)

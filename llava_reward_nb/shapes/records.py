@@ -172,7 +172,7 @@ def write_records(
     folder = Path(folder)
     names = {} # of images, by identity
     rows = []
-    for record in progress(records, desc=desc):
+    for record in progress(records, desc=desc, unit='record'):
         row = dict(record)
         for field,image in record.items():
             if not isinstance(image, Image.Image): continue

@@ -139,7 +139,7 @@ def weigh(self:Particles,
     rewards:Tensor,   # Rewards of all particles, (p, k); not finite = weight zero, with a warning
     last:bool=False,  # The final images: makes the product of potentials exp(lam*reward)
 )->Tensor: # Log potentials, (p, k)
-    "Multiply weights by this step's potentials; SteeringError for a wrong shape or a group without finite rewards."
+    "Multiply weights by this step's potentials; SteeringError for a wrong shape or a dead group."
     r = torch.as_tensor(rewards).double().cpu()
     if r.shape!=self.log_w.shape: raise SteeringError(
         f"rewards have shape {tuple(r.shape)}; needed: one for each particle, {tuple(self.log_w.shape)}")

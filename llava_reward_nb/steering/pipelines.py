@@ -30,7 +30,7 @@ class Steered(NamedTuple):
 
     @property
     def best(self)->list: # p PIL images
-        "The image of each prompt that the guidance reward likes most; SteeringError if none has a finite reward"
+        "The image of each prompt that the guidance reward likes most; SteeringError if it has no finite one"
         r = torch.where(torch.isfinite(self.rewards), self.rewards, -torch.inf)
         none = (r==-torch.inf).all(1).nonzero().flatten().tolist()
         if none: raise SteeringError(f"no image of prompt {none[0]} has a finite reward, so none is best")
@@ -90,7 +90,7 @@ def fk_steer(
     batch_prompts:int=None, # prompts in the pipeline at once; all if None
     **kwargs,               # for `steer` (n_particles, lam, ...) and the pipeline (guidance_scale, ...)
 )->Steered: # (images, rewards, trace)
-    "Sample with steering; SteeringError, before the run if possible, for what cannot work."
+    "Sample with steering; SteeringError for what cannot work. Errors carry earlier batches as `finished`."
     ours, theirs = split_arguments(pipe, kwargs)
     prompts = prompt_list(prompts)
     config = steer(pipe, reward, prompts, **ours).config

@@ -21,8 +21,8 @@ def _flow(scheduler, sigma, model_output):
 def predicted_x0(
     scheduler,           # a diffusers scheduler, just after its `step`
     out,                 # what `step` returned (return_dict=True)
-    model_output:Tensor, # what it was given
-    sample:Tensor,       # the noisy latents it was given
+    model_output:Tensor, # the network's output that `step` was given
+    sample:Tensor,       # the noisy latents that `step` was given
 ): # Tensor like sample, or None if this scheduler does not say
     "The final latents that a step predicts."
     for name in ('pred_original_sample', 'denoised'):
@@ -33,37 +33,37 @@ def predicted_x0(
         return sample.float() - sigma*v
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #727f22a7
-def _safe_eta(scheduler, eta, timestep):
+def _safe_eta(scheduler, eta, timestep)->float:
     "eta of DDIM, lowered where the old noise's share would be lost in rounding"
     if not hasattr(scheduler, 'final_alpha_cumprod') or not scheduler.num_inference_steps: return eta
-    ab = lambda t: float(scheduler.alphas_cumprod[t]) if t>=0 else float(scheduler.final_alpha_cumprod)
-    t = int(timestep)
-    now, after = ab(t), ab(t - scheduler.config.num_train_timesteps//scheduler.num_inference_steps)
+    def signal(t): return float(scheduler.alphas_cumprod[t] if t>=0 else scheduler.final_alpha_cumprod)
+    distance = scheduler.config.num_train_timesteps//scheduler.num_inference_steps
+    now, after = signal(int(timestep)), signal(int(timestep)-distance)
     variance = (1-after)/(1-now)*(1-now/after) if now<1 else 0.
     if variance<=0 or 1-after-eta**2*variance >= 1e-6: return eta
     return math.sqrt(max(0., 1-after-1e-6)/variance)
 
 def _owner(step):
-    "The scheduler whose step this is, also if somebody has wrapped it; None if it does not say"
+    "The scheduler whose step this is, also if somebody has wrapped it; None if it does not tell"
     while not hasattr(step, '__self__') and hasattr(step, '__wrapped__'): step = step.__wrapped__
     return getattr(step, '__self__', None)
 
 def call_step(
-    step,      # a scheduler's `step`
-    args,      # what the pipeline passed
-    kwargs,    # by name
-    eta:float, # share of fresh noise, where that is a parameter
-    generator, # for the noise, where the pipeline passed none
+    step,        # a scheduler's `step`
+    args:tuple,  # what the pipeline passed by position
+    kwargs:dict, # what it passed by name
+    eta:float,   # share of fresh noise, where that is a parameter
+    generator,   # for the noise, where the pipeline passed none
 )->tuple: # (output, model_output, sample, whether the pipeline wants an object)
     "Call a scheduler's step for its output object, with noise."
-    ba = inspect.signature(step).bind(*args, **kwargs)
-    names, given = inspect.signature(step).parameters, ba.arguments
-    wanted = given.get('return_dict', True)
+    call = inspect.signature(step).bind(*args, **kwargs)
+    names, given = inspect.signature(step).parameters, call.arguments
+    wants_object = given.get('return_dict', True)
     if 'return_dict' in names: given['return_dict'] = True
     if 'eta' in names: given['eta'] = _safe_eta(_owner(step), given.get('eta') or eta, given['timestep'])
-    unset = given.get('generator') is None and given.get('variance_noise') is None
-    if 'generator' in names and unset: given['generator'] = generator
-    return step(*ba.args, **ba.kwargs), given['model_output'], given['sample'], wanted
+    no_noise_given = given.get('generator') is None and given.get('variance_noise') is None
+    if 'generator' in names and no_noise_given: given['generator'] = generator
+    return step(*call.args, **call.kwargs), given['model_output'], given['sample'], wants_object
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #0b4af941
 def set_timesteps(
@@ -71,7 +71,8 @@ def set_timesteps(
     n:int,     # number of steps
 ):
     "Prepare a scheduler for n steps as a pipeline does, with some resolution where that is asked for."
-    scheduler.set_timesteps(n, **({'mu': 1.} if scheduler.config.get('use_dynamic_shifting') else {}))
+    more = dict(mu=1.) if scheduler.config.get('use_dynamic_shifting') else {}
+    scheduler.set_timesteps(n, **more)
 
 def _trial(scheduler, eta, seed):
     "(latents, prediction) after the first whole step of four, made by a copy"
@@ -82,15 +83,17 @@ def _trial(scheduler, eta, seed):
     generators = [torch.Generator().manual_seed(seed+i) for i in range(2)]
     for t in s.timesteps:
         if hasattr(s, 'scale_model_input'): s.scale_model_input(x, t)
-        out,*_ = call_step(s.step, (v, t, x), {}, eta, generators)
-        x0, x = predicted_x0(s, out, v, x), getattr(out, 'prev_sample', None)
+        out, *_ = call_step(s.step, (v, t, x), {}, eta, generators)
+        x0 = predicted_x0(s, out, v, x)
+        x = getattr(out, 'prev_sample', None)
         if x is None or getattr(s, 'state_in_first_order', True): return x, x0
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #4f0f77a4
 def _no_signal(scheduler)->bool:
     "Whether the schedule, read as this scheduler reads it, divides by a signal of zero"
-    ab, kind = getattr(scheduler, 'alphas_cumprod', None), scheduler.config.get('prediction_type', 'epsilon')
-    return ab is not None and kind=='epsilon' and float(ab[-1])==0
+    signals = getattr(scheduler, 'alphas_cumprod', None)
+    predicts_noise = scheduler.config.get('prediction_type', 'epsilon')=='epsilon'
+    return signals is not None and predicts_noise and float(signals[-1])==0
 
 def check_scheduler(
     scheduler,     # a diffusers scheduler
@@ -107,7 +110,9 @@ def check_scheduler(
         "use prediction_type='v_prediction' if the model was trained so, or set rescale_betas_zero_snr=False")
     if getattr(scheduler, 'config', {}).get('stochastic_sampling'): raise no(
         "with stochastic_sampling=True draws all noise anew at each step, which loses the model's law")
-    try: (a, x0), (b, _) = _trial(scheduler, eta, 0), _trial(scheduler, eta, 5)
+    try:
+        a, x0 = _trial(scheduler, eta, 0)
+        b, _ = _trial(scheduler, eta, 5)
     except Exception as e: raise no(f"cannot be tried out ({type(e).__name__}: {e})") from e
     if a is None or x0 is None: raise no("does not tell the image it predicts, so there is nothing to score")
     if not torch.isfinite(a).all(): raise no("makes a step that is not finite", "look at its settings")
@@ -117,8 +122,12 @@ def check_scheduler(
     raise no(f"is deterministic: {copies}")
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #2e51e7ae
-def moved(v, like, idx):
-    "v with its particles exchanged, if it is a tensor with the latents' shape or a list with such"
+def moved(
+    v,           # anything
+    like:Tensor, # the latents, (n, ...)
+    idx:Tensor,  # slot i gets what was in slot idx[i], (n,) long
+): # the same, particles exchanged
+    "v with its particles exchanged, if it is a tensor with the latents' shape or a list with such."
     if isinstance(v, Tensor): return v[idx.to(v.device)] if v.shape==like.shape else v
     if isinstance(v, (list, tuple)) and any(isinstance(o, Tensor) and o.shape==like.shape for o in v):
         return type(v)([moved(o, like, idx) for o in v])
@@ -148,7 +157,9 @@ def flow_sde_step(
     x0 = x - sigma*v
     if after<=0: return x0, x0
     middle = x0
-    if before is not None: middle = x0 + .5*(sigma-after)/(before[1]-sigma)*(x0-before[0])
+    if before is not None:
+        last_x0, last_sigma = before
+        middle = x0 + .5*(sigma-after)/(last_sigma-sigma)*(x0-last_x0)
     old = (x-(1-sigma)*middle)/sigma
     kept = (after*(1-sigma)/(sigma*(1-after)))**(noise_level**2)
     return (1-after)*middle + after*(math.sqrt(kept)*old + math.sqrt(1-kept)*noise), x0
@@ -206,6 +217,15 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #7b66702d
+def _settings(scheduler)->dict:
+    "The settings that a scheduler really uses; its config may hold leftovers of other schedulers"
+    names = inspect.signature(type(scheduler).__init__).parameters
+    return {n: v for n,v in scheduler.config.items() if n in names}
+
+def _is_flow(scheduler)->bool:
+    "Whether noise levels are those of the straight line x = (1-sigma) x0 + sigma noise"
+    return type(scheduler).__name__ in FLOW or bool(_settings(scheduler).get('use_flow_sigmas'))
+
 def noise_schedule(
     scheduler, # a diffusers scheduler
     n:int,     # number of steps
@@ -213,30 +233,22 @@ def noise_schedule(
     "What a run of n steps would visit; half-steps of second-order solvers left out."
     s = copy.deepcopy(scheduler)
     set_timesteps(s, n)
+    second_order = hasattr(s, 'state_in_first_order')
     times = s._timesteps[::-1].copy() if hasattr(s, 'prk_timesteps') else s.timesteps
     times = torch.as_tensor(times).double().cpu()
-    if hasattr(s, 'state_in_first_order'): times = times[::2]
+    if second_order: times = times[::2]
     if hasattr(s, 'sigmas'):
         sigmas = s.sigmas.double().cpu()
-        if hasattr(s, 'state_in_first_order'): sigmas = torch.cat([sigmas[:-1:2][:len(times)], sigmas[-1:]])
+        if second_order: sigmas = torch.cat([sigmas[:-1:2][:len(times)], sigmas[-1:]])
         if s.config.get('invert_sigmas'): sigmas = 1-sigmas
         share = sigmas if _is_flow(s) else sigmas/(1+sigmas)
         return times, share[:-1], share[1:]
-    share = lambda ab: (1-ab).sqrt()/(ab.sqrt()+(1-ab).sqrt())
-    ab, at = s.alphas_cumprod.double().cpu(), times.long()
+    def share(signal): return (1-signal).sqrt()/(signal.sqrt()+(1-signal).sqrt())
+    signals, at = s.alphas_cumprod.double().cpu(), times.long()
     to = torch.cat([at[1:], at.new_tensor([-1])])
     if hasattr(s, 'final_alpha_cumprod'): to = at - s.config.num_train_timesteps//n
     last = torch.as_tensor(getattr(s, 'final_alpha_cumprod', 1.)).double()
-    return times, share(ab[at]), share(torch.where(to>=0, ab[to.clamp(min=0)], last))
-
-def _is_flow(scheduler)->bool:
-    "Whether noise levels are those of the straight line x = (1-sigma) x0 + sigma noise"
-    return type(scheduler).__name__ in FLOW or bool(_settings(scheduler).get('use_flow_sigmas'))
-
-def _settings(scheduler)->dict:
-    "The settings that a scheduler really uses; its config may hold leftovers of other schedulers"
-    names = inspect.signature(type(scheduler).__init__).parameters
-    return {n: v for n,v in scheduler.config.items() if n in names}
+    return times, share(signals[at]), share(torch.where(to>=0, signals[to.clamp(min=0)], last))
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #dbaa6468
 def _names(text): return tuple(f'{n}Scheduler' for n in text.split())
@@ -254,7 +266,8 @@ def _candidates(scheduler):
     name, now = type(scheduler).__name__, _settings(scheduler)
     def make(kind, **other):
         names = inspect.signature(kind.__init__).parameters
-        return kind(**{n: v for n,v in {**now, **other}.items() if n in names and v is not None})
+        settings = {n: v for n,v in {**now, **other}.items() if n in names and v is not None}
+        return kind(**settings)
     order = min(now.get('solver_order', 2), 2)
     sde = dict(algorithm_type='sde-dpmsolver++', solver_order=order, solver_type='midpoint')
     ends = dict.fromkeys([now.get('final_sigmas_type', 'zero'), 'zero', 'sigma_min'])
@@ -264,8 +277,8 @@ def _candidates(scheduler):
                              euler_at_final=e!='zero', **sde) for e in ends]
     clean = dict.fromkeys([now.get('set_alpha_to_one', True), True, False])
     clip = now.get('clip_sample', False)
-    DDIM = functools.partial(make, diffusers.DDIMScheduler, clip_sample=clip)
-    ddim = [functools.partial(DDIM, set_alpha_to_one=c) for c in clean]
+    ddim = [functools.partial(make, diffusers.DDIMScheduler, clip_sample=clip, set_alpha_to_one=one)
+            for one in clean]
     euler = [lambda: make(diffusers.EulerAncestralDiscreteScheduler)]
     if now.get('use_beta_sigmas'): return [] # the last steps of beta spacing are too long for noise
     return dpm+ddim+euler if name in MULTISTEP else ddim+euler+dpm
@@ -296,7 +309,8 @@ def stochastic(
     theirs = type(scheduler).__module__.split('.')[0]=='diffusers' or name=='FlowSDEScheduler'
     if name in CONSISTENCY: raise SteeringError(
         f"{name} draws all noise anew at each step, which is right for a consistency model only. "
-        "If yours is one, leave it in place: it can be steered as it is. If not, load the model's own scheduler")
+        "If yours is one, leave it in place: it can be steered as it is. "
+        "If not, load the model's own scheduler")
     known = theirs and name in DIFFUSION+MULTISTEP+EDM+FLOW
     try:
         check_scheduler(scheduler)
@@ -312,9 +326,9 @@ def stochastic(
             new = make()
             check_scheduler(new)
             why = _difference(scheduler, new)
-        except Exception as e: tried.append(str(e).partition(';')[0]); continue
-        if not why: return new
-        tried.append(f"{type(new).__name__}: {why}")
+            if not why: return new
+            tried.append(f"{type(new).__name__}: {why}")
+        except Exception as e: tried.append(str(e).partition(';')[0])
     other = "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type='sde-dpmsolver++')"
     tried = '; '.join(dict.fromkeys(tried)) or 'nothing tried'
     raise SteeringError(

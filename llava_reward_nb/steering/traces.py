@@ -40,7 +40,7 @@ class Trace:
     rewards:Tensor=None                        # guidance reward of the returned images, (p,k)
     held_out:dict=field(default_factory=dict)  # held-out rewards of the returned images, name -> (p,k)
     seconds:dict=field(default_factory=_no_seconds)  # spent on previews: decode, score
-    stopped:str=''                             # '' for a whole run, else after how many steps it ended and why
+    stopped:str=''                             # '' for a whole run, else after how many steps it ended
     rescored:int=0                             # images that changed after the last look and were scored again
 
     @property
