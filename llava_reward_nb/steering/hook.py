@@ -132,16 +132,18 @@ class Steering:
         "Pass it to the pipeline as generator="
         return self.each(self.generators)
 
-    @property
-    def pipe_kwargs(self)->dict: # prompt, num_images_per_prompt, generator
-        "Arguments with which to call the pipeline by hand"
-        return plain_arguments(self.pipe, self.prompts, self.k, self.generators)
+# %% ../../nbs/5_steering/56_hook.ipynb #94429fb2
+@patch(as_prop=True)
+def pipe_kwargs(self:Steering)->dict: # prompt, num_images_per_prompt, generator
+    "Arguments with which to call the pipeline by hand"
+    return plain_arguments(self.pipe, self.prompts, self.k, self.generators)
 
-    def arguments(self,
-        kwargs:dict, # for the pipeline
-    )->dict: # all its arguments
-        "Prompts, generators and what goes with each prompt, ready for the pipeline."
-        return pipeline_arguments(self.pipe, kwargs, self.prompts, self.k, self.generators)
+@patch
+def arguments(self:Steering,
+    kwargs:dict, # for the pipeline
+)->dict: # all its arguments
+    "Prompts, generators and what goes with each prompt, ready for the pipeline."
+    return pipeline_arguments(self.pipe, kwargs, self.prompts, self.k, self.generators)
 
 # %% ../../nbs/5_steering/56_hook.ipynb #501f872a
 @patch
