@@ -187,7 +187,12 @@ def load_backbone(
 
 # %% ../nbs/3_paper/33_backbones.ipynb #904192f2
 @patch(cls_method=True)
-def load(cls:Phi3VBackbone, folder, device, dtype, num_crops):
+def load(cls:Phi3VBackbone,
+    folder,            # of the base
+    device:str,        # where the weights go
+    dtype:torch.dtype, # what they are stored as
+    num_crops:int,     # most crops of an image; None: the model's own setting
+)->Phi3VBackbone:
     "Model and processor from one folder."
     processor = Phi3VProcessor.from_pretrained(folder, num_crops)
     return cls(Phi3VModel.from_pretrained(folder, device, dtype), processor)

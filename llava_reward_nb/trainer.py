@@ -235,7 +235,11 @@ def _several(records)->list:
     "The sets of records in None, in one set, or in a dict of them."
     return [r for r in (records.values() if isinstance(records, dict) else [records]) if r is not None]
 
-def check_records(records, config:PerspectiveConfig, name:str):
+def check_records(
+    records,                  # `RewardRecords`, or several joined
+    config:PerspectiveConfig, # says which loss
+    name:str,                 # of the perspective, for errors
+):
     "ValueError if these records cannot teach this loss."
     for r in _several(records):
         if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
