@@ -167,7 +167,8 @@ def pipeline_arguments(
     generators:list, # one torch.Generator for each prompt
 )->dict: # all its arguments
     "Prompts, generators and what goes with each prompt, ready for the pipeline."
-    p, plain = len(prompts), plain_arguments(pipe, prompts, k, generators)
+    p = len(prompts)
+    plain = plain_arguments(pipe, prompts, k, generators)
     own = prompt_arguments(pipe, kwargs, p, k)
     rest = {n: v for n,v in kwargs.items() if n not in own}
     if any(n.startswith('ip_adapter') for n in own):

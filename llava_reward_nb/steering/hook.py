@@ -94,13 +94,23 @@ class Steering:
     ):
         if not callable(reward): raise SteeringError(
             f"reward is a {type(reward).__name__}; pass a callable (images, prompts) -> scores")
-        self.pipe, self.reward, self.prompts, self.config = pipe, reward, prompt_list(prompts), config
-        self.held_out, self.decode, self.vae, self.size = _held_out(held_out), decode, vae, size
+        self.pipe = pipe
+        self.reward = reward
+        self.prompts = prompt_list(prompts)
+        self.config = config
+        self.held_out = _held_out(held_out)
+        self.decode = decode
+        self.vae = vae
+        self.size = size
         self.batch_size = whole('batch_size', batch_size, 1)
         self.thumbnail = whole('thumbnail', thumbnail, 0)
         self.generators = prompt_generators(self.prompts, config.seed, config.published)
-        self.trace, self.scheduler, self.called = None, None, False
-        self.calls, self.done, self.changed = 0, 0, 0
+        self.trace = None      # of the run; set up at its first step
+        self.scheduler = None  # that is hooked
+        self.called = False    # by `fk(...)`, which scores what is returned
+        self.calls = 0         # of the scheduler's step
+        self.done = 0          # whole steps
+        self.changed = 0       # times the pipeline changed latents after a step
 
     @property
     def k(self)->int: return self.config.n_particles     # of each prompt
@@ -122,16 +132,18 @@ class Steering:
         "Pass it to the pipeline as generator="
         return self.each(self.generators)
 
-    @property
-    def pipe_kwargs(self)->dict: # prompt, num_images_per_prompt, generator
-        "Arguments with which to call the pipeline by hand"
-        return plain_arguments(self.pipe, self.prompts, self.k, self.generators)
+# %% ../../nbs/5_steering/56_hook.ipynb #94429fb2
+@patch(as_prop=True)
+def pipe_kwargs(self:Steering)->dict: # prompt, num_images_per_prompt, generator
+    "Arguments with which to call the pipeline by hand"
+    return plain_arguments(self.pipe, self.prompts, self.k, self.generators)
 
-    def arguments(self,
-        kwargs:dict, # for the pipeline
-    )->dict: # all its arguments
-        "Prompts, generators and what goes with each prompt, ready for the pipeline."
-        return pipeline_arguments(self.pipe, kwargs, self.prompts, self.k, self.generators)
+@patch
+def arguments(self:Steering,
+    kwargs:dict, # for the pipeline
+)->dict: # all its arguments
+    "Prompts, generators and what goes with each prompt, ready for the pipeline."
+    return pipeline_arguments(self.pipe, kwargs, self.prompts, self.k, self.generators)
 
 # %% ../../nbs/5_steering/56_hook.ipynb #501f872a
 @patch
@@ -154,7 +166,9 @@ def score(self:Steering,
     z:Tensor, # latents of all particles
 )->tuple: # (rewards (p,k) float64, {name: (p,k)}, thumbnails: p lists of k PIL images or None)
     "Decode and score, `batch_size` particles at a time."
-    prompts, rewards, held_out, seen = self.each(self.prompts), [], {name: [] for name in self.held_out}, []
+    prompts = self.each(self.prompts)
+    rewards, seen = [], []
+    held_out = {name: [] for name in self.held_out}
     for i in range(0, self.n, self.batch_size):
         part = prompts[i:i+self.batch_size]
         start = time.perf_counter()
@@ -192,7 +206,8 @@ def begin(self:Steering,
     sample:Tensor, # the first latents
 ):
     "Check batch and schedule, and set up weights and trace; SteeringError if they do not fit."
-    c, p = self.config, len(self.prompts)
+    c = self.config
+    p = len(self.prompts)
     if len(sample)!=self.n: raise SteeringError(
         f"the scheduler was given a batch of {len(sample)}, but {p} prompts with {self.k} particles each "
         f"make {self.n}; call the pipeline with the same prompts and num_images_per_prompt={self.k} "
@@ -218,7 +233,8 @@ def choose(self:Steering,
     last:bool,      # at the last step
 )->Choice:
     "Weigh the particles and draw ancestors, as the method has it."
-    c, particles = self.config, self.particles
+    c = self.config
+    particles = self.particles
     same = torch.arange(self.k).repeat(len(self.prompts), 1)
     nobody = torch.zeros(len(self.prompts), dtype=torch.bool)
     if c.method!='fk':
@@ -306,11 +322,13 @@ def rescore(self:Steering,
     images:list,# all n images
 ):
     "Rewards and weights of images that changed after the last look."
-    t, prompts = self.trace, self.each(self.prompts)
+    t = self.trace
+    prompts = self.each(self.prompts)
     before = t.log_w.logsumexp(-1)
     for j in range(0, len(which), self.batch_size):
         part = which[j:j+self.batch_size]
-        new, their_prompts = [images[i] for i in part], [prompts[i] for i in part]
+        new = [images[i] for i in part]
+        their_prompts = [prompts[i] for i in part]
         if isinstance(new[0], Tensor): new = torch.stack(new)
         r = reward_scores('the reward', self.reward, new, their_prompts)
         gain = self.config.lam*(r-t.rewards.view(-1)[part])
@@ -334,12 +352,15 @@ def __enter__(self:Steering):
     s = self.pipe.scheduler
     with _hooking: # two threads cannot both find the scheduler free
         check_scheduler(s, self.config.eta)
-        original, self.had_seed = s.step, getattr(s, 'noise_sampler_seed', None)
+        original = s.step
+        self.had_seed = getattr(s, 'noise_sampler_seed', None)
         @functools.wraps(original)
         def step(*args, **kwargs): return self.around(original, args, kwargs)
         s.step = step
-    self.scheduler, self.trace, self.latents, self.seen = s, None, None, []
-    self.calls, self.changed = 0, 0
+    self.scheduler = s
+    self.trace = self.latents = None
+    self.seen = []
+    self.calls = self.changed = 0
     return self
 
 @patch
@@ -364,7 +385,8 @@ def stop(self:Steering,
     error, # what stopped the run, or None if the pipeline returned early
 ):
     "What is known of a run that stopped: rewards of the latents as they are, or NaN after an error."
-    t, unknown = self.trace, torch.full((len(self.prompts), self.k), math.nan, dtype=torch.float64)
+    t = self.trace
+    unknown = torch.full((len(self.prompts), self.k), math.nan, dtype=torch.float64)
     t.stopped = f"after {self.done} of {t.n_steps} steps" + (f" ({error})" if error else '')
     t.rewards = unknown
     t.held_out = {name: unknown.clone() for name in self.held_out}

@@ -75,7 +75,8 @@ def residual(
     "The whole part of each share for certain, what is left multinomially (Liu & Chen 1998)."
     k = len(w)
     sure = (k*w + 1e-9).floor()  # 1e-9: a share of 2.9999999 is 3
-    rest, n = (k*w - sure).clamp(min=0), k - int(sure.sum())
+    rest = (k*w - sure).clamp(min=0)
+    n = k - int(sure.sum())
     ids = torch.arange(k).repeat_interleave(sure.long())
     if n>0: ids = torch.cat([ids, _lookup(rest, _rand(n, generator))])
     return ids.sort().values
@@ -269,7 +270,8 @@ class PublishedParticles:
     def _forget(self):
         "Weights of one, as at the beginning and after each look"
         self.weights = torch.ones(self.groups, self.k)
-        self.remembered, self.last = self.memory, False
+        self.remembered = self.memory
+        self.last = False
 
     @property
     def log_w(self)->Tensor: # (p, k), float64

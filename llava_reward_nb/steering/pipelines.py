@@ -94,7 +94,9 @@ def fk_steer(
     ours, theirs = split_arguments(pipe, kwargs)
     prompts = prompt_list(prompts)
     config = steer(pipe, reward, prompts, **ours).config
-    n, p, k = steps_of(pipe, theirs), len(prompts), config.n_particles
+    n = steps_of(pipe, theirs)
+    p = len(prompts)
+    k = config.n_particles
     if n is not None: resample_steps(n, config.start, config.end, config.every, config.steps)
     own = prompt_arguments(pipe, theirs, p, k)
     common = {name: v for name,v in theirs.items() if name not in own}
@@ -103,7 +105,8 @@ def fk_steer(
     if any(name.startswith('ip_adapter') for name in own): size = 1
     batches = []
     for i in progress(range(0, p, size), desc='steering'):
-        part, particles = slice(i, i+size), slice(i*k, (i+size)*k)
+        part = slice(i, i+size)
+        particles = slice(i*k, (i+size)*k)
         ours['seed'] = seeds[part]
         theirs = {name: v[particles if name=='latents' else part] for name,v in own.items()}
         try: batches.append(_steer_batch(pipe, reward, prompts[part], ours, {**common, **theirs}))

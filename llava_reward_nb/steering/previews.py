@@ -18,7 +18,8 @@ def _unpack(z, pipe, size):
     if not hasattr(pipe, '_unpack_latents'): raise SteeringError(
         f"latents of {type(pipe).__name__} have shape {tuple(z.shape)}, and it has no method to unpack them; "
         "pass decode=, a function from latents to images")
-    factor, side = pipe.vae_scale_factor, math.isqrt(z.shape[1])
+    factor = pipe.vae_scale_factor
+    side = math.isqrt(z.shape[1])
     if size is None:
         if side**2!=z.shape[1]:
             raise SteeringError(f"{z.shape[1]} patches are no square; pass size=(height, width) in pixels")

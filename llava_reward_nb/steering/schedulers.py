@@ -57,7 +57,8 @@ def call_step(
 )->tuple: # (output, model_output, sample, whether the pipeline wants an object)
     "Call a scheduler's step for its output object, with noise."
     call = inspect.signature(step).bind(*args, **kwargs)
-    names, given = inspect.signature(step).parameters, call.arguments
+    names = inspect.signature(step).parameters
+    given = call.arguments
     wants_object = given.get('return_dict', True)
     if 'return_dict' in names: given['return_dict'] = True
     if 'eta' in names: given['eta'] = _safe_eta(_owner(step), given.get('eta') or eta, given['timestep'])
@@ -244,7 +245,8 @@ def noise_schedule(
         share = sigmas if _is_flow(s) else sigmas/(1+sigmas)
         return times, share[:-1], share[1:]
     def share(signal): return (1-signal).sqrt()/(signal.sqrt()+(1-signal).sqrt())
-    signals, at = s.alphas_cumprod.double().cpu(), times.long()
+    signals = s.alphas_cumprod.double().cpu()
+    at = times.long()
     to = torch.cat([at[1:], at.new_tensor([-1])])
     if hasattr(s, 'final_alpha_cumprod'): to = at - s.config.num_train_timesteps//n
     last = torch.as_tensor(getattr(s, 'final_alpha_cumprod', 1.)).double()
@@ -263,7 +265,8 @@ CONSISTENCY = _names('LCM TCD FlowMatchLCM')
 def _candidates(scheduler):
     "Schedulers that add noise, with the settings of this one, nearest first"
     import diffusers
-    name, now = type(scheduler).__name__, _settings(scheduler)
+    name = type(scheduler).__name__
+    now = _settings(scheduler)
     def make(kind, **other):
         names = inspect.signature(kind.__init__).parameters
         settings = {n: v for n,v in {**now, **other}.items() if n in names and v is not None}

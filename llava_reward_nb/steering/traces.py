@@ -101,7 +101,8 @@ def merge_traces(
 # %% ../../nbs/5_steering/52_traces.ipynb #c2031b28
 def _alive(ancestors):
     "For each look, which slots before it have descendants at the end: list of (k,) bool"
-    out, keep = [], torch.ones(len(ancestors[-1]), dtype=torch.bool)
+    out = []
+    keep = torch.ones(len(ancestors[-1]), dtype=torch.bool)
     for a in reversed(ancestors):
         before = torch.zeros_like(keep)
         before[a[keep]] = True
@@ -111,7 +112,8 @@ def _alive(ancestors):
 
 def _tree(ax, looks, p):
     "Draw the family tree of one prompt's particles; returns the dots"
-    steps, k = [look.step for look in looks], looks[0].rewards.shape[1]
+    steps = [look.step for look in looks]
+    k = looks[0].rewards.shape[1]
     alive = _alive([look.ancestors[p] for look in looks]) + [torch.ones(k, dtype=torch.bool)]
     typical = (steps[-1]-steps[0])/(2*max(1, len(steps)-1))
     ends = steps[1:] + [steps[-1] + max(1, typical)]
@@ -119,7 +121,8 @@ def _tree(ax, looks, p):
         for i,a in enumerate(look.ancestors[p].tolist()):
             style = dict(c='k', lw=1.2, zorder=1) if after[i] else dict(c='.8', lw=.8, zorder=0)
             ax.plot([start, end], [a, i], **style)
-    at, slots = [s for s in steps for _ in range(k)], list(range(k))*len(looks)
+    at = [s for s in steps for _ in range(k)]
+    slots = list(range(k))*len(looks)
     rewards = torch.cat([look.rewards[p] for look in looks])
     dots = ax.scatter(at, slots, c=rewards, cmap='viridis', s=28, zorder=2)
     ax.set(yticks=range(k), ylabel='slot', xlabel='step', title='family tree', ylim=(k-.5, -.5))
@@ -168,7 +171,8 @@ def film(self:Trace,
         for i,ax in enumerate(axs[:,j]):
             ax.imshow(thumbs[j][i])
             ax.set(xticks=[], yticks=[])
-            kept, lost = dict(color='.8', linewidth=.5), dict(color='tab:orange', linewidth=2)
+            kept = dict(color='.8', linewidth=.5)
+            lost = dict(color='tab:orange', linewidth=2)
             for spine in ax.spines.values(): spine.set(**(kept if i in survivors else lost))
             head = f"step {look.step}\n" if i==0 else ''
             ax.set_title(f"{head}{look.rewards[prompt,i]:.2f}", fontsize=7, pad=2)

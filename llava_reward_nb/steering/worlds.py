@@ -26,7 +26,9 @@ class ShapesPipeline:
         listens:float=.3,  # share of the probability that goes to scenes which show what the prompt asks for
     ):
         from diffusers import DDIMScheduler
-        self.scenes, self.scale, self.listens = scenes, scale, listens
+        self.scenes = scenes
+        self.scale = scale
+        self.listens = listens
         pixels = torch.stack([torch.from_numpy(np.array(render(s))) for s in scenes])
         x = pixels.permute(0,3,1,2).flatten(1).float()/127.5-1
         self.mean = x.mean(0)
@@ -95,7 +97,9 @@ class MixturePipeline:
         s:list,  # standard deviations, (m,)
         w:list,  # shares, (m,), their sum 1
     ):
-        self.mu, self.s, self.w = torch.tensor(mu), torch.tensor(s), torch.tensor(w)
+        self.mu = torch.tensor(mu)
+        self.s = torch.tensor(s)
+        self.w = torch.tensor(w)
         self.scheduler = self.new_scheduler()
 
     def new_scheduler(self):
@@ -143,7 +147,9 @@ class Mixture:
         s:Tensor,  # standard deviations, (m,)
         w:Tensor,  # shares, (m,), their sum 1
     ):
-        self.mu, self.s, self.w = mu, s, w
+        self.mu = mu
+        self.s = s
+        self.w = w
 
     def draw(self,
         n:int,                     # number of samples
