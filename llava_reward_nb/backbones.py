@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from .core import CheckpointError
+from .docments import document
 from .weights import hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, hd_shape, tokenizer_hash
 from .weights import blame, read_json
@@ -241,3 +242,6 @@ def encode_pixels(self:Phi3VBackbone,
     text = {k:v.to(pixels.device) for k,v in self.processor.pad(rows).items()}
     crops = pixel_crops(hd, settings.crop_size, settings.mean, settings.std).flatten(0,1)
     return dict(**text, pixel_values=crops, image_sizes=torch.tensor([size]*len(hd)))
+
+# %% ../nbs/3_paper/33_backbones.ipynb #90a196d4
+document(__name__)
