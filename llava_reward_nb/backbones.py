@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from .core import CheckpointError
+from .docments import document
 from .weights import hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, hd_shape, tokenizer_hash
 from .weights import blame, read_json
@@ -187,7 +188,12 @@ def load_backbone(
 
 # %% ../nbs/3_paper/33_backbones.ipynb #904192f2
 @patch(cls_method=True)
-def load(cls:Phi3VBackbone, folder, device, dtype, num_crops):
+def load(cls:Phi3VBackbone,
+    folder,            # of the base
+    device:str,        # where the weights go
+    dtype:torch.dtype, # what they are stored as
+    num_crops:int,     # most crops of an image; None: the model's own setting
+)->Phi3VBackbone:
     "Model and processor from one folder."
     processor = Phi3VProcessor.from_pretrained(folder, num_crops)
     return cls(Phi3VModel.from_pretrained(folder, device, dtype), processor)
@@ -236,3 +242,6 @@ def encode_pixels(self:Phi3VBackbone,
     text = {k:v.to(pixels.device) for k,v in self.processor.pad(rows).items()}
     crops = pixel_crops(hd, settings.crop_size, settings.mean, settings.std).flatten(0,1)
     return dict(**text, pixel_values=crops, image_sizes=torch.tensor([size]*len(hd)))
+
+# %% ../nbs/3_paper/33_backbones.ipynb #90a196d4
+document(__name__)

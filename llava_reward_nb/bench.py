@@ -22,6 +22,7 @@ from .backbones import Phi3VBackbone
 from .commands.items import check_settings, perspective_kinds
 from .commands.terminal import command, text_table
 from .core import InputError, default_device, progress
+from .docments import document
 from .weights import MODELS
 from .files import write_table
 from .model import PerspectiveConfig, RewardModel
@@ -415,3 +416,6 @@ def llava_reward_bench(
         if out: write_table(rows, out)
     print(f'\n{show(rows)}')
     if out: print(f'written to {out}')
+
+# %% ../nbs/9_doors/98_bench.ipynb #2af994f0
+document(__name__)

@@ -17,6 +17,8 @@ import numpy as np, torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .docments import document
+
 # %% ../nbs/1_foundations/11_core.ipynb #644c6821
 class InputError(ValueError):
     "An image, prompt or record that cannot be used; the message names the item and the remedy."
@@ -353,3 +355,6 @@ def batch_progress(
         for batch in batches:
             yield batch
             bar.update(len(batch))
+
+# %% ../nbs/1_foundations/11_core.ipynb #4036aa83
+document(__name__)

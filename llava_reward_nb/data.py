@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from .core import (MAX_PIXELS, InputError, TransparencyWarning, as_path, image_key, image_size,
     load_image, progress)
+from .docments import document
 from .files import IMAGE_COLUMNS, PROMPT_COLUMNS, number, read_table
 from .store import file_hash, pixels_hash
 
@@ -550,3 +551,6 @@ class RewardCollator:
         truth = 'target' if kind=='pair' else 'label'
         batch[truth] = torch.tensor([float(r[truth]) for r in rows])
         return batch
+
+# %% ../nbs/3_paper/35_data.ipynb #00086ef9
+document(__name__)

@@ -111,3 +111,6 @@ def document(
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef): _document_function(lines, owner, node)
         elif isinstance(node, ast.ClassDef): _document_class(lines, getattr(owner, node.name), node)
+
+# %% ../nbs/1_foundations/10_docments.ipynb #92890a88
+document(__name__)

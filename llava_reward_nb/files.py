@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from .core import InputError, as_path
+from .docments import document
 
 # %% ../nbs/1_foundations/12_files.ipynb #8d638460
 def _to_write(
@@ -398,3 +399,6 @@ def number(
     except (TypeError, ValueError, OverflowError): value = math.nan
     if not math.isfinite(value): raise InputError(f"is {x!r:.60}; it must be a number")
     return value
+
+# %% ../nbs/1_foundations/12_files.ipynb #4e3958e0
+document(__name__)

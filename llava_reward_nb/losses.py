@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .docments import document
+
 # %% ../nbs/3_paper/30_losses.ipynb #c985f530
 def _wide(x:Tensor)->Tensor:
     "The tensor in float32, or wider if it is wider."
@@ -196,3 +198,6 @@ def make_loss(
     else: loss = CLSLoss()
     loss.check_dim(dim)
     return loss
+
+# %% ../nbs/3_paper/30_losses.ipynb #fb1a60b0
+document(__name__)

@@ -22,6 +22,7 @@ from . import __version__
 from .backbones import PassLock, evaluating, load_backbone, same_base
 from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress,
     default_device, default_dtype, image_list, image_size, load_image)
+from .docments import document
 from .files import atomic_path
 from .losses import make_loss
 from .weights import blame, read_json
@@ -1083,3 +1084,6 @@ def gradient_checkpointing_enable(self:RewardModel,
 ):
     "The name of `activation_checkpointing_enable` in older versions of transformers."
     self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+# %% ../nbs/3_paper/34_model.ipynb #a5fe3f1f
+document(__name__)

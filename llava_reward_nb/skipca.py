@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 
+from .docments import document
+
 # %% ../nbs/3_paper/31_skipca.ipynb #f7a4cb22
 def init_head_(
     linear:nn.Linear, # Layer whose weight is filled in place, (out, d)
@@ -146,3 +148,6 @@ def gated(self:ValueHead,
     "Weigh the planes of head vectors by the prompt; ValueError without a prompt."
     scale = (self.log_eigenvalues(prompt)/2).exp().repeat_interleave(2, -1)
     return out*(scale if out.dim()==2 else scale[:,None])
+
+# %% ../nbs/3_paper/31_skipca.ipynb #e6732149
+document(__name__)

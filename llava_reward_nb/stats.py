@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .docments import document
+
 # %% ../nbs/1_foundations/15_stats.ipynb #50e9ebac
 def _arrays(
     w,       # weights (m, n), or None
@@ -512,3 +514,6 @@ def particle_summary(
     spread = scores.std(ddof=1) if len(scores)>1 else 0.
     return dict(mean=float(scores.mean()), max=float(scores.max()), min=float(scores.min()),
                 std=float(spread), best=float(scores[best_particle(guidance)]))
+
+# %% ../nbs/1_foundations/15_stats.ipynb #548c7942
+document(__name__)

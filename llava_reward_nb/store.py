@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .core import InputError, as_path
+from .docments import document
 from .files import atomic_path
 
 # %% ../nbs/1_foundations/14_store.ipynb #3bfd0a60
@@ -329,3 +330,6 @@ def known(self:ScoreStore)->dict: # (key, reward, identity, pixels, prompt) -> (
     rows = rows[(rows.error=='')&(rows.identity!='')]
     keys = rows[decisive].itertuples(index=False, name=None)
     return dict(zip(keys, zip(rows.score, rows.note)))
+
+# %% ../nbs/1_foundations/14_store.ipynb #fd61899e
+document(__name__)

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, get_schedu
 from . import __version__
 from .core import CheckpointError, InputError
 from .data import RewardCollator, RewardRecords, check_fit, load_records
+from .docments import document
 from .files import atomic_path
 from .losses import cls_prob
 from .model import CARD, PerspectiveConfig, RewardModel, TrainingFacts, saved_config
@@ -235,7 +236,11 @@ def _several(records)->list:
     "The sets of records in None, in one set, or in a dict of them."
     return [r for r in (records.values() if isinstance(records, dict) else [records]) if r is not None]
 
-def check_records(records, config:PerspectiveConfig, name:str):
+def check_records(
+    records,                  # `RewardRecords`, or a dict of several
+    config:PerspectiveConfig, # says which loss
+    name:str,                 # of the perspective, for errors
+):
     "ValueError if these records cannot teach this loss."
     for r in _several(records):
         if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
@@ -663,3 +668,6 @@ def train_perspective(
     measured = trainer.evaluate() if eval_records else {}
     if args.should_save: model.write_card(name, Path(args.output_dir)/name, trainer.facts())
     return dict(train_loss=result.training_loss, **measured)
+
+# %% ../nbs/3_paper/36_trainer.ipynb #ca251278
+document(__name__)

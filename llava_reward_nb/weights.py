@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .core import CheckpointError, InputError, as_path
+from .docments import document
 
 # %% ../nbs/1_foundations/13_weights.ipynb #f31469df
 MODELS = {'tiny': Path(find_spec('llava_reward_nb').origin).parent/'bundle'} # short names of model folders
@@ -366,3 +367,6 @@ def load_pretrained(
     if bad: raise CheckpointError(
         f"{name}: {bad[0]} holds NaN or infinity; fetch the file again, or load another dtype")
     return model.eval()
+
+# %% ../nbs/1_foundations/13_weights.ipynb #8c6943a8
+document(__name__)

@@ -13,6 +13,7 @@ from .items import JudgeItem, check_items, perspective_kinds, stop_if_bad
 from .score import compare_items, load, pair_report, rank_items, score_items
 from .terminal import command, report, text_table
 from ..core import InputError, as_path
+from ..docments import document
 from ..files import atomic_path, check_writable, write_table
 from ..tiny.gallery import demo_picture, demo_scenes
 
@@ -126,3 +127,6 @@ def llava_reward_demo(
     print(f"({took()}; over 300 prompts: the notebook 83_guidance)\n")
     print(f"Look at {folder/'demo.png'} and {folder/'steering/steering.png'}; all numbers are in "
           f"{folder/'scores.csv'}, {folder/'accuracy.csv'} and {folder/'steering/scores.parquet'}.")
+
+# %% ../../nbs/9_doors/94_demo.ipynb #b9d7b9d1
+document(__name__)

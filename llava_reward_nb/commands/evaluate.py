@@ -12,6 +12,7 @@ from pathlib import Path
 from .items import check_names, check_settings, find_images, reward_names, tiny_doubts
 from .terminal import UsageError, command, did_you_mean, heartbeat, waiting
 from ..core import InputError, as_path
+from ..docments import document
 from ..files import check_writable, read_table, write_table
 from ..evaluation.benchmarks import SPECS
 from ..evaluation.report import make_table
@@ -175,3 +176,6 @@ def llava_reward_latency(
     written = write_table(frame, out)
     print(make_table('latency', frame))
     print(f"written to {written}")
+
+# %% ../../nbs/9_doors/95_evaluate.ipynb #9f935bc0
+document(__name__)

@@ -21,6 +21,7 @@ from PIL import Image
 from .terminal import UsageError, did_you_mean, image_name, note, shorten
 from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key,
     image_size, open_image, progress)
+from ..docments import document
 from ..files import (IMAGE_COLUMNS, PROMPT_COLUMNS, check_writable, find_column, read_table,
     table_kind, write_table)
 from ..weights import MODELS
@@ -471,3 +472,6 @@ def kept_scores(
             raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
         finally:
             if not any(folder.glob('*.parquet')): shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../../nbs/9_doors/91_items.ipynb #a62f450e
+document(__name__)

@@ -6,6 +6,7 @@
 __all__ = ['llava_reward_rewards']
 
 # %% ../../nbs/9_doors/97_listing.ipynb #ed4519b4
+from ..docments import document
 from ..rewards.cards import reward_rows
 from .terminal import command, report
 
@@ -26,3 +27,6 @@ def llava_reward_rewards(
         for column,value in row.items(): print(f'{column:10} {value or "-"}')
         print()
     if out: report(rows, out, hide=set(rows[0])-{'reward','install'})
+
+# %% ../../nbs/9_doors/97_listing.ipynb #b4e9636f
+document(__name__)

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from .. import __version__
 from .terminal import UsageError, command, did_you_mean, waiting
+from ..docments import document
 
 # %% ../../nbs/9_doors/99_main.ipynb #539d575b
 @dataclass(frozen=True)
@@ -172,3 +173,6 @@ def llava_reward_completion(
     if shell not in SHELLS:
         raise UsageError(f"shell {shell!r}; use one of {', '.join(SHELLS)}{did_you_mean(shell, SHELLS)}")
     print(SHELLS[shell]({name:command_words(name) for name in SUB_COMMANDS}), end='')
+
+# %% ../../nbs/9_doors/99_main.ipynb #eee61940
+document(__name__)

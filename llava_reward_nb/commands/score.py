@@ -23,6 +23,7 @@ from .terminal import (
     UsageError, bar, cell_text, command, heartbeat, note, report, waiting)
 from ..core import (
     CheckpointError, InputError, TransparencyWarning, as_path, image_key, image_size, open_image, progress)
+from ..docments import document
 from ..files import write_table
 from ..store import ScoreStore, identity, pixels_hash
 
@@ -521,3 +522,6 @@ def llava_reward_compare(
     how = dict(base=base, device=device, dtype=dtype, num_crops=num_crops)
     _compare(items, pair, table, perspective_kinds(model, perspective), model, how, batch_size, out, skip_bad)
     say_left_out(items)
+
+# %% ../../nbs/9_doors/92_score.ipynb #9703f129
+document(__name__)

@@ -15,6 +15,7 @@ from PIL import Image
 from .items import check_names, check_settings, reward_names, tiny_doubts
 from .terminal import UsageError, command, did_you_mean, heartbeat, note, waiting
 from ..core import InputError, as_path
+from ..docments import document
 from ..evaluation.measures import metric_columns
 from ..evaluation.report import panels, table9
 from ..files import PROMPT_COLUMNS, TABLES, atomic_path, check_writable, find_column, read_table
@@ -202,3 +203,6 @@ def llava_reward_steer(
                                 batch_prompts, **how)
     with heartbeat(lambda: 'still steering'): folder,frame = _steered(out, run)
     _show(frame, folder, ways)
+
+# %% ../../nbs/9_doors/96_steer.ipynb #a36ec14b
+document(__name__)

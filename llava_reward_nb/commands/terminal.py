@@ -15,6 +15,8 @@ from functools import wraps
 
 from fastcore.docments import docments
 
+from ..docments import document
+
 # %% ../../nbs/9_doors/90_terminal.ipynb #9dc7f564
 def image_name(
     x, # image: path, bytes or dict, see `open_image`
@@ -338,3 +340,6 @@ def command(
         run.words = words or dict
         return run
     return decorate
+
+# %% ../../nbs/9_doors/90_terminal.ipynb #0c2e64b1
+document(__name__)

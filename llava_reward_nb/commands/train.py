@@ -15,6 +15,7 @@ import torch
 from .items import DTYPES, check_settings
 from .terminal import UsageError, command, did_you_mean, report, waiting
 from ..core import CheckpointError, InputError, as_path
+from ..docments import document
 from ..files import check_writable
 from ..weights import hub_folder
 
@@ -228,3 +229,6 @@ def llava_reward_train(
     head = dict(loss=loss, dim=dim, tau=tau)
     how = dict(device=device, dtype=dtype and getattr(torch, dtype), num_crops=num_crops)
     _prepare_and_train(records, eval, start, args, head, how, resume, reading)
+
+# %% ../../nbs/9_doors/93_train.ipynb #5c73a9a2
+document(__name__)

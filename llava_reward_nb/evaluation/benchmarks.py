@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, as_path
+from ..docments import document
 from .geneval import (GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered,
                                                 read_tasks, tiny_tasks)
 from .records import (SAMPLE_FIELDS, Benchmark, Collector, add_sample, item_id,
@@ -512,3 +513,6 @@ def load_benchmark(
         patterns = spec.patterns or ('**/*.parquet','**/*.json','**/*.jsonl')
         path = hub_folder(str(data), patterns, spec.local, data=True)
     return spec.read(path, skip_bad=skip_bad, local=spec.local, **kw).head(limit)
+
+# %% ../../nbs/6_evaluation/63_benchmarks.ipynb #26d7eb37
+document(__name__)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..docments import document
 from ..rewards.clip import crop_image, normalise, to_floats
 from ..core import (CheckpointError, InputError, as_images, as_path, default_device, image_list,
     load_image, progress)
@@ -655,3 +656,6 @@ def geneval_scores(
     return dict(tasks=tasks, overall=sum(c/n for c,n in tasks.values())/len(tasks),
                 images=(sum(bool(r['correct']) for r in rows), len(rows)),
                 prompts=(sum(map(any,prompts.values())), len(prompts)))
+
+# %% ../../nbs/6_evaluation/60_geneval.ipynb #2d52a59a
+document(__name__)

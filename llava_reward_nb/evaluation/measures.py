@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import stats
 from ..core import InputError, as_path
+from ..docments import document
 from ..files import read_table
 from .geneval import GENEVAL_TAGS
 from .runs import NOT_METRICS, PARTICLE_FIELDS, Run
@@ -339,3 +340,6 @@ def per_prompt(
             row[f'{m}|mean'] = g[m].mean()
         out.append(row)
     return pd.DataFrame(out)
+
+# %% ../../nbs/6_evaluation/67_measures.ipynb #ea9e429b
+document(__name__)

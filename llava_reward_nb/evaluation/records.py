@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..core import InputError, as_path, open_image
 from ..data import Fault
+from ..docments import document
 from ..files import number, read_table, table_kind
 
 # %% ../../nbs/6_evaluation/61_records.ipynb #2046c013
@@ -369,3 +370,6 @@ def add_sample(
               category=task['tag'] if task else category, group=prompt,
               task=json.dumps(task, sort_keys=True) if task else '', prompt=prompt, **got)
     c.count += 1
+
+# %% ../../nbs/6_evaluation/61_records.ipynb #997a1810
+document(__name__)

@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import stats
 from ..core import InputError, load_image
+from ..docments import document
 from .benchmarks import SPECS
 from .geneval import GENEVAL_TAGS, geneval_scores
 from .measures import (GUIDED_BY, PUBLISHED, compare, finite_scores, from_boundary,
@@ -414,3 +415,6 @@ def panels(
         line[0].set_ylabel('\n'.join(textwrap.wrap(prompt,16)), fontsize=7)
     plt.close(fig)
     return fig
+
+# %% ../../nbs/6_evaluation/69_report.ipynb #340f5e82
+document(__name__)

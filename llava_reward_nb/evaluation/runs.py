@@ -15,6 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from ..core import CheckpointError, InputError, as_path, batch_progress
+from ..docments import document
 from ..files import atomic_path, read_table, write_table
 from .benchmarks import load_benchmark
 from .records import Benchmark
@@ -396,3 +397,6 @@ def run_benchmark(
     with ScoreStore(folder/'scores') as store: repainted = _pass(bench, loaded, who, store, batch_size)
     _finish(folder, who)
     return _report(Run(folder), who, repainted)
+
+# %% ../../nbs/6_evaluation/66_runs.ipynb #40d1b9ad
+document(__name__)

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .. import stats
 from ..core import InputError, progress
+from ..docments import document
 from ..files import write_table
 from ..rewards.ocr import plain
 
@@ -260,3 +261,6 @@ def confusions(
             seen[stands,got] = seen.get((stands,got),0)+1
     out = [(stands, got, n) for (stands,got),n in sorted(seen.items(), key=lambda item: (-item[1],item[0]))]
     return pd.DataFrame(out, columns=['stands','read','n'])
+
+# %% ../../nbs/6_evaluation/64_signs.ipynb #cf3926e2
+document(__name__)

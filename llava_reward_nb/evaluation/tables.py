@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from ..core import InputError, as_path
+from ..docments import document
 from ..files import atomic_path
 
 # %% ../../nbs/6_evaluation/65_tables.ipynb #1d1d0d53
@@ -367,3 +368,6 @@ def add_published(self:Table,
         self.low = self.low.reindex(self.df.index)
         self.high = self.high.reindex(self.df.index)
     return self
+
+# %% ../../nbs/6_evaluation/65_tables.ipynb #2ecdf1c6
+document(__name__)

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np, torch
 
 from ..core import InputError, reward_inputs
+from ..docments import document
 from .measures import PUBLISHED, as_number
 from .runs import versions
 from .tables import Table
@@ -95,3 +96,6 @@ def latency_table(
     same = ', '.join(text for c,text in shared.items() if c not in vary)
     table.notes.append(f"median of repeats {same}; after warm-up, synchronised, images decoded before.")
     return table
+
+# %% ../../nbs/6_evaluation/68_timing.ipynb #d9f5ef0f
+document(__name__)

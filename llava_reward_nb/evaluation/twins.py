@@ -8,6 +8,7 @@ __all__ = ['PAINTERS', 'tiny_mjbench', 'tiny_rankings', 'tiny_labels', 'paint', 
 # %% ../../nbs/6_evaluation/62_twins.ipynb #db659b4b
 import numpy as np
 
+from ..docments import document
 from .geneval import tiny_tasks
 from .records import Benchmark, Collector, add_sample
 from ..shapes.checker import Checker
@@ -149,3 +150,6 @@ def tiny_generated(
                            f'{name}/{painter}/{i}/{j}', task['tag'], prompt_set=name, model=painter,
                            particle=j)
     return c.done()
+
+# %% ../../nbs/6_evaluation/62_twins.ipynb #88f604d2
+document(__name__)

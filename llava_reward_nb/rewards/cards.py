@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from ..core import InputError
+from ..docments import document
 from .registry import REWARDS, SHORT
 from .llava import LLaVAReward
 from ..shapes.checker import Checker
@@ -121,3 +122,6 @@ def rewards_markdown()->str:
     lines = [list(heads.values()), ['---']*len(heads)]
     lines += [[_markdown_cell(row, column) for column in heads] for row in reward_rows()]
     return '\n'.join('| '+' | '.join(line)+' |' for line in lines)
+
+# %% ../../nbs/4_rewards/49_cards.ipynb #9d73866d
+document(__name__)

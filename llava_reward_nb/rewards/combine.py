@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core import (CheckpointError, InputError, as_prompts, image_key, image_list, open_image,
                                   progress as progress_bar)
+from ..docments import document
 from ..model import check_batch_size
 
 # %% ../../nbs/4_rewards/46_combine.ipynb #2f549b62
@@ -129,3 +130,6 @@ def score_all(
     table = pd.DataFrame(scores.numpy(), columns=list(rewards))
     table.attrs['failed'] = sorted([*shut, *rejected], key=lambda f: f['item'])
     return table
+
+# %% ../../nbs/4_rewards/46_combine.ipynb #8632322b
+document(__name__)

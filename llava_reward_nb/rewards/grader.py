@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import InputError, as_path, as_prompts, image_list, load_image, progress
+from ..docments import document
 from ..files import check_writable
 from ..store import make_identity
 
@@ -737,3 +738,6 @@ def from_pretrained(cls:Grader,
 )->Grader:
     "A grader under the face that all rewards have."
     return cls(id_or_path, **kw)
+
+# %% ../../nbs/4_rewards/43_grader.ipynb #89f71757
+document(__name__)

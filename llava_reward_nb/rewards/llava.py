@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backbones import evaluating
 from ..core import InputError, as_path, as_prompts
+from ..docments import document
 from ..weights import MODELS, hub_folder
 from ..model import RewardModel, perspective_folders
 from .clip import check_pixels
@@ -127,3 +128,6 @@ def score_pixels(self:LLaVAReward,
     with _only_pixels(self.model, self.perspective) as model:
         batch = backbone.encode_pixels(pixels.to(model.device, torch.float32), prompts)
         return self.loss.score(model(**batch).float())
+
+# %% ../../nbs/4_rewards/44_llava.ipynb #a51ed676
+document(__name__)

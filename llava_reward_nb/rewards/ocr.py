@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import InputError, as_prompts, image_list, load_image, progress
+from ..docments import document
 from ..store import file_hash, make_identity
 
 # %% ../../nbs/4_rewards/47_ocr.ipynb #2b241efc
@@ -456,3 +457,6 @@ def from_pretrained(cls:OCR,
 )->OCR:
     "Load by name."
     return cls(id_or_path or 'words', **kw)
+
+# %% ../../nbs/4_rewards/47_ocr.ipynb #de0321fb
+document(__name__)

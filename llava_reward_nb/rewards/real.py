@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import as_prompts, image_list, load_image
+from ..docments import document
 from ..store import file_hash, make_identity
 
 # %% ../../nbs/4_rewards/48_real.ipynb #f8c68558
@@ -139,3 +140,6 @@ def from_pretrained(cls:NudeNet,
 )->NudeNet:
     "Load by name."
     return cls(str(id_or_path).split(',')) if id_or_path else cls()
+
+# %% ../../nbs/4_rewards/48_real.ipynb #79cb55cc
+document(__name__)

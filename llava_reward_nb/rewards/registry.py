@@ -15,6 +15,7 @@ from importlib import import_module
 import torch
 
 from ..core import as_path
+from ..docments import document
 from ..weights import MODELS
 from .llava import LLaVAReward, split_perspective
 from ..shapes.checker import Checker
@@ -106,3 +107,6 @@ def load_reward(
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise ValueError(f"no reward is called {asked!r}{hint}; there are {', '.join(names)}, and folders with a "
                      "reward_config.json; for a LLaVA-Reward on the hub write 'llava-reward:owner/name'")
+
+# %% ../../nbs/4_rewards/45_registry.ipynb #1394d574
+document(__name__)

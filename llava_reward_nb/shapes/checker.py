@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import as_prompts, image_list, load_image
+from ..docments import document
 from .prompts import RELATIONS, Fact, Prompt, parse_prompt
 from .world import COLORS, DARK, OUTLINES, SHAPES, SIZE, fill_polygon, polygon_area
 from ..store import make_identity
@@ -283,3 +284,6 @@ def __call__(self:Checker,
     called = [f'image {i}' if len(items)>1 else 'image' for i in range(len(items))]
     seen = (self.pieces(load_image(image, name)) for image,name in zip(items, called))
     return torch.tensor([_grade(pieces, prompt.facts) for pieces,prompt in zip(seen, asked)])
+
+# %% ../../nbs/2_shapes/25_checker.ipynb #fb4044d6
+document(__name__)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..core import InputError
+from ..docments import document
 from .prompts import RELATIONS, Prompt, matches
 from llava_reward_nb.shapes.scenes import (JITTER, Spot, between, compose, is_free, open_color, pick,
     pick_two, turn)
@@ -203,3 +204,6 @@ def add_artifact(
         if o is hit or rng.random()<.5: spoil(canvas, o, scale, rng)
         else: paint_object(canvas, o, scale)
     return render(scene, paint=paint)
+
+# %% ../../nbs/2_shapes/23_edits.ipynb #fc53cd94
+document(__name__)

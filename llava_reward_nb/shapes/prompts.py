@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from ..core import InputError
+from ..docments import document
 from .world import COLORS, SHAPES
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #58bba422
@@ -226,3 +227,6 @@ def broken(self:Prompt,
     "Facts that fail on their own account, not because one they rest on does."
     failed = [fact for fact in self.facts if not fact.holds(scene)]
     return [fact for fact in failed if not any(fact.rests_on(other) for other in failed)]
+
+# %% ../../nbs/2_shapes/21_prompts.ipynb #b5b816c7
+document(__name__)

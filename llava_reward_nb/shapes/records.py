@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import InputError, progress
+from ..docments import document
 from ..files import atomic_path, write_table
 from .edits import ARTIFACTS, add_artifact, hard_negative
 from .prompts import CATEGORIES, Prompt
@@ -182,3 +183,6 @@ def write_records(
             row[field] = names[id(image)]
         rows.append(row)
     return write_table(rows, folder/'records.jsonl')
+
+# %% ../../nbs/2_shapes/24_records.ipynb #f9eca863
+document(__name__)

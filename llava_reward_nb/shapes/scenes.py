@@ -10,6 +10,7 @@ __all__ = ['RADII', 'SIGN_RADII', 'GAP', 'JITTER', 'KINDS', 'pick', 'pick_two', 
 from dataclasses import dataclass, replace
 
 from ..core import InputError
+from ..docments import document
 from llava_reward_nb.shapes.prompts import (CATEGORIES, NUMBERS, PREFIXES, RELATIONS, Prompt, Term,
     make_prompt, relation_of)
 from .world import (COLORS, EXTENT, HELD_COLOR, HELD_OUT, SHAPES, SIZE, Obj, Scene,
@@ -346,3 +347,6 @@ def statements(
     if len(found)<n: raise InputError(
         f"no {n} statements of kinds {', '.join(kinds)} can be made of {scene}; pass more kinds or objects")
     return found
+
+# %% ../../nbs/2_shapes/22_scenes.ipynb #a32c4ed2
+document(__name__)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..core import InputError
+from ..docments import document
 
 # %% ../../nbs/2_shapes/20_world.ipynb #c3178a03
 SIZE = 64 # side of an image, in pixels
@@ -217,3 +218,6 @@ def show_images(
     for ax,lines in zip(axes.flat, wrapped): ax.set_title('\n'.join(lines), fontsize=6.5)
     plt.tight_layout(pad=.3)
     plt.show()
+
+# %% ../../nbs/2_shapes/20_world.ipynb #fd4fa14d
+document(__name__)
