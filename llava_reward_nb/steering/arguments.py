@@ -11,6 +11,7 @@ import inspect, re, zlib
 import torch
 from torch import Tensor
 from PIL import Image
+from ..docments import document
 from .particles import SteeringError
 
 # %% ../../nbs/5_steering/55_arguments.ipynb #2d049d1a
@@ -181,3 +182,6 @@ def pipeline_arguments(
     args = dict(plain, **rest, **own)
     if args.get('prompt_embeds') is not None: del args['prompt']
     return args
+
+# %% ../../nbs/5_steering/55_arguments.ipynb #4528fbd4
+document(__name__)

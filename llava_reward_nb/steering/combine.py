@@ -8,6 +8,7 @@ __all__ = ['Weighted', 'Experts']
 # %% ../../nbs/5_steering/58_combine.ipynb #5a4fe8f2
 from dataclasses import dataclass
 import torch
+from ..docments import document
 from ..store import identity, make_identity
 from .particles import SteeringError
 from .previews import reward_scores
@@ -59,3 +60,6 @@ class Experts:
 
     @property
     def identity(self): return _identity_of(self, centers=self.centers, scales=self.scales)
+
+# %% ../../nbs/5_steering/58_combine.ipynb #80045aa1
+document(__name__)

@@ -7,6 +7,7 @@ __all__ = ['equal_compute', 'steering_cost']
 
 # %% ../../nbs/5_steering/59_cost.ipynb #5a4fe8f2
 import inspect, math, time
+from ..docments import document
 from .hook import steer
 from .pipelines import fk_steer, split_arguments
 
@@ -47,3 +48,6 @@ def steering_cost(
     best = {kind: min(seconds) for kind,seconds in times.items()}
     overhead = best['steered']/(best['plain']+best['previews'])
     return dict(best, overhead=overhead, batch_gain=best['one_by_one']/best['steered'])
+
+# %% ../../nbs/5_steering/59_cost.ipynb #b36a8c37
+document(__name__)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from PIL import Image
+from ..docments import document
 from .particles import (
     RESAMPLERS, Particles, PublishedParticles, SteeringError, ess, prune, resample_steps, whole)
 from .schedulers import call_step, check_scheduler, moved, permute_state, predicted_x0
@@ -268,8 +269,13 @@ def look(self:Steering,
     return idx
 
 @patch
-def finish(self:Steering, rewards, held_out, ancestors, prev):
-    "Note what is returned: its rewards, its weights, and the estimate of Z"
+def finish(self:Steering,
+    rewards:Tensor,   # of the last look, (p,k)
+    held_out:dict,    # name -> the same of rewards that do not guide
+    ancestors:Tensor, # (p,k) int64, whom each returned particle continues
+    prev:Tensor,      # the last latents, before they are chosen
+):
+    "Note what is returned: its rewards, its weights, and the estimate of Z."
     t = self.trace
     if self.config.published: rewards, held_out, _ = self.score(prev)
     t.rewards = rewards.gather(1, ancestors)
@@ -456,3 +462,6 @@ def steer(
     if unknown: raise SteeringError(f"no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     return Steering(pipe, reward, prompts, SteerConfig(**config), held_out=held_out, decode=decode, vae=vae,
                     size=size, batch_size=batch_size, thumbnail=thumbnail)
+
+# %% ../../nbs/5_steering/56_hook.ipynb #937b1fc4
+document(__name__)

@@ -15,6 +15,8 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 
+from ..docments import document
+
 # %% ../../nbs/5_steering/50_particles.ipynb #61e5137a
 class SteeringError(ValueError):
     "A setting, reward, scheduler or batch that cannot be steered; the message says what to change."
@@ -315,3 +317,6 @@ def resample(self:PublishedParticles,
         self.product[g] = self.product[g,a]*w[g,a]
     self._forget()
     return ancestors, do, before
+
+# %% ../../nbs/5_steering/50_particles.ipynb #d8bd7fc8
+document(__name__)

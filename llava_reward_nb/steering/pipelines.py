@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core import CheckpointError, default_device, progress
+from ..docments import document
 from ..weights import MODELS, resolve_model
 from .particles import SteeringError, resample_steps, whole
 from .schedulers import stochastic
@@ -184,3 +185,6 @@ RECIPES = { # short name: hub id, and what to pass to `fk_steer`
     'sdxl': ('stabilityai/stable-diffusion-xl-base-1.0',
              dict(PAPER, guidance_scale=5., height=1024, width=1024, batch_size=2)),
 }
+
+# %% ../../nbs/5_steering/57_pipelines.ipynb #c97c418e
+document(__name__)

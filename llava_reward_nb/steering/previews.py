@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 from PIL import Image
+from ..docments import document
 from .particles import SteeringError
 
 # %% ../../nbs/5_steering/53_previews.ipynb #d2db3de6
@@ -99,3 +100,6 @@ def reward_scores(
     if scores.shape!=(n,): raise SteeringError(
         f"{name} returned scores of shape {tuple(scores.shape)} for {n} images; needed: one for each, ({n},)")
     return scores
+
+# %% ../../nbs/5_steering/53_previews.ipynb #f263b249
+document(__name__)

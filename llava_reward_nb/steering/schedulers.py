@@ -10,6 +10,7 @@ __all__ = ['DIFFUSION', 'MULTISTEP', 'EDM', 'FLOW', 'CONSISTENCY', 'predicted_x0
 import copy, functools, inspect, math
 import torch
 from torch import Tensor
+from ..docments import document
 from .particles import SteeringError
 
 # %% ../../nbs/5_steering/51_schedulers.ipynb #6f6eb505
@@ -337,3 +338,6 @@ def stochastic(
     raise SteeringError(
         f"{name} cannot be steered, and no other has its noise schedule ({tried}); "
         f"if the model allows another, set one yourself, such as pipe.scheduler = {other}")
+
+# %% ../../nbs/5_steering/51_schedulers.ipynb #c2d86116
+document(__name__)

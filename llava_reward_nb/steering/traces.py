@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 import torch
 from torch import Tensor
+from ..docments import document
 from .particles import SteeringError, trace_roots
 
 # %% ../../nbs/5_steering/52_traces.ipynb #f9de2e8d
@@ -205,3 +206,6 @@ def plot_held_out(self:Trace): # matplotlib figure; SteeringError without held-o
     fig.tight_layout()
     plt.close(fig)
     return fig
+
+# %% ../../nbs/5_steering/52_traces.ipynb #71972d38
+document(__name__)

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import Tensor
+from ..docments import document
 from ..shapes.world import render
 from ..shapes.prompts import parse_prompt
 from .schedulers import stochastic
@@ -208,3 +209,6 @@ class FlowMixturePipeline(MixturePipeline):
             v = self.velocity(x, float(t)/1000)
             x = self.scheduler.step(v, t, x, generator=one).prev_sample
         return SimpleNamespace(images=x)
+
+# %% ../../nbs/5_steering/54_worlds.ipynb #74af7e48
+document(__name__)
