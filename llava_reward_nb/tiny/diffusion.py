@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..rewards.clip import clip_tokenizer
-from ..core import progress
+from ..core import batch_progress, progress
 from ..files import atomic_path, write_table
 from ..shapes.world import SIZE, render
 from ..shapes.prompts import CATEGORIES, VOCAB
@@ -36,21 +36,30 @@ def tiny_parts(
     torch.manual_seed(seed)
     tok = clip_tokenizer(VOCAB)
     tok.model_max_length = 16
-    text = CLIPTextConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, projection_dim=128,
-        max_position_embeddings=tok.model_max_length, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    vae = AutoencoderKL(block_out_channels=(16,32,32,48), layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=SIZE,
-        down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, mid_block_add_attention=False, scaling_factor=1.)
-    unet = UNet2DConditionModel(sample_size=SIZE//8, in_channels=8, out_channels=8, block_out_channels=(64,112), layers_per_block=1, norm_num_groups=16,
-        down_block_types=('CrossAttnDownBlock2D',)*2, up_block_types=('CrossAttnUpBlock2D',)*2, cross_attention_dim=128, attention_head_dim=4)
-    scheduler = DDIMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='trailing', clip_sample=False, set_alpha_to_one=True)
+    text = CLIPTextConfig(
+        vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, projection_dim=128, max_position_embeddings=tok.model_max_length,
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    vae = AutoencoderKL(
+        block_out_channels=(16,32,32,48), layers_per_block=1, latent_channels=8, norm_num_groups=8,
+        sample_size=SIZE, down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
+        mid_block_add_attention=False, scaling_factor=1.)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE//8, in_channels=8, out_channels=8, block_out_channels=(64,112), layers_per_block=1,
+        norm_num_groups=16, down_block_types=('CrossAttnDownBlock2D',)*2,
+        up_block_types=('CrossAttnUpBlock2D',)*2, cross_attention_dim=128, attention_head_dim=4)
+    scheduler = DDIMScheduler(
+        beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='trailing',
+        clip_sample=False, set_alpha_to_one=True)
     return dict(vae=vae, tokenizer=tok, text_encoder=CLIPTextModel(text), unet=unet, scheduler=scheduler)
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #8931823a
-_MIX = dict(single_object=1, two_objects=2, counting=2, colors=2, position=3, color_attribution=3) # how often each category is practised
+# how often each category is practised
+_MIX = dict(single_object=1, two_objects=2, counting=2, colors=2, position=3, color_attribution=3)
 
 def captioned(
-    rng,               # numpy Generator
-    n:int,             # how many
+    rng,   # numpy Generator
+    n:int, # how many
 )->tuple: # list of prompts, Tensor (n,3,64,64) in [-1,1]
     "Fresh pairs of prompt and image."
     names = [c for c,k in _MIX.items() for _ in range(k)]
@@ -59,28 +68,34 @@ def captioned(
     return [p.text for p in prompts], torch.from_numpy(images).permute(0,3,1,2).float()/127.5-1
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #cf51669c
-def _world()->tuple: return (dist.get_rank(),dist.get_world_size()) if dist.is_initialized() else (0,1) # this process, all processes
+def _world()->tuple:
+    "The number of this process, and of all processes."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 class Autoencoding(nn.Module):
     "An autoencoder in training."
-    def __init__(self, vae:AutoencoderKL):
+    def __init__(self,
+        vae:AutoencoderKL, # trained in place
+    ):
         super().__init__()
         self.vae = vae
 
 def autoencoder_loss(
-    model:Autoencoding,
-    rng,            # numpy Generator
-    step:int,       # not used: every step is alike
-    n:int=32,       # images, of all processes together
-    beta:float=2e-4, # weight of the KL term, per latent
+    model:Autoencoding, # in training
+    rng,                # numpy Generator
+    step:int,           # not used: every step is alike
+    n:int=32,           # images, of all processes together
+    beta:float=2e-4,    # weight of the KL term, per latent
 )->tuple: # loss, dict of figures for the log
     "Reconstruction and KL loss on fresh images."
     _,x = captioned(rng, n//_world()[1])
     q = model.vae.encode(x).latent_dist
     noise = torch.from_numpy(rng.standard_normal(q.mean.shape)).float()
     y = model.vae.decode(q.mean+q.std*noise).sample
-    mse,kl = F.mse_loss(y, x),q.kl().mean()/q.mean[0].numel()
-    return F.l1_loss(y, x)+4*mse+beta*kl, dict(psnr=(10*torch.log10(4/mse)).item(), kl=kl.item())
+    mse = F.mse_loss(y, x)
+    kl = q.kl().mean()/q.mean[0].numel()
+    psnr = 10*torch.log10(4/mse)
+    return F.l1_loss(y, x)+4*mse+beta*kl, dict(psnr=psnr.item(), kl=kl.item())
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #fa51e388
 def write_latents(
@@ -90,48 +105,73 @@ def write_latents(
     seed:int,          # with the rank, seeds the images
 ):
     "Encode fresh captioned images to a file with ids (n,length), latents (n,8,8,8) half precision."
-    rank,_ = _world(); path = Path(f'{path}.{rank}')
+    rank,_ = _world()
+    path = Path(f'{path}.{rank}')
     if path.exists(): return
-    tok,rng = tiny_parts()['tokenizer'],np.random.default_rng([seed,rank])
+    tok = tiny_parts()['tokenizer']
+    rng = np.random.default_rng([seed,rank])
     ids,latents = [],[]
-    for _ in progress(range(0, n, 100), desc='encoding'):
+    for _ in batch_progress([range(i, i+100) for i in range(0, n, 100)], desc='encoding'):
         texts,x = captioned(rng, 100)
         with torch.no_grad(): latents.append(vae.encode(x).latent_dist.mode().half())
         ids.append(token_ids(tok, texts))
-    with atomic_path(path) as p: torch.save(dict(ids=torch.cat(ids), latents=torch.cat(latents)), p)
+    data = dict(ids=torch.cat(ids), latents=torch.cat(latents))
+    with atomic_path(path) as p: torch.save(data, p)
 
-def token_ids(tok:CLIPTokenizer, texts:list)->Tensor:
-    "(n,length) int64, padded."
-    return tok(texts, padding='max_length', truncation=True, max_length=tok.model_max_length, return_tensors='pt').input_ids
+def token_ids(
+    tok:CLIPTokenizer, # its `model_max_length` is the length
+    texts:list,        # n prompts
+)->Tensor: # (n,length) int64, padded
+    "Token ids of prompts, all of one length."
+    return tok(texts, padding='max_length', truncation=True, max_length=tok.model_max_length,
+               return_tensors='pt').input_ids
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #e180b40e
 class Diffusing(nn.Module):
     "U-Net and text encoder in training."
-    def __init__(self, unet, text_encoder, tokenizer, scheduler, data:dict, scale:float):
+    def __init__(self,
+        unet:UNet2DConditionModel,  # trained in place
+        text_encoder:CLIPTextModel, # trained in place
+        tokenizer:CLIPTokenizer,    # for the empty prompt
+        scheduler:DDIMScheduler,    # its noise at each time
+        data:dict,                  # ids and latents, from `write_latents`
+        scale:float,                # of the latents, see `latent_scale`
+    ):
         super().__init__()
         self.unet,self.text_encoder = unet,text_encoder
         self.empty = token_ids(tokenizer, [''])[0]
         self.alphas,self.data,self.scale = scheduler.alphas_cumprod,data,scale
 
-    def forward(self, z, t, ids): # predicted v (n,8,8,8)
+    def forward(self,
+        z:Tensor,   # (n,8,8,8) noisy latents
+        t:Tensor,   # (n,) times, 0 to 999
+        ids:Tensor, # (n,length) token ids
+    )->Tensor: # predicted v (n,8,8,8)
+        "What the network makes of noisy latents at some time."
         return self.unet(z, t, self.text_encoder(ids).last_hidden_state).sample
 
 def diffusion_loss(
-    model:Diffusing,
-    rng,            # numpy Generator
-    step:int,       # not used
-    n:int=64,       # latents, of all processes together
+    model:Diffusing, # in training
+    rng,             # numpy Generator
+    step:int,        # not used: every step is alike
+    n:int=64,        # latents, of all processes together
 )->tuple: # loss, dict of figures for the log
     "Mean squared error of v on a random batch of latents."
     n = n//_world()[1]
     at = torch.from_numpy(rng.integers(len(model.data['ids']), size=n))
-    z,ids = model.data['latents'][at].float()*model.scale,model.data['ids'][at].clone()
+    z = model.data['latents'][at].float()*model.scale
+    ids = model.data['ids'][at].clone()
     ids[torch.from_numpy(rng.random(n)<.1)] = model.empty
     t = torch.from_numpy((1000*rng.random(n)**.7).astype(int))
     noise = torch.from_numpy(rng.standard_normal(z.shape)).float()
     a = model.alphas[t][:,None,None,None]
-    each = F.mse_loss(model(a.sqrt()*z+(1-a).sqrt()*noise, t, ids), a.sqrt()*noise-(1-a).sqrt()*z, reduction='none').mean((1,2,3))
-    return each.mean(), dict(v=each.mean().item(), **{f'v_{k}':each[m].mean().item() for k,m in dict(early=t>700, late=t<300).items() if m.any()})
+    noisy = a.sqrt()*z+(1-a).sqrt()*noise
+    v = a.sqrt()*noise-(1-a).sqrt()*z
+    each = F.mse_loss(model(noisy, t, ids), v, reduction='none').mean((1,2,3))
+    figures = dict(v=each.mean().item())
+    if (t>700).any(): figures['v_early'] = each[t>700].mean().item()
+    if (t<300).any(): figures['v_late'] = each[t<300].mean().item()
+    return each.mean(), figures
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #47ed6807
 def train_autoencoder(
@@ -139,7 +179,8 @@ def train_autoencoder(
     steps:int=1400, # of 32 images
 ):
     "Stage 3: the autoencoder; then its latents."
-    work = Path(work); vae = tiny_parts()['vae']
+    work = Path(work)
+    vae = tiny_parts()['vae']
     fit(Autoencoding(vae), autoencoder_loss, steps, 3e-3, work/'vae.pt', seed=20)
     write_latents(vae.eval(), work/'latents', 50_000, 21)
 
@@ -148,13 +189,18 @@ def train_unet(
     steps:int=4000,  # of 64 latents
 ):
     "Stage 4: U-Net and text encoder together."
-    work = Path(work); parts = tiny_parts(); rank,_ = _world()
+    work = Path(work)
+    parts = tiny_parts()
+    rank,_ = _world()
     data = torch.load(work/f'latents.{rank}', weights_only=True)
-    model = Diffusing(parts['unet'], parts['text_encoder'], parts['tokenizer'], parts['scheduler'], data, latent_scale(work))
+    model = Diffusing(parts['unet'], parts['text_encoder'], parts['tokenizer'], parts['scheduler'],
+                      data, latent_scale(work))
     fit(model, diffusion_loss, steps, 1e-3, work/'unet.pt', seed=22)
 
-def latent_scale(work)->float:
-    "1 / standard deviation of the latents."
+def latent_scale(
+    work, # folder with the latents
+)->float: # 1 / standard deviation of the latents
+    "The factor that gives latents unit variance."
     z = torch.load(Path(work)/'latents.0', weights_only=True)['latents'][:10_000].float()
     return 1/z.std().item()
 
@@ -164,36 +210,41 @@ def save_pipeline(
     out,  # pipeline folder to write
 ):
     "Write the trained parts as a `StableDiffusionPipeline` in half precision."
-    parts = tiny_parts(); work = Path(work)
-    def state(name): return torch.load(work/name, weights_only=True)['model']
-    parts['vae'].load_state_dict({k.removeprefix('vae.'):v for k,v in state('vae.pt').items()})
-    for k in 'unet','text_encoder':
-        parts[k].load_state_dict({n.removeprefix(k+'.'):v for n,v in state('unet.pt').items() if n.startswith(k+'.')})
+    work = Path(work)
+    parts = tiny_parts()
+    for name,file in dict(vae='vae.pt', unet='unet.pt', text_encoder='unet.pt').items():
+        state = torch.load(work/file, weights_only=True)['model']
+        own = {k.removeprefix(f'{name}.'):v for k,v in state.items() if k.startswith(f'{name}.')}
+        parts[name].load_state_dict(own)
     parts['vae'].register_to_config(scaling_factor=latent_scale(work))
-    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
     with atomic_path(out) as p: pipe.to(dtype=torch.float16).save_pretrained(p, safe_serialization=True)
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #8d7e0f27
 def satisfaction(
     pipe:StableDiffusionPipeline, # generates 64x64 images
-    n:int=30,               # prompts of each category
-    seed:int=7,             # of prompts and noise
-    split:str='train',      # 'unseen': colour-shape pairs that were never trained
-    categories:tuple=CATEGORIES, # of prompts
-    steps:int=50,           # DDIM steps
-    guidance:float=4.,      # classifier-free guidance scale
-    eta:float=0.,           # DDIM noise, 1 as in steering
+    n:int=30,                     # prompts of each category
+    seed:int=7,                   # of prompts and noise
+    split:str='train',            # 'unseen': colour-shape pairs that were never trained
+    categories:tuple=CATEGORIES,  # of prompts
+    steps:int=50,                 # DDIM steps
+    guidance:float=4.,            # classifier-free guidance scale
+    eta:float=0.,                 # DDIM noise, 1 as in steering
 )->list: # dicts: category, n, satisfied (share), score (mean graded score of the checker)
-    "Share of prompts whose image satisfies them, by category; last the mean over categories, as GenEval has it."
+    "Share of prompts whose image satisfies them, by category; last the mean over categories, as in GenEval."
     check,rows = Checker(),[]
     pipe.set_progress_bar_config(disable=True)
-    for c in categories:
-        i = CATEGORIES.index(c); rng = np.random.default_rng([seed,i])
-        prompts = [sample_prompt(rng, c, split).text for _ in range(n)]
-        noise = [torch.Generator().manual_seed(seed*10_000+i*1000+j) for j in range(n)]
-        images = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, eta=eta).images
-        s = check(images, prompts)
-        rows.append(dict(category=c, n=n, satisfied=(s>=1).float().mean().item(), score=s.mean().item()))
+    for category in progress(categories, desc='asking', unit='category'):
+        number = CATEGORIES.index(category)
+        rng = np.random.default_rng([seed,number])
+        prompts = [sample_prompt(rng, category, split).text for _ in range(n)]
+        noise = [torch.Generator().manual_seed(seed*10_000+number*1000+j) for j in range(n)]
+        images = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance,
+                      generator=noise, eta=eta).images
+        scores = check(images, prompts)
+        satisfied = (scores>=1).float().mean().item()
+        rows.append(dict(category=category, n=n, satisfied=satisfied, score=scores.mean().item()))
     mean = {k:float(np.mean([r[k] for r in rows])) for k in ('satisfied','score')}
     return [*rows, dict(category='mean', n=n*len(rows), **mean)]
 
@@ -203,12 +254,17 @@ def build_diffusion(
     out='llava_reward_nb/bundle', # the pipeline becomes its folder `sd`
 ):
     "Train the tiny Stable Diffusion, measure it and put it into the bundle."
-    work,out = Path(work).resolve(),Path(out); work.mkdir(parents=True, exist_ok=True)
+    work,out = Path(work).resolve(),Path(out)
+    work.mkdir(parents=True, exist_ok=True)
     if not (work/'sd'/'model_index.json').exists():
-        launch(train_autoencoder, work); launch(train_unet, work); save_pipeline(work, work/'sd')
+        launch(train_autoencoder, work)
+        launch(train_unet, work)
+        save_pipeline(work, work/'sd')
     pipe = load_pipeline(work/'sd', device='cpu')
+    binding = ('colors','color_attribution')
     rows = [dict(split='train', **r) for r in satisfaction(pipe)]
-    rows += [dict(split='unseen', **r) for r in satisfaction(pipe, split='unseen', categories=('colors','color_attribution'))]
+    rows += [dict(split='unseen', **r) for r in satisfaction(pipe, split='unseen', categories=binding)]
     with atomic_path(out/'sd') as p: shutil.copytree(work/'sd', p)
-    log = [json.loads(l) for s in ('vae','unet') for l in (work/f'{s}.jsonl').read_text().splitlines()]
-    write_table(log, out/'log'/'diffusion.jsonl'); write_table(rows, out/'log'/'satisfaction.jsonl')
+    log = [json.loads(line) for s in ('vae','unet') for line in (work/f'{s}.jsonl').read_text().splitlines()]
+    write_table(log, out/'log'/'diffusion.jsonl')
+    write_table(rows, out/'log'/'satisfaction.jsonl')

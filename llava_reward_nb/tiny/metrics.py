@@ -13,69 +13,88 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..rewards.clip import CLIPScore, clip_tokenizer, token_ids
-from ..core import CLIP_MEAN, CLIP_STD
+from ..core import CLIP_MEAN, CLIP_STD, progress
 from ..files import write_table
 from ..rewards.imagereward import ImageReward, bert_tokenizer, prompt_ids
 from ..shapes.world import SIZE, render
 from ..shapes.prompts import VOCAB
 from ..shapes.records import alignment_pairs, overall_pairs
 from ..shapes.scenes import sample_prompt, scene_for, statements
-from .mllm import (TINY, TINY_MEAN, TINY_STD, Tower, accuracy_rows, fit, launch, probe_loss, scene_labels, study,
-                                  tiny_base)
+from .mllm import (TINY, TINY_MEAN, TINY_STD, Tower, accuracy_rows, fit, launch,
+    probe_loss, scene_labels, study, tiny_base)
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #432f82c3
-def _folded(w, mean, std, new_mean, new_std)->tuple: # patch weights for pixels of the new normalisation, and what they lack (d,)
-    mu,sigma,m,s = (torch.tensor(v) for v in (mean,std,new_mean,new_std))
-    return w*(s/sigma)[:,None,None], (w*((m-mu)/sigma)[:,None,None]).sum((1,2,3))
+def _folded(weight:Tensor, mean, std, new_mean, new_std)->tuple:
+    "Patch weights (d,3,p,p) for pixels of the new normalisation, and the constant (d,) that they lack."
+    mean,std,new_mean,new_std = (torch.tensor(v) for v in (mean, std, new_mean, new_std))
+    scale = (new_std/std)[:,None,None]
+    shift = ((new_mean-mean)/std)[:,None,None]
+    return weight*scale, (weight*shift).sum((1,2,3))
 
 @torch.no_grad()
 def borrow_tower(
-    target:nn.Module, # a `CLIPVisionModel` of the same sizes; changed in place
-    source:nn.Module, # a tower that was trained with other means and deviations
-    mean=TINY_MEAN, std=TINY_STD, # of the source, for each channel
-    new_mean=CLIP_MEAN, new_std=CLIP_STD, # of the target
+    target:nn.Module,   # a `CLIPVisionModel` of the same sizes; changed in place
+    source:nn.Module,   # a tower that was trained with other means and deviations
+    mean=TINY_MEAN,     # of the source's pixels, for each channel
+    std=TINY_STD,       # of the source's pixels, for each channel
+    new_mean=CLIP_MEAN, # of the target's pixels, for each channel
+    new_std=CLIP_STD,   # of the target's pixels, for each channel
 ):
     "Copy a vision tower so that it gives the same states for pixels of another normalisation."
     target.load_state_dict(source.state_dict(), strict=False)
-    e = target.embeddings; w,rest = _folded(source.embeddings.patch_embedding.weight, mean, std, new_mean, new_std)
-    e.patch_embedding.weight.copy_(w); e.position_embedding.weight[1:] += rest
+    patch_weight = source.embeddings.patch_embedding.weight
+    folded_weight,constant = _folded(patch_weight, mean, std, new_mean, new_std)
+    target.embeddings.patch_embedding.weight.copy_(folded_weight)
+    target.embeddings.position_embedding.weight[1:] += constant
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #d6f60307
 def tiny_clip(
     seed:int=0, # same seed, same weights
 )->CLIPScore:
     "The untrained tiny CLIP."
-    vision = dict(image_size=SIZE, patch_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
-    text = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=20)
+    vision = dict(image_size=SIZE, patch_size=8, hidden_size=128, intermediate_size=512,
+        num_hidden_layers=4, num_attention_heads=4)
+    text = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=20)
     return CLIPScore.from_config(text, vision, 96, clip_tokenizer(VOCAB), seed, device='cpu')
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #12b3866a
 class Contrasting(nn.Module):
     "A CLIP in training."
-    def __init__(self, clip:CLIPScore):
+    def __init__(self,
+        clip:CLIPScore, # trained in place
+    ):
         super().__init__()
-        self.model,self.clip = clip.model.requires_grad_(True).train(),[clip] # in a list: not a submodule
+        self.model = clip.model.requires_grad_(True).train()
+        self.clip = [clip] # in a list: not a submodule
 
-    def forward(self, images, texts): # (n,n) cosines over the temperature
+    def forward(self,
+        images:list, # n RGB images
+        texts:list,  # n captions
+    )->Tensor: # (n,n) cosines over the temperature
+        "How well each image fits each caption."
         clip, = self.clip
-        v = clip.features(clip.preprocess(images))
-        t = self.model.get_text_features(input_ids=token_ids(clip.tokenizer, texts, clip.context)).pooler_output
-        return self.model.logit_scale.exp().clamp(max=100)*v@F.normalize(t, dim=-1).T
+        image_features = clip.features(clip.preprocess(images))
+        ids = token_ids(clip.tokenizer, texts, clip.context)
+        text_features = F.normalize(self.model.get_text_features(input_ids=ids).pooler_output, dim=-1)
+        return self.model.logit_scale.exp().clamp(max=100)*image_features@text_features.T
 
 def contrastive_loss(
-    model:Contrasting,
-    rng,            # numpy Generator
-    step:int,       # not used
-    n:int=64,       # pairs in each process
+    model:Contrasting, # in training
+    rng,               # numpy Generator
+    step:int,          # not used: every step is alike
+    n:int=64,          # pairs in each process
 )->tuple: # loss, dict of figures for the log
     "Loss of fresh captioned scenes, distractors among them."
     prompts = [sample_prompt(rng) for _ in range(n)]
-    texts,images = [p.text for p in prompts],[render(scene_for(p, rng)) for p in prompts]
+    texts = [p.text for p in prompts]
+    images = [render(scene_for(p, rng)) for p in prompts]
     logits = model(images, texts)
-    same = torch.tensor([[float(a==b) for b in texts] for a in texts]); same = same/same.sum(1, keepdim=True)
+    same = torch.tensor([[float(a==b) for b in texts] for a in texts])
+    same = same/same.sum(1, keepdim=True)
     found = (same.gather(1, logits.argmax(1, keepdim=True))>0).float().mean()
     return (F.cross_entropy(logits, same)+F.cross_entropy(logits.T, same))/2, dict(found=found.item())
 
@@ -85,35 +104,54 @@ def train_clip(
     steps:int=1000, # of 64 pairs in each process
 ):
     "Train the tiny CLIP, its eyes borrowed."
-    base,_ = tiny_base(); tower = Tower(base); clip = tiny_clip()
-    tower.load_state_dict(torch.load(Path(work)/'stage0.pt', weights_only=True)['model'])
+    tower = _stage0_tower(work)
+    clip = tiny_clip()
     borrow_tower(clip.model.vision_model, tower.vision_tower)
     fit(Contrasting(clip), contrastive_loss, steps, 1e-3, Path(work)/'clip.pt', seed=30)
+
+def _stage0_tower(work)->Tower:
+    "The tower that stage 0 left."
+    tower = Tower(tiny_base()[0])
+    tower.load_state_dict(torch.load(Path(work)/'stage0.pt', weights_only=True)['model'])
+    return tower
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #c51f47cc
 def tiny_imagereward(
     seed:int=0, # same seed, same weights
 )->ImageReward:
     "The untrained tiny ImageReward."
-    med = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384, max_position_embeddings=40)
+    text = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+        max_position_embeddings=40)
     vision = dict(hidden_size=128, num_hidden_layers=4, patch_size=8, image_size=SIZE)
-    return ImageReward.from_config(med, vision, bert_tokenizer(VOCAB), seed, device='cpu')
+    return ImageReward.from_config(text, vision, bert_tokenizer(VOCAB), seed, device='cpu')
 
 class Rewarding(nn.Module):
     "An ImageReward in training, with probes on its patches."
-    def __init__(self, reward:ImageReward):
+    def __init__(self,
+        reward:ImageReward, # trained in place, without dropout
+    ):
         super().__init__()
-        self.model,self.reward = reward.model.requires_grad_(True),[reward] # in a list: not a submodule; no dropout
-        self.tower = Tower(tiny_base()[0]); del self.tower.vision_tower # its probes alone
+        self.model = reward.model.requires_grad_(True)
+        self.reward = [reward] # in a list: not a submodule
+        self.tower = Tower(tiny_base()[0])
+        del self.tower.vision_tower # its probes alone
 
-    def see(self, images): # states (n,65,128)
+    def see(self,
+        images:list, # n RGB images
+    )->Tensor: # (n,65,128) states: the image's, then its patches'
+        "What the eyes make of images."
         reward, = self.reward
         return self.model.vision(pixel_values=reward.preprocess(images)).last_hidden_state
 
-    def judge(self, V, texts): # raw scores of n texts for n states
+    def judge(self,
+        states:Tensor, # (n,65,128), from `see`
+        texts:list,    # n texts
+    )->Tensor: # (n,) raw scores
+        "How well each text fits its image."
         reward, = self.reward
         ids,mask = prompt_ids(reward.tokenizer, texts)
-        return self.model.layers(self.model.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=V).last_hidden_state[:,0]).squeeze(-1)
+        read = self.model.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=states)
+        return self.model.layers(read.last_hidden_state[:,0]).squeeze(-1)
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #cdf85f49
 @torch.no_grad()
@@ -122,47 +160,82 @@ def start_from(
     source:nn.Module, # a CLIP tower of the same width and depth, trained on `TINY_MEAN` and `TINY_STD`
 ):
     "Fill BLIP's eyes with a CLIP tower's weights; not the same function, but a start."
-    e,s = vision.embeddings,source.embeddings; w,rest = _folded(s.patch_embedding.weight, TINY_MEAN, TINY_STD, CLIP_MEAN, CLIP_STD)
-    for to,x in ((e.patch_embedding.weight, w), (e.patch_embedding.bias, rest), (e.position_embedding, s.position_embedding.weight), (e.class_embedding, s.class_embedding)): to.copy_(x.view_as(to))
-    for to,layer in zip(vision.encoder.layers, source.encoder.layers):
-        a = layer.self_attn; qkv = a.q_proj,a.k_proj,a.v_proj
-        to.self_attn.qkv.weight.copy_(torch.cat([p.weight for p in qkv])); to.self_attn.qkv.bias.copy_(torch.cat([p.bias for p in qkv]))
-        to.self_attn.projection.load_state_dict(a.out_proj.state_dict())
-        for k in 'mlp','layer_norm1','layer_norm2': getattr(to, k).load_state_dict(getattr(layer, k).state_dict())
+    _start_embeddings(vision.embeddings, source.embeddings)
+    for blip_layer,clip_layer in zip(vision.encoder.layers, source.encoder.layers):
+        _start_attention(blip_layer.self_attn, clip_layer.self_attn)
+        for name in 'mlp','layer_norm1','layer_norm2':
+            getattr(blip_layer, name).load_state_dict(getattr(clip_layer, name).state_dict())
+
+def _start_embeddings(blip:nn.Module, clip:nn.Module):
+    "BLIP keeps the constant of the folded patch weights as their bias; CLIP has none."
+    weight,constant = _folded(clip.patch_embedding.weight, TINY_MEAN, TINY_STD, CLIP_MEAN, CLIP_STD)
+    blip.patch_embedding.weight.copy_(weight)
+    blip.patch_embedding.bias.copy_(constant)
+    blip.class_embedding.copy_(clip.class_embedding.view_as(blip.class_embedding))
+    blip.position_embedding.copy_(clip.position_embedding.weight.view_as(blip.position_embedding))
+
+def _start_attention(blip:nn.Module, clip:nn.Module):
+    "BLIP has queries, keys and values in one layer; CLIP has three."
+    three = clip.q_proj,clip.k_proj,clip.v_proj
+    blip.qkv.weight.copy_(torch.cat([p.weight for p in three]))
+    blip.qkv.bias.copy_(torch.cat([p.bias for p in three]))
+    blip.projection.load_state_dict(clip.out_proj.state_dict())
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #18a43dee
-def seeing_loss(model:Rewarding, rng, step:int, n:int=16)->tuple:
+def seeing_loss(
+    model:Rewarding, # in training
+    rng,             # numpy Generator
+    step:int,        # not used: every step is alike
+    n:int=16,        # images in each process
+)->tuple: # loss, dict of figures for the log
     "Step 1: labels of patches."
     _,scenes,images,artifacts = zip(*(study(rng, .35, .5) for _ in range(n)))
     return probe_loss(model.tower.probe(model.see(images)[:,1:]), scene_labels(scenes, artifacts))
 
-def answering_loss(model:Rewarding, rng, step:int, n:int=24)->tuple:
+def answering_loss(
+    model:Rewarding, # in training
+    rng,             # numpy Generator
+    step:int,        # not used: every step is alike
+    n:int=24,        # images in each process, four statements about each
+)->tuple: # loss, dict of figures for the log
     "Step 2: are these four statements true? (And step 1 goes on, so that the eyes stay open.)"
     _,scenes,images,artifacts = zip(*(study(rng, .2, .3) for _ in range(n)))
-    V = model.see(images); seen,_ = probe_loss(model.tower.probe(V[:,1:]), scene_labels(scenes, artifacts))
+    states = model.see(images)
+    seen,_ = probe_loss(model.tower.probe(states[:,1:]), scene_labels(scenes, artifacts))
     texts,truth = zip(*(t for s in scenes for t in statements(s, rng, 4)))
-    r,y = model.judge(V.repeat_interleave(4, 0), list(texts)),torch.tensor(truth).float()
-    return F.binary_cross_entropy_with_logits(r, y)+.1*seen, dict(answers=((r>0)==(y>.5)).float().mean().item(), probes=seen.item())
+    scores = model.judge(states.repeat_interleave(4, 0), list(texts))
+    truth = torch.tensor(truth).float()
+    right = ((scores>0)==(truth>.5)).float().mean()
+    loss = F.binary_cross_entropy_with_logits(scores, truth)+.1*seen
+    return loss, dict(answers=right.item(), probes=seen.item())
 
-def preference_loss(model:Rewarding, rng, step:int, n:int=24)->tuple:
+def preference_loss(
+    model:Rewarding, # in training
+    rng,             # numpy Generator
+    step:int,        # not used: every step is alike
+    n:int=24,        # pairs in each process, ties among them
+)->tuple: # loss, dict of figures for the log
     "Step 3: fresh preference pairs, half about alignment, half of overall rankings; ties are left out."
     seed = int(rng.integers(2**31))
-    pairs = [o for o in (*alignment_pairs(n//2, seed), *overall_pairs(n//2, seed)) if o['c_rate']!=o['r_rate']]
-    r = model.judge(model.see([o[k] for k in ('chosen_path','reject_path') for o in pairs]), [o['prompt'] for o in pairs]*2)
-    gap = torch.sub(*r.chunk(2))
+    made = (*alignment_pairs(n//2, seed), *overall_pairs(n//2, seed))
+    pairs = [o for o in made if o['c_rate']!=o['r_rate']]
+    images = [o[k] for k in ('chosen_path','reject_path') for o in pairs]
+    chosen,rejected = model.judge(model.see(images), [o['prompt'] for o in pairs]*2).chunk(2)
+    gap = chosen-rejected
     return -F.logsigmoid(gap).mean(), dict(pairs=(gap>0).float().mean().item())
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #d47df5da
 def train_imagereward(
     work,                       # folder with the finished stage 0
-    steps:tuple=(2000,900,500), # of the three steps
+    steps:tuple=(2000,900,500), # of seeing, answering and preferring
 ):
     "Train the tiny ImageReward: seeing, answering, preferring."
+    work,(see,answer,prefer) = Path(work),steps
     model = Rewarding(tiny_imagereward())
-    tower = Tower(tiny_base()[0]); tower.load_state_dict(torch.load(Path(work)/'stage0.pt', weights_only=True)['model'])
-    start_from(model.model.vision, tower.vision_tower)
-    for i,(name,loss,lr) in enumerate((('see',seeing_loss,1e-3), ('answer',answering_loss,1e-3), ('prefer',preference_loss,5e-4))):
-        fit(model, loss, steps[i], lr, Path(work)/f'imagereward_{name}.pt', seed=31+i)
+    start_from(model.model.vision, _stage0_tower(work).vision_tower)
+    fit(model, seeing_loss, see, 1e-3, work/'imagereward_see.pt', seed=31)
+    fit(model, answering_loss, answer, 1e-3, work/'imagereward_answer.pt', seed=32)
+    fit(model, preference_loss, prefer, 5e-4, work/'imagereward_prefer.pt', seed=33)
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #5ab17a34
 def preference_hits(
@@ -171,29 +244,49 @@ def preference_hits(
 )->list: # (kind, 1.0 or 0.0) of each pair that is not a tie
     "Does a reward prefer the chosen image?"
     records = [o for o in records if o['c_rate']!=o['r_rate']]
-    c,r = (reward([o[k] for o in records], [o['prompt'] for o in records]) for k in ('chosen_path','reject_path'))
-    return [(o['kind'], float(a>b)) for o,a,b in zip(records, c, r)]
+    prompts = [o['prompt'] for o in records]
+    chosen = reward([o['chosen_path'] for o in records], prompts)
+    rejected = reward([o['reject_path'] for o in records], prompts)
+    return [(o['kind'], float(c>r)) for o,c,r in zip(records, chosen, rejected)]
 
 def _measure(cls, folder, name:str, n:int=2400, seed:int=7)->list:
+    "Accuracy rows of one rival on the held-out pairs of two perspectives."
     reward = cls.from_pretrained(folder, device='cpu')
-    return [r for p in ('alignment','overall_bt') for s in ('train','unseen')
-            for r in accuracy_rows(preference_hits(reward, TINY[p][2](n, seed, s)), reward=name, pairs=p.removesuffix('_bt'), split=s)]
+    asked = [(pairs, split) for pairs in ('alignment','overall_bt') for split in ('train','unseen')]
+    rows = []
+    for pairs,split in progress(asked, desc=f'measuring {name}', unit='set'):
+        hits = preference_hits(reward, TINY[pairs].held_out(n, seed, split))
+        rows += accuracy_rows(hits, reward=name, pairs=pairs.removesuffix('_bt'), split=split)
+    return rows
 
 # %% ../../nbs/8_tiny/82_metrics.ipynb #ec1e9f0e
-def _finished(work, state:str, reward): # with the weights that a stage left
+def _finished(work, state:str, reward):
+    "The reward with the weights that a stage left."
     trained = torch.load(Path(work)/state, weights_only=True)['model']
-    reward.model.load_state_dict({k.removeprefix('model.'):v for k,v in trained.items() if k.startswith('model.')})
+    weights = {k.removeprefix('model.'):v for k,v in trained.items() if k.startswith('model.')}
+    reward.model.load_state_dict(weights)
     return reward
+
+def _read_logs(work:Path, stages:tuple)->list:
+    "Log lines of some stages, one after the other."
+    return [json.loads(line) for stage in stages for line in (work/f'{stage}.jsonl').read_text().splitlines()]
 
 def build_metrics(
     work='runs/tiny', # the folder of `build_tiny`, for the eyes; a second call goes on from its checkpoints
     out='llava_reward_nb/bundle', # the models become its folders `clip` and `imagereward`
 ):
     "Train the tiny CLIP and the tiny ImageReward, measure them and put them into the bundle."
-    work,out = Path(work).resolve(),Path(out); work.mkdir(parents=True, exist_ok=True)
-    launch(train_clip, work); launch(train_imagereward, work)
-    made = dict(clip=_finished(work, 'clip.pt', tiny_clip()), imagereward=_finished(work, 'imagereward_prefer.pt', tiny_imagereward()))
-    for name,reward in made.items(): reward.model.half(); reward.save_pretrained(out/name)
-    rows = [*_measure(CLIPScore, out/'clip', 'clipscore'), *_measure(ImageReward, out/'imagereward', 'imagereward')]
-    log = [json.loads(l) for s in ('clip','imagereward_see','imagereward_answer','imagereward_prefer') for l in (work/f'{s}.jsonl').read_text().splitlines()]
-    write_table(log, out/'log'/'metrics.jsonl'); write_table(rows, out/'log'/'metrics_accuracy.jsonl')
+    work,out = Path(work).resolve(),Path(out)
+    work.mkdir(parents=True, exist_ok=True)
+    launch(train_clip, work)
+    launch(train_imagereward, work)
+    clip = _finished(work, 'clip.pt', tiny_clip())
+    imagereward = _finished(work, 'imagereward_prefer.pt', tiny_imagereward())
+    for name,reward in dict(clip=clip, imagereward=imagereward).items():
+        reward.model.half()
+        reward.save_pretrained(out/name)
+    rows = _measure(CLIPScore, out/'clip', 'clipscore')
+    rows += _measure(ImageReward, out/'imagereward', 'imagereward')
+    log = _read_logs(work, ('clip','imagereward_see','imagereward_answer','imagereward_prefer'))
+    write_table(log, out/'log'/'metrics.jsonl')
+    write_table(rows, out/'log'/'metrics_accuracy.jsonl')

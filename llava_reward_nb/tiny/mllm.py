@@ -6,13 +6,14 @@
 __all__ = ['TINY_MEAN', 'TINY_STD', 'TINY', 'word_merges', 'tiny_tokenizer', 'tiny_base', 'fit', 'Tower', 'patch_labels', 'study',
            'to_pixels', 'probe_loss', 'scene_labels', 'tower_loss', 'Packer', 'pack_rows', 'Pretrainer', 'places',
            'base_loss', 'nameless', 'formless', 'twin_labels', 'count_of', 'second_loss', 'launch', 'stage0', 'stage1',
-           'stage1b', 'save_base', 'stage2', 'right_or_wrong', 'accuracy_rows', 'evaluate_tiny', 'base_answers',
-           'ablation_run', 'build_tiny']
+           'stage1b', 'save_base', 'Lesson', 'stage2', 'right_or_wrong', 'accuracy_rows', 'evaluate_tiny',
+           'base_answers', 'ablation_run', 'build_tiny']
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #5e432c96
 import json, math, shutil, tempfile, time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -24,7 +25,7 @@ from torch import nn, Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..backbones import load_backbone
-from ..core import progress
+from ..core import batch_progress, progress
 from ..files import atomic_path, write_table
 from ..data import load_records
 from ..model import PerspectiveConfig, RewardModel
@@ -40,7 +41,8 @@ from llava_reward_nb.shapes.records import (alignment_pair, alignment_pairs, fid
 from ..trainer import RewardConfig, train_perspective
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #acbaed25
-_SPECIAL = ('<|endoftext|>', '<|assistant|>', '<|system|>', '<|end|>', '<|user|>', '<|image|>') # role tokens, named as published
+_ENDS_LINE = ('<|assistant|>', '<|system|>', '<|end|>', '<|user|>') # these swallow the newline after them
+_SPECIAL = ('<|endoftext|>', *_ENDS_LINE, '<|image|>') # named as published
 
 def word_merges(
     words:list, # words that shall be one token each
@@ -56,30 +58,34 @@ def word_merges(
 def tiny_tokenizer(
     words:list, # words that shall be one token each
 )->PreTrainedTokenizerFast:
-    "Byte-fallback BPE with Phi-3.5-vision's role tokens and layout (BOS, role tokens swallow the newline after them)."
+    "Byte-fallback BPE with Phi-3.5-vision's role tokens and layout (BOS; role tokens swallow a newline)."
     merges = word_merges(words)
+    byte_tokens = [f'<0x{i:02X}>' for i in range(256)]
     letters = [chr(c) for c in range(33, 127)]
-    names = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '▁', *letters, *(a+b for a,b in merges)]
+    names = ['<unk>', '<s>', '</s>', *byte_tokens, '▁', *letters, *(a+b for a,b in merges)]
     vocab = {t:i for i,t in enumerate(dict.fromkeys(names))}
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    bpe = models.BPE(vocab=vocab, merges=merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True)
+    tok = Tokenizer(bpe)
     tok.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(' ', 1, 0)])
     tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
     tok.add_special_tokens([_added(t) for t in ('<unk>', '<s>', *_SPECIAL)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='<|endoftext|>', pad_token='<|endoftext|>',
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token='<s>', eos_token='<|endoftext|>', pad_token='<|endoftext|>',
         unk_token='<unk>', model_max_length=512, clean_up_tokenization_spaces=False)
 
-def _added(text:str):
-    return AddedToken(text, rstrip=text in ('<|user|>', '<|assistant|>', '<|end|>', '<|system|>'), normalized=False, special=True)
+def _added(text:str)->AddedToken:
+    return AddedToken(text, rstrip=text in _ENDS_LINE, normalized=False, special=True)
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #05a555f2
 @torch.no_grad()
 def _wake(tower:nn.Module, seed:int):
     "Scale a shallow CLIP tower's initial weights in place."
-    for n,p in tower.named_parameters():
-        if n.endswith(('q_proj.weight','k_proj.weight','v_proj.weight')): p.mul_(3)
-        if n.endswith(('out_proj.weight','fc2.weight')): p.mul_(2)
-        if 'position_embedding' in n: p.normal_(std=.1, generator=torch.Generator().manual_seed(seed))
+    for name,p in tower.named_parameters():
+        if name.endswith(('q_proj.weight','k_proj.weight','v_proj.weight')): p.mul_(3)
+        if name.endswith(('out_proj.weight','fc2.weight')): p.mul_(2)
+        if 'position_embedding' in name: p.normal_(std=.1, generator=torch.Generator().manual_seed(seed))
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #a4fce8fd
 TINY_MEAN,TINY_STD = (.9,.9,.9),(.3,.3,.3) # pixels of the light background come out near 0
@@ -89,34 +95,40 @@ def tiny_base(
 )->tuple: # Phi3VModel with random weights, Phi3VProcessor
     "The untrained tiny multimodal LLM."
     tok = tiny_tokenizer(['yes', 'no', 'one', *VOCAB])
-    config = Phi3VConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, vocab_size=len(tok),
-        max_position_embeddings=512, original_max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=tok.pad_token_id, initializer_range=.05, clip=dict(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512,
-        num_hidden_layers=5, num_attention_heads=4))
+    clip = dict(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=5,
+        num_attention_heads=4)
+    config = Phi3VConfig(
+        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        max_position_embeddings=512, original_max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=len(tok), bos_token_id=1, eos_token_id=2, pad_token_id=tok.pad_token_id,
+        initializer_range=.05, clip=clip)
     model = Phi3VModel.from_config(config, seed)
     _wake(model.vision_tower, seed)
     return model, Phi3VProcessor(tok, Phi3VImageProcessor(1, 64, config.merged, TINY_MEAN, TINY_STD))
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #d786b638
 def _average_grads(params:list):
-    "Mean of the gradients over all processes, in place; weights that this step did not use have none, in no process."
+    "Mean of the gradients over all processes, in place; weights that a step does not use have none anywhere."
     if not dist.is_initialized(): return
     params = [p for p in params if p.grad is not None]
     flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
-    for p,g in zip(params, flat.div_(dist.get_world_size()).split([p.numel() for p in params])): p.grad.copy_(g.view_as(p))
+    means = flat.div_(dist.get_world_size()).split([p.numel() for p in params])
+    for p,g in zip(params, means): p.grad.copy_(g.view_as(p))
 
 def _rank()->int: return dist.get_rank() if dist.is_initialized() else 0
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #957638a6
 def _save_state(path:Path, model, opt, step:int):
-    with atomic_path(path) as p: torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step), p)
+    state = dict(model=model.state_dict(), opt=opt.state_dict(), step=step)
+    with atomic_path(path) as p: torch.save(state, p)
 
 def _load_state(path:Path, model, opt)->int:
     "Step to go on from; 0 if there is no checkpoint."
     if not path.exists(): return 0
     state = torch.load(path, weights_only=True)
-    model.load_state_dict(state['model']); opt.load_state_dict(state['opt'])
+    model.load_state_dict(state['model'])
+    opt.load_state_dict(state['opt'])
     return state['step']
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #3ea888a5
@@ -130,26 +142,40 @@ def fit(
     every:int=100,     # steps between checkpoints
 )->nn.Module: # the trained model
     "Train with AdamW, averaging gradients over processes, resuming from `path` if it is there."
-    path = Path(path); params = [p for p in model.parameters() if p.requires_grad]
+    path = Path(path)
+    params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=lr, betas=(.9,.98), weight_decay=.05)
-    start,log,t0 = _load_state(path, model, opt),[],time.time()
+    start = _load_state(path, model, opt)
+    log,since = [],time.time()
     for step in range(start, steps):
-        warm = max(1, math.ceil(.03*steps))
-        for g in opt.param_groups: g['lr'] = lr*min((step+1)/warm, .5*(1+math.cos(math.pi*max(0,step-warm)/max(1,steps-warm))))
+        for group in opt.param_groups: group['lr'] = lr*_warm_cosine(step, steps)
         loss,stats = loss_fn(model, np.random.default_rng([seed, step, _rank()]), step)
-        opt.zero_grad(); loss.backward(); _average_grads(params)
+        opt.zero_grad()
+        loss.backward()
+        _average_grads(params)
         nn.utils.clip_grad_norm_(params, 1.)
         opt.step()
         log.append(dict(step=step, loss=loss.item(), **stats))
         if (step+1)%every==0 or step+1==steps:
-            if _rank()==0: _save_state(path, model, opt, step+1); _append_log(path, log, time.time()-t0)
-            log,t0 = [],time.time()
+            if _rank()==0:
+                _save_state(path, model, opt, step+1)
+                _append_log(path, log, time.time()-since)
+            log,since = [],time.time()
     return model
+
+def _warm_cosine(step:int, steps:int)->float:
+    "Share of the peak learning rate: 3 % linear warm-up, cosine to 0."
+    warm = max(1, math.ceil(.03*steps))
+    cosine = math.cos(math.pi*max(0,step-warm)/max(1,steps-warm))
+    return min((step+1)/warm, .5*(1+cosine))
 
 def _append_log(path:Path, log:list, seconds:float):
     "One line with the mean of each figure since the last."
-    row = dict(stage=path.stem, step=log[-1]['step']+1, **{k:float(np.mean([r[k] for r in log if k in r])) for k in log[-1] if k!='step'}, seconds=seconds)
-    with open(path.with_suffix('.jsonl'), 'a') as f: f.write(json.dumps({k:round(v,5) if isinstance(v,float) else v for k,v in row.items()})+'\n')
+    figures = [k for k in log[-1] if k!='step']
+    means = {k:float(np.mean([r[k] for r in log if k in r])) for k in figures}
+    row = dict(stage=path.stem, step=log[-1]['step']+1, **means, seconds=seconds)
+    row = {k:round(v,5) if isinstance(v,float) else v for k,v in row.items()}
+    with open(path.with_suffix('.jsonl'), 'a') as f: f.write(json.dumps(row)+'\n')
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #13099bf4
 class Tower(nn.Module):
@@ -158,9 +184,12 @@ class Tower(nn.Module):
         base:Phi3VModel, # its tower is trained in place
     ):
         super().__init__()
-        self.vision_tower,w = base.vision_tower,base.config.vision.hidden_size
-        self.norm = nn.LayerNorm(w)
-        self.heads = nn.ModuleDict({k:nn.Linear(w, n) for k,n in dict(color=1+len(COLORS), shape=1+len(SHAPES), sign=2+len(LOOKALIKES), artifact=1+len(ARTIFACTS)).items()})
+        self.vision_tower = base.vision_tower
+        width = base.config.vision.hidden_size
+        self.norm = nn.LayerNorm(width)
+        classes = dict(color=1+len(COLORS), shape=1+len(SHAPES), sign=2+len(LOOKALIKES),
+                       artifact=1+len(ARTIFACTS))
+        self.heads = nn.ModuleDict({name:nn.Linear(width, n) for name,n in classes.items()})
 
     def forward(self,
         pixels:Tensor, # (n,3,64,64) normalised
@@ -168,33 +197,53 @@ class Tower(nn.Module):
         "Class logits of every patch, and of the image's artifact."
         return self.probe(self.vision_tower(pixel_values=pixels).last_hidden_state[:,1:])
 
-    def probe(self, x): # patches (n,64,w)
-        x = self.norm(x)
-        return {k:head(x.mean(1) if k=='artifact' else x) for k,head in self.heads.items()}
+    def probe(self,
+        patches:Tensor, # (n,64,width) states
+    )->dict: # logits, as of `forward`
+        "Class logits from states of patches."
+        patches = self.norm(patches)
+        return {k:head(patches.mean(1) if k=='artifact' else patches) for k,head in self.heads.items()}
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #46a68880
 def patch_labels(
     scene:Scene, # what is in the image
     patch:int=8, # side of a patch in pixels
-)->dict: # color, shape, sign: (64,) int class of each patch, 0 for none
-    "Which colour, shape and sign each patch of the image shows (at least a sixth of the patch); -100 for what has no name."
-    g = SIZE//patch
-    def most(classes): # the class that covers most of each patch
-        im = Image.new('L', (SIZE,SIZE))
-        for o,c in zip(scene.objects, classes): ImageDraw.Draw(im).polygon(outline(o).ravel().tolist(), fill=c)
-        share = np.stack([(np.asarray(im)==c).reshape(g,patch,g,patch).mean((1,3)) for c in range(1,2+max(len(COLORS),len(SHAPES)))])
-        return np.where(share.max(0)>1/6, share.argmax(0)+1, 0).ravel()
-    sign,s = np.zeros((g,g), int),scene.sign
-    if s is not None:
-        y,x = np.mgrid[:g,:g]*patch+patch/2
-        sign[np.hypot(x-s.x, y-s.y)<s.r+2] = 1+('prohibition',*LOOKALIKES).index(s.kind)
-    def named(names, values): # cross-entropy leaves out -100
-        names = list(names); y = most([1+(names+[v]).index(v) for v in values])
-        return np.where(y>len(names), -100, y)
-    return dict(color=named(COLORS, [o.color for o in scene.objects]), shape=named(SHAPES, [o.shape for o in scene.objects]), sign=sign.ravel())
+)->dict: # color, shape, sign: (64,) int class of each patch, 0 for none, -100 for what has no name
+    "Which colour, shape and sign each patch of the image shows (at least a sixth of the patch)."
+    return dict(color=_named(COLORS, scene, [o.color for o in scene.objects], patch),
+                shape=_named(SHAPES, scene, [o.shape for o in scene.objects], patch),
+                sign=_sign_patches(scene, patch))
+
+def _named(names, scene:Scene, values:list, patch:int)->np.ndarray:
+    "Class of the value that covers most of each patch; cross-entropy leaves out -100."
+    names = list(names)
+    covered = _most_covered(scene, [1+(names+[v]).index(v) for v in values], patch)
+    return np.where(covered>len(names), -100, covered)
+
+def _most_covered(scene:Scene, classes:list, patch:int)->np.ndarray:
+    "Class of the objects that cover most of each patch; 0 where none covers a sixth."
+    side = SIZE//patch
+    im = Image.new('L', (SIZE,SIZE))
+    draw = ImageDraw.Draw(im)
+    for o,c in zip(scene.objects, classes): draw.polygon(outline(o).ravel().tolist(), fill=c)
+    drawn = np.asarray(im).reshape(side,patch,side,patch)
+    most = 1+max(len(COLORS), len(SHAPES))
+    share = np.stack([(drawn==c).mean((1,3)) for c in range(1, 1+most)])
+    return np.where(share.max(0)>1/6, share.argmax(0)+1, 0).ravel()
+
+def _sign_patches(scene:Scene, patch:int)->np.ndarray:
+    "Class of the sign that each patch belongs to."
+    side = SIZE//patch
+    labels = np.zeros((side,side), int)
+    if scene.sign is not None:
+        y,x = np.mgrid[:side,:side]*patch+patch/2
+        inside = np.hypot(x-scene.sign.x, y-scene.sign.y)<scene.sign.r+2
+        labels[inside] = 1+('prohibition',*LOOKALIKES).index(scene.sign.kind)
+    return labels.ravel()
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #cd73649e
-_MIX = dict(single_object=1, two_objects=1, counting=2, colors=1, position=4, color_attribution=2) # relations need most practice
+# how often each category is practised: relations need most
+_MIX = dict(single_object=1, two_objects=1, counting=2, colors=1, position=4, color_attribution=2)
 
 def study(
     rng,           # numpy Generator
@@ -210,12 +259,15 @@ def study(
     scene = scene_for(prompt, rng, distractors=not sign, sign=sign)
     if rng.random()<.5: scene,_ = hard_negative(prompt, scene, rng)
     if recolor: scene = recolor(scene, rng)
-    kind = int(rng.integers(len(ARTIFACTS))) if rng.random()<spoiled else -1
-    return prompt,scene,(add_artifact(scene, ARTIFACTS[kind], rng) if kind>=0 else render(scene)),kind+1
+    kind = int(rng.integers(len(ARTIFACTS))) if rng.random()<spoiled else None
+    if kind is None: return prompt,scene,render(scene),0
+    return prompt,scene,add_artifact(scene, ARTIFACTS[kind], rng),kind+1
 
-def to_pixels(images)->Tensor: # (n,3,64,64) normalised
-    "64x64 RGB images as the tower sees them."
-    x = torch.from_numpy(np.stack([np.asarray(o) for o in images])).permute(0,3,1,2).float()/255
+def to_pixels(
+    images, # n RGB images, 64x64
+)->Tensor: # (n,3,64,64) normalised
+    "Images as the tower sees them."
+    x = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0,3,1,2).float()/255
     return (x-torch.tensor(TINY_MEAN)[:,None,None])/torch.tensor(TINY_STD)[:,None,None]
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #587992ff
@@ -224,14 +276,19 @@ def probe_loss(
     labels:dict, # classes of the same shapes, long; or their probabilities, shaped like the logits
 )->tuple: # loss, dict of accuracies (of patches that show something, of images with an artifact)
     "Cross-entropies of all probes; patches that show something count twice, as most show nothing."
-    loss,stats = 0.,{}
-    for k,x in logits.items():
-        soft = labels[k].is_floating_point()
-        x,y = x.flatten(0,-2),labels[k].flatten(0,-2) if soft else labels[k].flatten()
-        each,best = F.cross_entropy(x, y, reduction='none'),y.argmax(-1) if soft else y
-        some,loss = best>0,loss+each.mean()
-        if some.any(): loss,stats[k] = loss+each[some].mean(),(x.argmax(-1)==best)[some].float().mean().item()
-    return loss,stats
+    loss,accuracies = 0.,{}
+    for name,x in logits.items():
+        soft = labels[name].is_floating_point()
+        x = x.flatten(0,-2)
+        y = labels[name].flatten(0,-2) if soft else labels[name].flatten()
+        each = F.cross_entropy(x, y, reduction='none')
+        best = y.argmax(-1) if soft else y
+        shown = best>0
+        loss = loss+each.mean()
+        if shown.any():
+            loss = loss+each[shown].mean()
+            accuracies[name] = (x.argmax(-1)==best)[shown].float().mean().item()
+    return loss,accuracies
 
 def scene_labels(
     scenes:list,    # n scenes
@@ -239,15 +296,23 @@ def scene_labels(
 )->dict: # color, shape, sign (n,64), artifact (n,): int64 classes
     "Labels of a batch."
     rows = [patch_labels(s) for s in scenes]
-    return dict({k:torch.from_numpy(np.stack([r[k] for r in rows])) for k in rows[0]}, artifact=torch.tensor(artifacts))
+    patches = {k:torch.from_numpy(np.stack([r[k] for r in rows])) for k in rows[0]}
+    return dict(patches, artifact=torch.tensor(artifacts))
 
-def _first_look(rng)->tuple: # one object on a background, to begin with
+def _first_look(rng)->tuple: # as of `study`
+    "One object on a background, to begin with."
     scene = scene_for(sample_prompt(rng, 'colors'), rng, distractors=False)
     return None,scene,render(scene),0
 
-def tower_loss(model:Tower, rng, step:int, n:int=16)->tuple:
-    "Loss of n fresh images: single objects at first, then scenes of all kinds, a third with signs, half spoiled."
-    _,scenes,images,artifacts = zip(*(_first_look(rng) if step<500 else study(rng, .35, .5) for _ in range(n)))
+def tower_loss(
+    model:Tower, # in training
+    rng,         # numpy Generator
+    step:int,    # before step 500 every image has a single object
+    n:int=16,    # images in each process
+)->tuple: # loss, dict of figures for the log
+    "Loss of fresh images: single objects at first, then all scenes, a third with signs, half spoiled."
+    made = [_first_look(rng) if step<500 else study(rng, .35, .5) for _ in range(n)]
+    _,scenes,images,artifacts = zip(*made)
     return probe_loss(model(to_pixels(images)), scene_labels(scenes, artifacts))
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #a2f9d79b
@@ -258,21 +323,35 @@ class Packer:
     def __init__(self,
         processor:Phi3VProcessor, # its tokenizer and image layout
     ):
-        self.tok = tok = processor.tokenizer
-        ids = {t:tok.convert_tokens_to_ids(t) for t in ('<|assistant|>', '<|end|>')}
-        n = processor.image_processor.num_tokens((64,64))
-        self.prefix,self.eos,self.end,self.assistant = tok('<|user|>\n').input_ids+[-1]*n, tok.eos_token_id, ids['<|end|>'], ids['<|assistant|>']
-        self.no,self.yes = (plain_ids(tok, w, False)[-1] for w in ('no','yes'))
+        self.tok = processor.tokenizer
+        visual_tokens = processor.image_processor.num_tokens((64,64))
+        self.prefix = self.tok('<|user|>\n').input_ids+[-1]*visual_tokens
+        self.eos = self.tok.eos_token_id
+        self.end = self.tok.convert_tokens_to_ids('<|end|>')
+        self.assistant = self.tok.convert_tokens_to_ids('<|assistant|>')
+        self.no,self.yes = (plain_ids(self.tok, w, False)[-1] for w in ('no','yes'))
 
-    def question(self, text, truth): # at the end of a statement stands yes or no
+    def question(self,
+        text:str,   # a statement about the image
+        truth:bool, # whether it holds
+    )->tuple: # token ids, targets, what it teaches
+        "A statement, at whose end stands yes or no."
         ids = plain_ids(self.tok, '\n'+text)+[self.eos]
         return ids, [-100]*(len(ids)-1)+[self.yes if truth else self.no], _ANSWER
 
-    def place(self, text, words): # a text that names objects goes on with where they are
-        start,ids = plain_ids(self.tok, '\n'+text),plain_ids(self.tok, '\n'+text+' '+words)
+    def place(self,
+        text:str,  # names objects
+        words:str, # say where they are
+    )->tuple: # token ids, targets, what it teaches
+        "A text that names objects and goes on with where they are."
+        start = plain_ids(self.tok, '\n'+text)
+        ids = plain_ids(self.tok, '\n'+text+' '+words)
         return ids[:-1], [-100]*(len(start)-1)+ids[len(start):], _PLACE
 
-    def caption(self, text): # after the assistant's token stands the caption
+    def caption(self,
+        text:str, # the caption
+    )->tuple: # token ids, targets, what it teaches
+        "The assistant's token, and after it the caption."
         words = plain_ids(self.tok, text, False)+[self.end]
         ids = plain_ids(self.tok, '\n')+[self.end, self.assistant]
         return ids+words[:-1], [-100]*(len(ids)-1)+words, _CAPTION
@@ -283,17 +362,30 @@ def pack_rows(
     rows:list,     # for each image a list of segments: token ids, targets (-100: none), what it teaches
 )->dict: # input_ids, position_ids, targets, teaches (b,s) int64; attention_mask (b,1,s,s) bool
     "Lay rows out with positions that restart after the image and a mask that keeps segments apart."
-    p,s = len(packer.prefix), len(packer.prefix)+max(sum(len(i) for i,*_ in r) for r in rows)
-    ids,pos,target,teach,seg = (np.full((len(rows),s), v) for v in (packer.eos,0,-100,-1,-1))
+    start = len(packer.prefix)
+    length = start+max(sum(len(ids) for ids,*_ in row) for row in rows)
+    fills = (packer.eos, 0, -100, -1, -1)
+    ids,positions,targets,teaches,segments = (np.full((len(rows),length), v) for v in fills)
     for b,row in enumerate(rows):
-        ids[b,:p],pos[b,:p],seg[b,:p],at = packer.prefix,np.arange(p),0,p
-        for j,(i,t,what) in enumerate(row, 1):
-            sl = slice(at, at+len(i)); at += len(i)
-            ids[b,sl],target[b,sl],teach[b,sl],pos[b,sl],seg[b,sl] = i,t,what,p+np.arange(len(i)),j
-    seg = torch.from_numpy(seg)
-    mask = ((seg[:,:,None]==seg[:,None]) | (seg[:,None]==0)) & torch.ones(s,s).tril().bool()
-    return dict(input_ids=torch.from_numpy(ids), position_ids=torch.from_numpy(pos), targets=torch.from_numpy(target),
-                teaches=torch.from_numpy(teach), attention_mask=mask[:,None])
+        ids[b,:start] = packer.prefix
+        positions[b,:start] = np.arange(start)
+        segments[b,:start] = 0
+        at = start
+        for number,(segment_ids,segment_targets,what) in enumerate(row, 1):
+            n = len(segment_ids)
+            here = b,slice(at, at+n)
+            ids[here] = segment_ids
+            positions[here] = start+np.arange(n)
+            targets[here] = segment_targets
+            teaches[here] = what
+            segments[here] = number
+            at += n
+    seg = torch.from_numpy(segments)
+    same_or_image = (seg[:,:,None]==seg[:,None]) | (seg[:,None]==0)
+    mask = same_or_image & torch.ones(length,length).tril().bool()
+    return dict(input_ids=torch.from_numpy(ids), position_ids=torch.from_numpy(positions),
+                targets=torch.from_numpy(targets), teaches=torch.from_numpy(teaches),
+                attention_mask=mask[:,None])
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #7d9edb4a
 class Pretrainer(nn.Module):
@@ -306,65 +398,101 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.base,self.tower,self.packer = base,tower,packer
 
-    def logits(self, batch, features): # next-token logits at the places that have a target
-        visual,lm,ids = self.base.project(features),self.base.language_model,batch['input_ids']
+    def logits(self,
+        batch:dict,      # from `pack_rows`
+        features:Tensor, # of the images, from `Phi3VModel.vision_features`
+    )->Tensor: # (targets, vocabulary)
+        "Next-token logits at the places that have a target."
+        lm,ids = self.base.language_model,batch['input_ids']
+        visual = self.base.project(features)
         embeds = lm.embed_tokens(ids.clamp(min=0)).masked_scatter((ids<0)[...,None], visual)
-        h = lm(inputs_embeds=embeds, attention_mask=batch['attention_mask'], position_ids=batch['position_ids'], use_cache=False).last_hidden_state
-        return h[batch['targets']>=0] @ lm.embed_tokens.weight.T
+        states = lm(inputs_embeds=embeds, attention_mask=batch['attention_mask'],
+                    position_ids=batch['position_ids'], use_cache=False).last_hidden_state
+        return states[batch['targets']>=0] @ lm.embed_tokens.weight.T
 
-    def forward(self, batch, pixels, labels):
-        seen = []
-        hook = self.base.vision_tower.register_forward_hook(lambda m,i,o: seen.append(o.last_hidden_state[:,1:]))
-        features,_ = self.base.vision_features(pixels, torch.full((len(pixels),2), 64)); hook.remove()
+    def forward(self,
+        batch:dict,    # from `pack_rows`
+        pixels:Tensor, # (b,3,64,64) normalised
+        labels:dict,   # for the probes, see `probe_loss`
+    )->tuple: # loss, dict of figures for the log
+        "Loss of a packed batch and of the tower's probes."
+        features,patches = self._look(pixels)
         chosen = batch['targets']>=0
-        logits,target,teaches = self.logits(batch, features),batch['targets'][chosen],batch['teaches'][chosen]
-        each,right = F.cross_entropy(logits, target, reduction='none'),logits.argmax(-1)==target
-        loss = {k:each[teaches==v].mean() for k,v in dict(caption=_CAPTION, place=_PLACE, yesno=_ANSWER).items()}
-        probes,known = probe_loss(self.tower.probe(seen[0]), labels)
-        return sum(loss.values())+.4*probes, dict({k:v.item() for k,v in loss.items()}, probes=probes.item(), shape=known['shape'],
-            places=right[teaches==_PLACE].float().mean().item(), answers=right[teaches==_ANSWER].float().mean().item())
+        target,teaches = batch['targets'][chosen],batch['teaches'][chosen]
+        logits = self.logits(batch, features)
+        each = F.cross_entropy(logits, target, reduction='none')
+        right = (logits.argmax(-1)==target).float()
+        kinds = dict(caption=_CAPTION, place=_PLACE, yesno=_ANSWER)
+        losses = {name:each[teaches==kind].mean() for name,kind in kinds.items()}
+        probes,known = probe_loss(self.tower.probe(patches), labels)
+        figures = dict({name:loss.item() for name,loss in losses.items()},
+                       probes=probes.item(), shape=known['shape'],
+                       places=right[teaches==_PLACE].mean().item(),
+                       answers=right[teaches==_ANSWER].mean().item())
+        return sum(losses.values())+.4*probes, figures
+
+    def _look(self, pixels:Tensor)->tuple:
+        "Features for the language model, and the states of patches for the probes, from one look."
+        seen = []
+        def keep(module, args, output): seen.append(output.last_hidden_state[:,1:])
+        hook = self.base.vision_tower.register_forward_hook(keep)
+        features,_ = self.base.vision_features(pixels, torch.full((len(pixels),2), 64))
+        hook.remove()
+        return features,seen[0]
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #ec229da1
 _ROWS = ('one','two','three','four') # quarters of an image, from the left or from the top
 
 def places(
-    scene:Scene, # what is in the image
-    rng,         # numpy Generator
+    scene:Scene,     # what is in the image
+    rng,             # numpy Generator
     bare:bool=False, # leave colours out where the shape is enough
 )->list: # of (text that names objects, words that say where they are)
     "Point at one object, and name the relation of two in both orders, as far as names and places are clear."
     plain = [o.shape for o in scene.objects]
     def term(o): return 1,o.shape,'' if bare and plain.count(o.shape)==1 else o.color
-    alone = [o for o in scene.objects if [term(p) for p in scene.objects].count(term(o))==1]
+    def text(*objects): return make_prompt([term(o) for o in objects], prefix='').text
+    def quarter(v): return _ROWS[min(int(v*4/SIZE),3)]
+    terms = [term(o) for o in scene.objects]
+    alone = [o for o in scene.objects if terms.count(term(o))==1]
     pairs = [(a,b) for a in alone for b in alone if a is not b and relation_of(a,b)]
     out = []
     if alone:
         o = alone[rng.integers(len(alone))]
-        out.append((make_prompt([term(o)], prefix='').text, ' '.join(_ROWS[min(int(v*4/SIZE),3)] for v in (o.x,o.y))))
+        out.append((text(o), f'{quarter(o.x)} {quarter(o.y)}'))
     if pairs:
         a,b = pairs[rng.integers(len(pairs))]
-        out += [(make_prompt([term(p),term(q)], prefix='').text, relation_of(p,q).split()[0]) for p,q in ((a,b),(b,a))]
+        out += [(text(p, q), relation_of(p,q).split()[0]) for p,q in ((a,b),(b,a))]
     return out
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #47bdddbc
 _KINDS = (*KINDS, 'relation', 'relation') # of the statements asked
 
 def base_loss(
-    model:Pretrainer,
-    rng,      # numpy Generator
-    step:int, # not used
-    n:int=32, # images
+    model:Pretrainer, # in training
+    rng,              # numpy Generator
+    step:int,         # not used: every step is alike
+    n:int=32,         # images in each process
 )->tuple: # loss, dict of figures for the log
     "Loss of n fresh images with up to eight texts each."
-    batch,rows,packer = [study(rng, .2, .45) for _ in range(n)],[],model.packer
+    batch = [study(rng, .2, .45) for _ in range(n)]
+    rows = []
     for prompt,scene,_,_ in batch:
         asked = [(prompt.text, prompt.holds(scene)), *statements(scene, rng, 3, kinds=_KINDS)]
-        rows.append([packer.caption(describe(scene, rng)), *(packer.place(*t) for t in places(scene, rng)), *(packer.question(*t) for t in asked)])
+        caption = describe(scene, rng)
+        told = places(scene, rng)
+        rows.append(_row(model.packer, caption, told, asked))
     _,scenes,images,artifacts = zip(*batch)
-    return model(pack_rows(packer, rows), to_pixels(images), scene_labels(scenes, artifacts))
+    return model(pack_rows(model.packer, rows), to_pixels(images), scene_labels(scenes, artifacts))
+
+def _row(packer:Packer, caption:str, told:list, asked:list)->list:
+    "All segments of one image."
+    return [packer.caption(caption), *(packer.place(*t) for t in told), *(packer.question(*t) for t in asked)]
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #5ccb1464
-def _painted(scene:Scene, color)->Scene: return replace(scene, objects=tuple(replace(o, color=color()) for o in scene.objects))
+def _painted(scene:Scene, color)->Scene:
+    "The same objects, each in the next colour that `color()` gives."
+    return replace(scene, objects=tuple(replace(o, color=color()) for o in scene.objects))
 
 def nameless(
     scene:Scene, # objects of any colours
@@ -379,8 +507,10 @@ def formless(
 )->Scene: # its shapes are tuples of corners
     "Odd polygons in the same places and colours."
     def corners():
-        n = int(rng.integers(4, 10)); a,r = (np.arange(n)+.8*rng.random(n))*2*np.pi/n, .5+.8*rng.random(n)
-        return tuple(map(tuple, np.stack([r*np.cos(a), r*np.sin(a)], 1).tolist()))
+        n = int(rng.integers(4, 10))
+        angle = (np.arange(n)+.8*rng.random(n))*2*np.pi/n
+        radius = .5+.8*rng.random(n)
+        return tuple(map(tuple, np.stack([radius*np.cos(angle), radius*np.sin(angle)], 1).tolist()))
     return replace(scene, objects=tuple(replace(o, shape=corners()) for o in scene.objects))
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #2794c6d6
@@ -390,18 +520,20 @@ def twin_labels(
     scenes:list,     # in named colours where the place is even, in nameless ones where it is odd
     artifacts:list,  # artifact classes, 0 for none
     rng,             # numpy Generator
-)->dict: # as of `scene_labels`, but shape (n,64,5) and color (n,64,7) are probabilities, or all 0 where nothing is asked
+)->dict: # as of `scene_labels`, but probabilities for shape (n,64,5) and color (n,64,7); all 0: not asked
     "Labels of a batch: what has no prejudice as it is, the rest as the tower sees it in the twins."
     labels = scene_labels(scenes, artifacts)
-    soft = {k:F.one_hot(labels[k].clamp(min=0), n+1).float() for k,n in (('shape',len(SHAPES)), ('color',len(COLORS)))}
+    shape = F.one_hot(labels['shape'].clamp(min=0), 1+len(SHAPES)).float()
+    color = F.one_hot(labels['color'].clamp(min=0), 1+len(COLORS)).float()
     def look(twins, what): return tower(to_pixels([render(s) for s in twins]))[what].softmax(-1)
-    soft['shape'][::2] = look([nameless(s, rng) for s in scenes[::2]], 'shape')
-    some = labels['color']!=0
-    soft['color'][some] = 0
+    shape[::2] = look([nameless(s, rng) for s in scenes[::2]], 'shape')
+    shown = labels['color']!=0
+    color[shown] = 0
     odd = [formless(s, rng) for s in scenes[1::2]]
-    both = some[1::2] & (scene_labels(odd, [0]*len(odd))['color']!=0) # patches that show something in the image and in its twin
-    soft['color'][1::2][both] = look(odd, 'color')[both]
-    return labels|soft
+    shown_in_twin = scene_labels(odd, [0]*len(odd))['color']!=0
+    both = shown[1::2] & shown_in_twin # patches that show something in the image and in its twin
+    color[1::2][both] = look(odd, 'color')[both]
+    return labels|dict(shape=shape, color=color)
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #7f073e18
 def count_of(
@@ -409,26 +541,41 @@ def count_of(
     rng,         # numpy Generator
 )->tuple: # a noun in the plural, and how many there are
     "Count the objects of a shape, or of a shape and colour."
-    o = scene.objects[rng.integers(len(scene.objects))]; color = o.color if rng.random()<.5 else ''
+    o = scene.objects[rng.integers(len(scene.objects))]
+    color = o.color if rng.random()<.5 else ''
     n = sum(p.shape==o.shape and color in ('',p.color) for p in scene.objects)
     return f'{color} {o.shape}s'.strip(), _ROWS[n-1]
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #8ddfb21b
 _BARE = ('object', 'object', 'count', 'relation', 'relation') # kinds of statements that need no colour
 
-def second_loss(model:Pretrainer, rng, step:int, n:int=32)->tuple:
-    "Loss of n fresh images with up to nine texts each, every second one in nameless colours, and of n/2 images of odd polygons for the tower alone."
-    batch,rows,packer = [study(rng, .2, .45, nameless if i%2 else None) for i in range(n)],[],model.packer
+def second_loss(
+    model:Pretrainer, # in training
+    rng,              # numpy Generator
+    step:int,         # not used: every step is alike
+    n:int=32,         # images in each process; half as many odd polygons for the tower alone
+)->tuple: # loss, dict of figures for the log
+    "Loss of fresh images with up to nine texts each, half in nameless colours; and of odd polygons."
+    batch = [study(rng, .2, .45, nameless if i%2 else None) for i in range(n)]
+    rows = []
     for i,(prompt,scene,_,_) in enumerate(batch):
-        scene = worded(scene)
-        asked = statements(scene, rng, 4, kinds=_BARE) if i%2 else [(prompt.text, prompt.holds(scene)), *statements(scene, rng, 3, kinds=_KINDS)]
-        told = [*places(scene, rng, rng.random()<.5), count_of(scene, rng)]
-        rows.append([packer.caption(describe(scene, rng)), *(packer.place(*t) for t in told), *(packer.question(*t) for t in asked)])
+        rows.append(_second_row(model.packer, prompt, scene, i%2==1, rng))
     _,scenes,images,artifacts = zip(*batch)
-    loss,stats = model(pack_rows(packer, rows), to_pixels(images), twin_labels(model.tower, scenes, artifacts, rng))
-    odd = [formless(_painted(s, lambda: list(COLORS)[rng.integers(len(COLORS))]), rng) for s in scenes[::2]]
-    probes,known = probe_loss(model.tower(to_pixels([render(s) for s in odd])), scene_labels(odd, [0]*len(odd)))
+    labels = twin_labels(model.tower, scenes, artifacts, rng)
+    loss,stats = model(pack_rows(model.packer, rows), to_pixels(images), labels)
+    def any_color(): return list(COLORS)[rng.integers(len(COLORS))]
+    odd = [formless(_painted(s, any_color), rng) for s in scenes[::2]]
+    logits = model.tower(to_pixels([render(s) for s in odd]))
+    probes,known = probe_loss(logits, scene_labels(odd, [0]*len(odd)))
     return loss+.4*probes, dict(stats, color=known['color'])
+
+def _second_row(packer:Packer, prompt, scene:Scene, bare:bool, rng)->list:
+    "All segments of one image of the second round; no text of a bare one mentions a colour."
+    scene = worded(scene)
+    if bare: asked = statements(scene, rng, 4, kinds=_BARE)
+    else: asked = [(prompt.text, prompt.holds(scene)), *statements(scene, rng, 3, kinds=_KINDS)]
+    told = [*places(scene, rng, rng.random()<.5), count_of(scene, rng)]
+    return _row(packer, describe(scene, rng), told, asked)
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #5bed6de2
 def _worker(rank:int, world:int, store:str, fn, args):
@@ -447,16 +594,16 @@ def launch(
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #11dc7182
 def stage0(
-    work, # folder for checkpoints and logs
-    steps:int=3600,
+    work,           # folder for checkpoints and logs
+    steps:int=3600, # of 16 images in each process
 ):
     "Teach the tower to see."
     base,_ = tiny_base()
     fit(Tower(base), tower_loss, steps, 1e-3, Path(work)/'stage0.pt', seed=10)
 
 def stage1(
-    work, # folder with the finished stage 0
-    steps:int=1500,
+    work,           # folder with the finished stage 0
+    steps:int=1500, # of 32 images in each process
 ):
     "Teach the whole model to caption, to point and to answer."
     base,proc = tiny_base()
@@ -465,8 +612,8 @@ def stage1(
     fit(Pretrainer(base, tower, Packer(proc)), base_loss, steps, 1.5e-3, Path(work)/'stage1.pt', seed=11)
 
 def stage1b(
-    work, # folder with the finished stage 1
-    steps:int=2000,
+    work,           # folder with the finished stage 1
+    steps:int=2000, # of 32 images in each process
 ):
     "The second round."
     base,proc = tiny_base()
@@ -483,19 +630,30 @@ def save_base(
     base,proc = tiny_base()
     state = torch.load(Path(work)/'stage1b.pt', weights_only=True)['model']
     base.load_state_dict({k.removeprefix('base.'):v for k,v in state.items() if k.startswith('base.')})
-    base.half().save_pretrained(out); proc.save_pretrained(out)
+    base.half().save_pretrained(out)
+    proc.save_pretrained(out)
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #7150e261
 def _alignment(n:int, seed:int, split:str)->list:
+    "Training pairs with a larger share of the hard categories."
     names = [c for c,k in _MIX.items() for _ in range(k)]
     return [alignment_pair(np.random.default_rng([seed,i]), split, names[i%len(names)]) for i in range(n)]
 
-TINY = dict( # name -> how many training records, their maker (n, seed, split), maker of held-out records (n, seed, split), configuration, learning rate
-    alignment=(12_000, _alignment, alignment_pairs, dict(loss='bt'), 5e-4),
-    fidelity=(24_000, fidelity_pairs, fidelity_pairs, dict(loss='bt'), 1e-3),
-    overall=(24_000, overall_pairs, overall_pairs, dict(loss='gpm', dim=2), 1e-3),
-    overall_bt=(18_000, overall_pairs, overall_pairs, dict(loss='bt'), 5e-4),
-    safety=(12_000, safety_labels, safety_labels, dict(loss='cls'), 1e-3))
+@dataclass(frozen=True)
+class Lesson:
+    "What a perspective of the tiny bundle is trained and measured on."
+    n:int             # training records
+    training:Callable # their maker: (n, seed, split) -> records
+    held_out:Callable # maker of the records to measure on: (n, seed, split) -> records
+    lr:float          # peak learning rate
+    config:dict       # fields of `PerspectiveConfig`
+
+TINY = dict( # perspective -> its lesson
+    alignment=Lesson(12_000, _alignment, alignment_pairs, 5e-4, dict(loss='bt')),
+    fidelity=Lesson(24_000, fidelity_pairs, fidelity_pairs, 1e-3, dict(loss='bt')),
+    overall=Lesson(24_000, overall_pairs, overall_pairs, 1e-3, dict(loss='gpm', dim=2)),
+    overall_bt=Lesson(18_000, overall_pairs, overall_pairs, 5e-4, dict(loss='bt')),
+    safety=Lesson(12_000, safety_labels, safety_labels, 1e-3, dict(loss='cls')))
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #53a59463
 def stage2(
@@ -507,13 +665,18 @@ def stage2(
     **config,       # fields of `PerspectiveConfig` to change
 )->RewardModel: # with the trained perspective
     "Train one perspective on a frozen base, going on from its last checkpoint if there is one."
-    most,make,_,fields,lr = TINY[name]; n = n or most; seed0 = 1000+2*sorted(TINY).index(name)
-    records = make(n-n//2, seed0, 'train')+make(n//2, seed0+1, 'nameless')
+    lesson = TINY[name]
+    n = n or lesson.n
+    data_seed = 1000+2*sorted(TINY).index(name)
+    records = lesson.training(n-n//2, data_seed, 'train')+lesson.training(n//2, data_seed+1, 'nameless')
     torch.set_num_threads(1)
-    args = RewardConfig(output_dir=str(out), learning_rate=lr, per_device_train_batch_size=32, gradient_accumulation_steps=1,
-                        lora_rank=16, lora_alpha=32, logging_steps=25, save_steps=200, seed=seed, use_cpu=True, dataloader_drop_last=True)
+    args = RewardConfig(
+        output_dir=str(out), learning_rate=lesson.lr, per_device_train_batch_size=32,
+        gradient_accumulation_steps=1, lora_rank=16, lora_alpha=32, logging_steps=25, save_steps=200,
+        seed=seed, use_cpu=True, dataloader_drop_last=True)
     model = RewardModel(load_backbone(base))
-    train_perspective(model, name, load_records(records, check_images=False), args, PerspectiveConfig(**fields|config), resume=True)
+    records = load_records(records, check_images=False)
+    train_perspective(model, name, records, args, PerspectiveConfig(**lesson.config|config), resume=True)
     return model
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #e0da3f36
@@ -524,11 +687,12 @@ def right_or_wrong(
 )->list: # (kind, 1.0 or 0.0) of each record that is not a tie
     "Does the reward prefer the chosen image, or tell safe from unsafe?"
     if 'label' in records[0]:
-        r = model([o['path'] for o in records], [o['prompt'] for o in records], name, batch_size=32)
-        return [(o['kind'], float((x>0)==(o['label']==1))) for o,x in zip(records, r.tolist())]
+        scores = model([o['path'] for o in records], [o['prompt'] for o in records], name, batch_size=32)
+        return [(o['kind'], float((x>0)==(o['label']==1))) for o,x in zip(records, scores.tolist())]
     records = [o for o in records if o['c_rate']!=o['r_rate']]
-    p = model.compare([o['chosen_path'] for o in records], [o['reject_path'] for o in records], [o['prompt'] for o in records], name, batch_size=32)
-    return [(o['kind'], float(x>.5)) for o,x in zip(records, p.tolist())]
+    chosen,rejected = [o['chosen_path'] for o in records],[o['reject_path'] for o in records]
+    won = model.compare(chosen, rejected, [o['prompt'] for o in records], name, batch_size=32)
+    return [(o['kind'], float(x>.5)) for o,x in zip(records, won.tolist())]
 
 def accuracy_rows(
     hits:list, # (kind, 1.0 or 0.0), from `right_or_wrong`
@@ -544,22 +708,29 @@ def accuracy_rows(
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #53d6ca83
 def evaluate_tiny(
-    n:int=2400,                # held-out records of each perspective and split; ties of `overall` are left out
+    n:int=2400,                # held-out records of each perspective and split, ties of `overall` among them
     names=None,                # perspectives; None: all
-    splits=('train','unseen'), # 'train': new scenes of known colour-shape pairs, 'unseen': of pairs never trained on
+    splits=('train','unseen'), # 'train': new scenes of known colour-shape pairs; 'unseen': of others
     model:str='tiny',          # folder or name
     seed:int=7,                # of the held-out records; training used 1000 and up
 )->list: # see `accuracy_rows`, with columns perspective and split
     "Accuracies of the tiny perspectives on fresh held-out records."
-    jobs = [(model,p,s,n,seed) for p in names or TINY for s in splits]
-    return [r for j in progress(jobs, desc='measuring') for r in _measure(*j)]
+    asked = [(name, split) for name in names or TINY for split in splits]
+    rows = []
+    for name,split in progress(asked, desc='measuring', unit='set'):
+        rows += _measure(model, name, split, n, seed)
+    return rows
 
-def _measure(model, name, split, n=2400, seed=7):
-    rm = RewardModel.from_pretrained(model, name, device='cpu').merge()
-    return accuracy_rows(right_or_wrong(rm, name, TINY[name][2](n, seed, split)), perspective=name, split=split)
+def _measure(model, name:str, split:str, n:int=2400, seed:int=7)->list:
+    "Accuracy rows of one perspective on one split."
+    reward = RewardModel.from_pretrained(model, name, device='cpu').merge()
+    hits = right_or_wrong(reward, name, TINY[name].held_out(n, seed, split))
+    return accuracy_rows(hits, perspective=name, split=split)
 
-def _measure_base(base, split, n=2400, seed=7):
-    return accuracy_rows(base_answers(base, alignment_pairs(n, seed, split)), perspective='base (yes/no)', split=split)
+def _measure_base(base, split:str, n:int=2400, seed:int=7)->list:
+    "Accuracy rows of the base's own yes or no on one split."
+    hits = base_answers(base, alignment_pairs(n, seed, split))
+    return accuracy_rows(hits, perspective='base (yes/no)', split=split)
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #469556d6
 def base_answers(
@@ -567,24 +738,26 @@ def base_answers(
     records:list,  # in-memory pairs
 )->list: # (kind, 1.0 or 0.0) of each record
     "How often the base's own yes-against-no logit prefers the chosen image."
-    bb = load_backbone(base); packer = Packer(bb.processor)
+    bb = load_backbone(base)
+    packer = Packer(bb.processor)
     words = bb.model.language_model.embed_tokens.weight
     def score(key):
+        batches = [records[i:i+32] for i in range(0, len(records), 32)]
         out = []
-        for i in range(0, len(records), 32):
-            part = records[i:i+32]
-            with torch.no_grad(): h = bb(bb.encode([o[key] for o in part], [o['prompt'] for o in part]))[0][:,-1]
-            out += (h@(words[packer.yes]-words[packer.no])).tolist()
+        for part in batch_progress(batches, desc='asking the base'):
+            encoded = bb.encode([o[key] for o in part], [o['prompt'] for o in part])
+            with torch.no_grad(): last = bb(encoded)[0][:,-1]
+            out += (last@(words[packer.yes]-words[packer.no])).tolist()
         return out
     return [(o['kind'], float(a>b)) for o,a,b in zip(records, score('chosen_path'), score('reject_path'))]
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #b10efe65
 def ablation_run(
-    base,       # folder of the frozen base
-    out,        # folder for this run
-    skipca:bool,
-    seed:int,
-    n:int=2000, # training pairs
+    base,        # folder of the frozen base
+    out,         # folder for this run
+    skipca:bool, # a SkipCA head; False: a plain value head
+    seed:int,    # of initialisation and order
+    n:int=2000,  # training pairs
 )->dict: # seed, head, accuracy on 2,000 held-out pairs
     "One run of the ablation."
     path = Path(out)/'result.json'
@@ -596,16 +769,26 @@ def ablation_run(
     return json.loads(path.read_text())
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #283f9112
-def _job(job): return globals()[job[0]](*job[1:])
+def _perspective(work:Path, name:str):
+    "Train one perspective and save it where the bundle is put together."
+    model = stage2(work/'base', work/name, name)
+    model.save_perspective(name, work/'bundle'/name, torch.float16)
 
-def _perspective(work, name): stage2(work/'base', work/name, name).save_perspective(name, work/'bundle'/name, torch.float16)
+_JOBS = dict(train=_perspective, ablate=ablation_run, measure=_measure, measure_base=_measure_base)
+
+def _do(job:tuple):
+    "Do a job, (key of `_JOBS`, argument, …), in another process."
+    name,*args = job
+    return _JOBS[name](*args)
 
 def _training_log(work:Path)->list:
     "Log lines of all stages."
-    rows = [json.loads(l) for s in ('stage0','stage1','stage1b') for l in (work/f'{s}.jsonl').read_text().splitlines()]
+    stages = ('stage0','stage1','stage1b')
+    rows = [json.loads(line) for s in stages for line in (work/f'{s}.jsonl').read_text().splitlines()]
     for name in TINY:
         state = json.loads((work/name/'trainer_state.json').read_text())
-        rows += [dict(stage=name, step=r['step'], loss=r['loss']) for r in state['log_history'] if 'loss' in r]
+        steps = [r for r in state['log_history'] if 'loss' in r]
+        rows += [dict(stage=name, step=r['step'], loss=r['loss']) for r in steps]
     return rows
 
 # %% ../../nbs/8_tiny/80_mllm.ipynb #2696f2c1
@@ -614,16 +797,27 @@ def build_tiny(
     out='llava_reward_nb/bundle', # becomes the bundle, if all goes well
 ):
     "Train the tiny base and its perspectives, measure them, and write the bundle that ships in the package."
-    work = Path(work).resolve(); work.mkdir(parents=True, exist_ok=True)
-    if not (work/'base'/'preprocessor_config.json').exists():
-        launch(stage0, work); launch(stage1, work); launch(stage1b, work); save_base(work, work/'base')
-    jobs = [('_perspective', work, n) for n in TINY if not (work/'bundle'/n/'reward_config.json').exists()]
-    jobs += [('ablation_run', work/'base', work/f'ablation_{head}_{seed}', head, seed) for seed in (1,2,3) for head in (True,False)]
-    checks = [(f, where, *n, s) for s in ('train','unseen') for f,where,*n in [('_measure',work/'bundle',n) for n in TINY]+[('_measure_base',work/'base')]]
-    with ProcessPoolExecutor(2, mp.get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        runs = [r for r in pool.map(_job, jobs) if r]
-        shutil.copytree(work/'base', work/'bundle'/'base', dirs_exist_ok=True)
-        rows = [r for rs in pool.map(_job, checks) for r in rs]
-    for name,table in dict(training=_training_log(work), ablation=runs, accuracy=rows).items(): write_table(table, work/'bundle'/'log'/f'{name}.jsonl')
-    with atomic_path(out) as p: shutil.copytree(work/'bundle', p)
+    work = Path(work).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    base,bundle = work/'base',work/'bundle'
+    if not (base/'preprocessor_config.json').exists():
+        for stage in stage0,stage1,stage1b: launch(stage, work)
+        save_base(work, base)
+    lacking = [name for name in TINY if not (bundle/name/'reward_config.json').exists()]
+    training = [('train', work, name) for name in lacking]
+    heads = [(head, seed) for seed in (1,2,3) for head in (True,False)]
+    ablations = [('ablate', base, work/f'ablation_{head}_{seed}', head, seed) for head,seed in heads]
+    measuring = []
+    for split in 'train','unseen':
+        measuring += [('measure', bundle, name, split) for name in TINY]
+        measuring.append(('measure_base', base, split))
+    spawned = mp.get_context('spawn')
+    with ProcessPoolExecutor(2, spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = list(pool.map(_do, training+ablations))
+        shutil.copytree(base, bundle/'base', dirs_exist_ok=True)
+        accuracy = [row for rows in pool.map(_do, measuring) for row in rows]
+    write_table(_training_log(work), bundle/'log'/'training.jsonl')
+    write_table(results[len(training):], bundle/'log'/'ablation.jsonl')
+    write_table(accuracy, bundle/'log'/'accuracy.jsonl')
+    with atomic_path(out) as p: shutil.copytree(bundle, p)
     print(f'{out} is ready')
