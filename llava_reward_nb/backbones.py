@@ -238,7 +238,7 @@ def encode_pixels(self:Phi3VBackbone,
     hd = hd_pixels(pixels, settings.num_crops, settings.crop_size)
     size = tuple(hd.shape[-2:])
     rows = [self.processor.prompt_ids(t, settings.num_tokens(size)) for t in prompts]
-    self.processor._check_lengths(rows)
+    self.processor.check_lengths(rows)
     text = {k:v.to(pixels.device) for k,v in self.processor.pad(rows).items()}
     crops = pixel_crops(hd, settings.crop_size, settings.mean, settings.std).flatten(0,1)
     return dict(**text, pixel_values=crops, image_sizes=torch.tensor([size]*len(hd)))

@@ -398,7 +398,9 @@ def pad(self:Phi3VProcessor,
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #7d823f19
 @patch
-def _check_lengths(self:Phi3VProcessor, rows:list):
+def check_lengths(self:Phi3VProcessor,
+    rows:list, # Token ids of each row, of `prompt_ids`
+):
     "`InputError` for the first row longer than the model can take."
     for i,r in enumerate(rows): self._check_length(i, len(r))
 
@@ -429,7 +431,7 @@ def __call__(self:Phi3VProcessor,
     images,prompts = reward_inputs(images, prompts)
     visual = [self.image_processor.num_tokens(s) for s in self.image_processor.sizes(images)]
     rows = [self.prompt_ids(p, n) for p,n in zip(prompts, visual)]
-    self._check_lengths(rows)
+    self.check_lengths(rows)
     return dict(**self.pad(rows), **self.image_processor(images))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #28c4192f
