@@ -87,7 +87,8 @@ def text(self:Phi3VConfig)->Phi3Config:
     "The decoder's configuration in today's form: RoPE settings in one dict, no padding row in the embedding."
     same = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
             'num_key_value_heads', 'vocab_size', 'max_position_embeddings',
-            'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act', 'initializer_range', 'attention_dropout', 'resid_pdrop')
+            'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act', 'initializer_range',
+            'attention_dropout', 'resid_pdrop')
     rope = dict(rope_type='default', rope_theta=self.rope_theta)
     if self.rope_scaling:
         rope |= dict(rope_type='longrope',

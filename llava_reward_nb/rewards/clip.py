@@ -72,7 +72,7 @@ def to_floats(
 # %% ../../nbs/4_rewards/40_clip.ipynb #393bb8a9
 def normalise(
     x:Tensor, # (...,3,h,w), in [0,1]
-)->Tensor: # same shape, about -2 to 2
+)->Tensor: # Same shape, about -2 to 2
     "Subtract CLIP's mean and divide by its standard deviation, per channel."
     mean,std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:,None,None] for v in (CLIP_MEAN, CLIP_STD))
     return (x-mean)/std
@@ -80,7 +80,7 @@ def normalise(
 # %% ../../nbs/4_rewards/40_clip.ipynb #574c6718
 def letterbox(
     x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    size:int, # side of the square
+    size:int, # Side of the square
 )->Tensor: # (n,3,size,size)
     "Resize the longest side (bicubic, antialiased), centre on black; the way of HPSv2."
     h,w = x.shape[-2:]
@@ -92,8 +92,8 @@ def letterbox(
 # %% ../../nbs/4_rewards/40_clip.ipynb #322c93b2
 def crop_pixels(
     x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    size:int, # side of the square
-    rule:str, # see `crop_start`
+    size:int, # Side of the square
+    rule:str, # Rounding of the crop, see `crop_start`
 )->Tensor: # (n,3,size,size)
     "`crop_image` for float tensors, differentiable."
     h,w = x.shape[-2:]
@@ -197,16 +197,25 @@ class ClipReward:
         self.tokenizer,self.device,self.lock = tokenizer, torch.device(device or default_device()), PassLock()
         self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.size,self.context = model.config.vision_config.image_size, t.max_position_embeddings
-    def scale(self): return 1.
+    def scale(self)->float:
+        "Factor between the cosine and the score."
+        return 1.
     @property
     def identity(self)->str:
         with self.lock:
             facts = dict(model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer))
             facts |= dict(rule=self.rule, cleaned=self.cleaned)
             return make_identity(type(self).__name__, facts, [self.model])
-    def preprocess(self, images):
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Crop and normalise images."
         return normalise(to_floats([crop_image(im, self.size, self.rule) for im in images]))
-    def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, self.rule))
+    def preprocess_pixels(self,
+        x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
+    )->Tensor: # (n,3,size,size), normalised
+        "`preprocess` for float tensors, differentiable."
+        return normalise(crop_pixels(x, self.size, self.rule))
     def __repr__(self):
         return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
 
@@ -288,9 +297,9 @@ def embed_prompts(self:ClipReward,
 # %% ../../nbs/4_rewards/40_clip.ipynb #101570d9
 @patch
 def __call__(self:ClipReward,
-    images,            # one image or n of them
-    prompts,           # one prompt or n of them
-    batch_size:int=16, # images at once
+    images,            # One image or n of them
+    prompts,           # One prompt or n of them
+    batch_size:int=16, # Images at once
 )->Tensor: # (n,) float32 on the CPU
     "Score images for prompts; `InputError` if they are bad or do not pair up."
     items = image_list(images)
@@ -302,7 +311,7 @@ def __call__(self:ClipReward,
 @patch
 def score_pixels(self:ClipReward,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    prompts,       # one prompt or n of them
+    prompts,       # One prompt or n of them
 )->Tensor: # (n,) float32 on the model's device, with gradients
     "Differentiable scores: gradients reach the pixels; no rounding to bytes on the way."
     t = self.embed_prompts(as_prompts(prompts, len(check_pixels(pixels))))
@@ -310,7 +319,7 @@ def score_pixels(self:ClipReward,
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #4ada4bdc
 def load_clip_tokenizer(
-    name, # folder or hub id
+    name, # Folder or hub id
 )->CLIPTokenizer:
     "The tokenizer of a CLIP folder; `CheckpointError` if it is not there or damaged."
     find_file(name, 'tokenizer.json', 'vocab.json')
@@ -343,7 +352,7 @@ def from_pretrained(cls:ClipReward,
 # %% ../../nbs/4_rewards/40_clip.ipynb #35bd3fc1
 @patch
 def save_pretrained(self:ClipReward,
-    folder, # made or replaced, whole or not at all
+    folder, # Model folder; made or replaced, whole or not at all
 )->Path:
     "Write an ordinary CLIP folder, which transformers reads too."
     with atomic_path(folder) as f:
@@ -374,8 +383,14 @@ class PickScore(ClipReward):
     name, range, default = 'pickscore', 'about 16 to 26', 'yuvalkirstain/PickScore_v1'
     tokenizer_id = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
     rule, cleaned = 'down', False
-    def scale(self): return self.model.logit_scale.float().exp()
-    def preprocess(self, images): return super().preprocess([im.convert('RGB') for im in images])
+    def scale(self)->Tensor:
+        "The learnt temperature."
+        return self.model.logit_scale.float().exp()
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Crop and normalise images."
+        return super().preprocess([im.convert('RGB') for im in images])
 
 @patch
 def preference(self:PickScore,
@@ -460,9 +475,16 @@ class HPSv2(ClipReward):
     "Human preference score v2 or v2.1 (Wu et al. 2023), a cosine without the factor 100 of its leaderboard."
     name, range, default = 'hpsv2.1', 'cosine, about 0.15 to 0.40', 'xswu/HPSv2'
     tokenizer_id = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
-    def preprocess(self, images):
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Letterbox and normalise images."
         return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
-    def preprocess_pixels(self, x): return normalise(letterbox(x, self.size))
+    def preprocess_pixels(self,
+        x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
+    )->Tensor: # (n,3,size,size), normalised
+        "`preprocess` for float tensors, differentiable."
+        return normalise(letterbox(x, self.size))
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #0f0d72c1
 @patch(cls_method=True)
@@ -563,9 +585,9 @@ def from_pretrained(cls:AestheticScore,
 @patch
 @torch.no_grad()
 def __call__(self:AestheticScore,
-    images,            # one image or n of them
+    images,            # One image or n of them
     prompts='',        # Not read; a list must have n entries
-    batch_size:int=16, # images at once
+    batch_size:int=16, # Images at once
 )->Tensor: # (n,) float32 on the CPU
     "Score images; `InputError` names the first that cannot be used."
     items, out = image_list(images), []

@@ -147,9 +147,16 @@ class ImageReward:
         self.size = model.vision.config.image_size
         self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.model.layers.float()
-    def preprocess(self, images):
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Crop and normalise images."
         return normalise(to_floats([crop_image(im, self.size, 'even') for im in images]))
-    def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, 'even'))
+    def preprocess_pixels(self,
+        x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
+    )->Tensor: # (n,3,size,size), normalised
+        "`preprocess` for float tensors, differentiable."
+        return normalise(crop_pixels(x, self.size, 'even'))
     @property
     def identity(self)->str:
         vision,text = config_facts(self.model.vision.config), config_facts(self.model.text.config)
@@ -188,9 +195,9 @@ def raw(self:ImageReward,
 @patch
 @torch.no_grad()
 def __call__(self:ImageReward,
-    images,            # one image or n of them
-    prompts,           # one prompt or n of them
-    batch_size:int=16, # pairs at once
+    images,            # One image or n of them
+    prompts,           # One prompt or n of them
+    batch_size:int=16, # Pairs at once
 )->Tensor: # (n,) float32 on the CPU
     "Score images for prompts; `InputError` if they are bad or do not pair up."
     items = image_list(images)
@@ -203,7 +210,7 @@ def __call__(self:ImageReward,
 @patch
 def score_pixels(self:ImageReward,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    prompts,       # one prompt or n of them
+    prompts,       # One prompt or n of them
 )->Tensor: # (n,) float32 on the model's device, with gradients
     "Differentiable scores, as for ReFL: gradients reach the pixels."
     prompts = as_prompts(prompts, len(check_pixels(pixels)))
@@ -278,7 +285,7 @@ def from_pretrained(cls:ImageReward,
 # %% ../../nbs/4_rewards/41_imagereward.ipynb #beec63e4
 @patch
 def save_pretrained(self:ImageReward,
-    folder, # made or replaced, whole or not at all
+    folder, # Model folder; made or replaced, whole or not at all
 )->Path:
     "Write ImageReward.safetensors under the published names, med_config.json, and the tokenizer in `bert/`."
     c = self.model.text.config
