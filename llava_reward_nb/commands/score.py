@@ -59,7 +59,7 @@ def reward_judge(
 
 # %% ../../nbs/9_doors/92_score.ipynb #6f184481
 def _answers(judge:Judge, images:list, prompts:list)->list: # a dict name -> numbers, or a str, for each image
-    "What a judge says of a batch: numbers, or what is wrong."
+    "A judge's answers to a batch: numbers, or what is wrong."
     try: got = {n:v.tolist() for n,v in judge.run(images, prompts).items()}
     except CheckpointError: raise
     except ValueError as e:
