@@ -150,7 +150,7 @@ class Verdict:
 def judge(
     task:dict,         # 'tag', 'include', perhaps 'exclude', as in GenEval's prompt file
     found:list,        # of `Detection`
-    classify,          # (class name, list of detections) -> list of colour names; called if a colour is wanted
+    classify,          # (class name, list of detections) -> list of colour names; called if one is wanted
     rules:Rules=RULES, # settings
 )->Verdict:
     "Apply GenEval's rules to the detections of one image."
