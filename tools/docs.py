@@ -151,15 +151,15 @@ def fenced(text, language):
     return f'{ticks}{language}\n{text.rstrip()}\n{ticks}'
 
 
-def output_of(output, save):
-    "One stored output: text, a picture, a table."
+def output_of(output, save, read):
+    "One stored output: text, a picture, a table; `read` turns Markdown into that of the page."
     if output.output_type == 'stream': return fenced(output.text, 'text')
     if output.output_type == 'error': return fenced(f'{output.ename}: {output.evalue}', 'text')
     data = output.data
     for mime in ('image/png', 'image/jpeg'):
         if mime in data: return f'![output]({save(base64.b64decode(data[mime]), mime.split("/")[1])})'
     if 'image/svg+xml' in data: return f"![output]({save(''.join(data['image/svg+xml']).encode(), 'svg')})"
-    if 'text/markdown' in data: return data['text/markdown']
+    if 'text/markdown' in data: return read(data['text/markdown'])
     if 'text/html' in data:  # a table of pandas takes the theme's looks when it brings none
         html = re.sub(r'<table border="1" class="dataframe">', '<table>', data['text/html'])
         return '<div>' + re.sub(r'\n\s*\n', '\n', html) + '</div>'
@@ -172,6 +172,8 @@ def chapter(path, repository):
     from readme import reader_cells
     page, pieces, saved = page_of(path), [], []
 
+    def read(text): return prose(text, path, page, repository)
+
     def save(data, kind):
         name = f'{path.stem}_files/{len(saved)}.{kind}'
         saved.append(name)
@@ -180,10 +182,10 @@ def chapter(path, repository):
         target.write_bytes(data)
         return name
     for cell in reader_cells(nbformat.read(path, as_version=4).cells):
-        if cell.cell_type == 'markdown': pieces.append(prose(cell.source, path, page, repository))
+        if cell.cell_type == 'markdown': pieces.append(read(cell.source))
         if cell.cell_type != 'code': continue
         if cell.source and 'hide_code' not in cell.metadata.get('tags', []): pieces.append(fenced(cell.source, 'python'))
-        outputs = [text for text in (output_of(o, save) for o in cell.outputs) if text]
+        outputs = [text for text in (output_of(o, save, read) for o in cell.outputs) if text]
         if outputs: pieces.append('<div class="output" markdown>\n\n' + '\n\n'.join(outputs) + '\n\n</div>')
     source = f'[Notebook]({repository}/blob/main/{path.relative_to(ROOT).as_posix()})'
     return '\n\n'.join([*pieces, source]) + '\n'

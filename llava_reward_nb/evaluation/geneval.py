@@ -488,7 +488,7 @@ def __call__(self:ColorClassifier,
     image:Image.Image, # RGB
     label:str,         # class name
     detections:list,   # of that class
-)->list: # of color names
+)->list: # of colour names
     "The colour of each detected object."
     if not detections: return []
     size = self.clip.config.vision_config.image_size
@@ -603,7 +603,7 @@ class ToldColors:
         image,           # not looked at
         label:str,       # not used
         detections:list, # of `Detection` with a colour
-    )->list: # of color names
+    )->list: # of colour names
         "The colour of each detected object."
         return [d.color for d in detections]
 
