@@ -22,7 +22,8 @@ from .items import (
 from .terminal import (
     UsageError, bar, cell_text, command, heartbeat, note, report, waiting)
 from ..core import (
-    CheckpointError, InputError, TransparencyWarning, as_path, image_key, image_size, open_image, progress)
+    CheckpointError, InputError, TransparencyWarning, as_path, as_scores,
+    image_key, image_size, open_image, progress)
 from ..docments import document
 from ..files import write_table
 from ..store import ScoreStore, identity, pixels_hash
@@ -50,11 +51,7 @@ def reward_judge(
     reward, # a callable
 )->Judge: # of vectors with one element
     "A reward as a judge; ValueError for anything but one number for each image."
-    def run(images, prompts):
-        out = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
-        if out.shape!=(len(images),): raise ValueError(
-            f"gave the shape {tuple(out.shape)} for {len(images)} images; needed: one number for each")
-        return {name:out[:,None]}
+    def run(images, prompts): return {name:as_scores(reward(images, prompts), len(images)).float()[:,None]}
     return Judge([name], run, lambda name: identity(reward))
 
 # %% ../../nbs/9_doors/92_score.ipynb #6f184481
