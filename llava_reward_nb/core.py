@@ -84,7 +84,7 @@ def _decode(
     source,   # what `Image.open` takes
     name:str, # how to call it in errors
 )->Image.Image: # decoded, in the mode it is stored in
-    "Decode an image completely; `InputError` says in which way it is broken."
+    "Decode an image completely; `InputError` names what is broken."
     try:
         with Image.open(source) as im:
             _check_size(im.size, name)

@@ -137,7 +137,7 @@ def _is_its_own(
 def identity(
     reward, # anything that scores
 )->str|None:
-    "What a reward says it is; None for those that do not say, whose scores are never used again."
+    "The identity that a reward states; None if it states none, and then its scores are never used again."
     said = getattr(reward, 'identity', None) if _is_its_own(reward) else None
     return said if isinstance(said, str) and said.strip() else None
 
