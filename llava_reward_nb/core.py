@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'InputError', 'CheckpointError', 'TransparencyWarning', 'as_path', 'open_image',
            'load_image', 'image_list', 'as_images', 'image_key', 'image_size', 'as_prompts', 'reward_inputs', 'Reward',
-           'default_device', 'default_dtype', 'progress', 'batch_progress']
+           'as_scores', 'default_device', 'default_dtype', 'progress', 'batch_progress']
 
 # %% ../nbs/1_foundations/11_core.ipynb #87966c70
 import io, os, re, sys, warnings
@@ -84,7 +84,7 @@ def _decode(
     source,   # what `Image.open` takes
     name:str, # how to call it in errors
 )->Image.Image: # decoded, in the mode it is stored in
-    "Decode an image completely; `InputError` says in which way it is broken."
+    "Decode an image completely; `InputError` names what is broken."
     try:
         with Image.open(source) as im:
             _check_size(im.size, name)
@@ -315,6 +315,22 @@ class Reward(Protocol):
         images,  # one image or n of them
         prompts, # one prompt or n of them
     )->Tensor: ... # (n,) float32 on the CPU
+
+# %% ../nbs/1_foundations/11_core.ipynb #d473f6c7
+def as_scores(
+    returned,               # what a reward returned
+    n:int,                  # number of images it was shown
+    name:str='the reward',  # what to call it in errors
+    error:type=ValueError,  # what to raise
+)->Tensor: # (n,) on the CPU, without gradients
+    "One number for each image; an error for anything else."
+    try: scores = torch.as_tensor(returned).detach().cpu()
+    except (TypeError, ValueError, RuntimeError): raise error(
+        f"{name} returned a {type(returned).__name__} for {n} images, {returned!r:.60}; "
+        "needed: one number for each") from None
+    if scores.shape!=(n,): raise error(
+        f"{name} returned shape {tuple(scores.shape)} for {n} images; needed: one number for each")
+    return scores
 
 # %% ../nbs/1_foundations/11_core.ipynb #030dd5e3
 def default_device()->str:

@@ -18,7 +18,7 @@ from PIL import Image
 from ..core import InputError, as_path, open_image
 from ..data import Fault
 from ..docments import document
-from ..files import number, read_table, table_kind
+from ..files import check_columns, number, read_table, table_kind
 
 # %% ../../nbs/6_evaluation/61_records.ipynb #2046c013
 @dataclass(frozen=True)
@@ -133,10 +133,8 @@ def _read_parquet(path:Path)->list: # of dicts
     try: file = pq.ParquetFile(path)
     except Exception as e:
         raise InputError(f"{path}: cannot be read as parquet ({e}); download it again") from None
-    names = [c.name for c in file.schema_arrow]
-    twice = [n for n in dict.fromkeys(names) if names.count(n)>1]
-    if twice:
-        raise InputError(f"{path}: has {names.count(twice[0])} columns {twice[0]!r}; give each its own name")
+    names = file.schema_arrow.names
+    check_columns(names, path)
     images = [c.name for c in file.schema_arrow if _is_image(c.type)]
     rest = [n for n in names if n not in images]
     try: rows = file.read(columns=rest).to_pylist() if rest else [{} for _ in range(file.metadata.num_rows)]

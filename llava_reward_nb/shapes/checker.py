@@ -167,7 +167,7 @@ def _tints(rgb:np.ndarray)->dict: # (n,3) pixels -> how near they come to each c
     distances = np.sqrt(((rgb[:,None]-_INKS[:len(COLORS)])**2).sum(-1))
     nearest = distances.min(1, keepdims=True)
     second = np.sort(distances, 1)[:,1:2]
-    rival = np.where(distances==nearest, second, nearest) # the nearest other color
+    rival = np.where(distances==nearest, second, nearest) # the nearest other colour
     return dict(zip(COLORS, np.clip((rival-distances+140)/160, 0, 1).mean(0).tolist()))
 
 def _see(
