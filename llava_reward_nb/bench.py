@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CASES', 'QUICK', 'STAGES', 'Case', 'mid_model', 'case_model', 'case_images', 'Straightforward', 'Clock', 'watched',
-           'memory', 'Measurement', 'measure', 'measure_apart', 'compare_paths', 'show', 'llava_reward_bench']
+           'memory', 'Measurement', 'measure_case', 'measure_apart', 'compare_paths', 'show', 'llava_reward_bench']
 
 # %% ../nbs/9_doors/98_bench.ipynb #011b9733
 import json, math, os, subprocess, sys, time
@@ -282,7 +282,7 @@ class Measurement:
     peak:float   # MiB above that while scoring
     vectors:dict # perspective -> head vectors, as lists
 
-def measure(
+def measure_case(
     case:Case,     # what is scored
     path:str,      # 'ours' or 'straightforward'
     device:str='cpu',    # torch device
@@ -311,9 +311,9 @@ def measure(
 _CHILD = '''
 import json, sys
 from dataclasses import asdict
-from llava_reward_nb.bench import Case, measure
+from llava_reward_nb.bench import Case, measure_case
 asked = json.loads(sys.argv[1])
-print(json.dumps(asdict(measure(Case(**asked.pop('case')), **asked))))
+print(json.dumps(asdict(measure_case(Case(**asked.pop('case')), **asked))))
 '''
 
 def _waiting_for(child, waiting)->tuple: # its output and errors, once it is done
@@ -327,9 +327,9 @@ def _waiting_for(child, waiting)->tuple: # its output and errors, once it is don
 def measure_apart(
     case:Case, # what is scored
     waiting=lambda seconds: None, # called every second with the seconds so far
-    **kwargs,  # of `measure`
+    **kwargs,  # of `measure_case`
 )->Measurement:
-    "`measure` in a process of its own; RuntimeError with its output if that fails."
+    "`measure_case` in a process of its own; RuntimeError with its output if that fails."
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), HF_HUB_OFFLINE='1')
     asked = json.dumps(dict(case=asdict(case), **kwargs))
     with subprocess.Popen([sys.executable, '-c', _CHILD, asked], env=env, text=True, stdout=subprocess.PIPE,
@@ -348,7 +348,7 @@ def _row(case:Case, path:str, m:Measurement)->dict:
 def compare_paths(
     case:Case, # what is scored
     waiting=lambda seconds: None, # called every second with the seconds so far
-    **kwargs,  # of `measure`: device, dtype, threads
+    **kwargs,  # of `measure_case`: device, dtype, threads
 )->list: # two rows
     "Both paths side by side, with the speed-up and the largest difference; ValueError if they do not agree."
     ours = measure_apart(case, waiting, path='ours', **kwargs)

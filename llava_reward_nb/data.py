@@ -74,7 +74,7 @@ def _called(
     return found[0] if found else None
 
 def _from_numbered(row:dict)->dict:
-    "A Pick-a-Pic row as a pair; what its labels say becomes c_rate and r_rate."
+    "A Pick-a-Pic row as a pair; its labels become c_rate and r_rate."
     out = {k:v for k,v in row.items() if k not in _NUMBERED}
     images = [row.get('jpg_0'), row.get('jpg_1')]
     rates = [row.get('label_0'), row.get('label_1')]

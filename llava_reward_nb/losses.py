@@ -37,9 +37,9 @@ def _check_same_axes(a, b):
 
 # %% ../nbs/3_paper/30_losses.ipynb #987390e6
 def bt_prob(
-    a:Tensor,       # Scores of the first images, (n,), any float type
-    b:Tensor,       # Scores of the second images, (n,); with as many axes as `a`, may broadcast
-    tau:float=0.1,  # Temperature, > 0
+    a:Tensor,       # scores of the first images, (n,), any float type
+    b:Tensor,       # scores of the second images, (n,); with as many axes as `a`, may broadcast
+    tau:float=0.1,  # temperature, > 0
 )->Tensor: # P(first preferred), (n,), in (0, 1), float32
     "Bradley-Terry probability sigmoid((a-b)/tau) (arXiv 2507.21391); ValueError for shapes or tau."
     _check_tau(tau)
@@ -61,12 +61,12 @@ def _nll(z, target):
 
 # %% ../nbs/3_paper/30_losses.ipynb #fb90e870
 def bt_loss(
-    chosen:Tensor,              # Scores of the preferred images, (n,), any float type
-    rejected:Tensor,            # Scores of the others, (n,)
-    tau:float=0.1,              # Temperature, > 0
-    margin:float=0.,            # Gap that the preferred image is asked for, in units of the score
+    chosen:Tensor,              # scores of the preferred images, (n,), any float type
+    rejected:Tensor,            # scores of the others, (n,)
+    tau:float=0.1,              # temperature, > 0
+    margin:float=0.,            # gap that the preferred image is asked for, in units of the score
     target:Tensor|None=None,    # P(chosen really preferred), (n,) in [0, 1]; 0.5 for a tie; all 1 if None
-)->Tensor: # Mean loss in nats, (), float32
+)->Tensor: # mean loss in nats, (), float32
     "Mean of -log sigmoid((chosen-rejected-margin)/tau) (arXiv 2507.21391); ValueError for shapes or values."
     _check_tau(tau)
     _check_same_shape(chosen, rejected)
@@ -77,9 +77,9 @@ def bt_loss(
 
 # %% ../nbs/3_paper/30_losses.ipynb #d2e06707
 def gp_score(
-    a:Tensor, # Head vectors of the first images, (..., 2k), any float type
-    b:Tensor, # Head vectors of the second images, (..., 2k); as many axes as `a`, leading ones may broadcast
-)->Tensor: # Score of first over second, (...), float32; its sign says who is preferred
+    a:Tensor, # head vectors of the first images, (..., 2k), any float type
+    b:Tensor, # head vectors of the second images, (..., 2k); as many axes as `a`, leading ones may broadcast
+)->Tensor: # score of first over second, (...), float32; its sign tells who is preferred
     "Sum over planes of a[2j]·b[2j+1] - a[2j+1]·b[2j] (arXiv 2410.02197); ValueError for shapes or odd sizes."
     _check_same_axes(a, b)
     n = a.shape[-1]
@@ -91,20 +91,20 @@ def gp_score(
 
 # %% ../nbs/3_paper/30_losses.ipynb #1c38fba7
 def gp_prob(
-    a:Tensor,       # Head vectors of the first images, (..., 2k)
-    b:Tensor,       # Head vectors of the second images, (..., 2k)
-    tau:float=0.1,  # Temperature, > 0
+    a:Tensor,       # head vectors of the first images, (..., 2k)
+    b:Tensor,       # head vectors of the second images, (..., 2k)
+    tau:float=0.1,  # temperature, > 0
 )->Tensor: # P(first preferred), (...), in (0, 1), float32
     "General preference probability sigmoid(s/tau) (arXiv 2410.02197); ValueError for shapes or tau."
     _check_tau(tau)
     return torch.sigmoid(gp_score(a, b)/tau)
 
 def gp_loss(
-    chosen:Tensor,            # Head vectors of the preferred images, (n, 2k), any float type
-    rejected:Tensor,          # Head vectors of the others, (n, 2k)
-    tau:float=0.1,            # Temperature, > 0
+    chosen:Tensor,            # head vectors of the preferred images, (n, 2k), any float type
+    rejected:Tensor,          # head vectors of the others, (n, 2k)
+    tau:float=0.1,            # temperature, > 0
     target:Tensor|None=None,  # P(chosen really preferred), (n,) in [0, 1]; 0.5 for a tie; all 1 if None
-)->Tensor: # Mean loss in nats, (), float32
+)->Tensor: # mean loss in nats, (), float32
     "Mean of -log sigmoid(s/tau) (arXiv 2410.02197); ValueError for shapes, tau, targets."
     _check_tau(tau)
     _check_same_shape(chosen, rejected)
@@ -112,22 +112,22 @@ def gp_loss(
 
 # %% ../nbs/3_paper/30_losses.ipynb #ba7d6db2
 def cls_prob(
-    scores:Tensor, # Logits of label 1, (n,), any float type
+    scores:Tensor, # logits of label 1, (n,), any float type
 )->Tensor: # P(label 1), (n,), float32
     "Probability of label 1 (UnsafeBench: safe), sigmoid of the score."
     return torch.sigmoid(_wide(scores))
 
 def cls_loss(
-    scores:Tensor, # Logits of label 1, (n,), any float type
-    labels:Tensor, # Labels 0 or 1, or probabilities in between, (n,), any type
-)->Tensor: # Mean loss in nats, (), float32
+    scores:Tensor, # logits of label 1, (n,), any float type
+    labels:Tensor, # labels 0 or 1, or probabilities in between, (n,), any type
+)->Tensor: # mean loss in nats, (), float32
     "Binary cross-entropy with logits (arXiv 2507.21391); ValueError for shapes or labels outside [0, 1]."
     return _nll(_wide(scores), labels)
 
 # %% ../nbs/3_paper/30_losses.ipynb #a634106e
 def cls_pair_prob(
-    a:Tensor, # Logits of the first images, (n,), any float type
-    b:Tensor, # Logits of the second images, (n,); with as many axes as `a`, may broadcast
+    a:Tensor, # logits of the first images, (n,), any float type
+    b:Tensor, # logits of the second images, (n,); with as many axes as `a`, may broadcast
 )->Tensor: # P(first is the one with label 1, given that exactly one is), (n,), float32
     "Preference from a classifier: sigmoid(a-b); ValueError for shapes."
     return bt_prob(a, b, tau=1.)
@@ -136,8 +136,8 @@ def cls_pair_prob(
 @dataclass
 class BTLoss:
     "Bradley-Terry: one score per image, learned from pairs (arXiv 2507.21391)."
-    tau:float = 0.1     # Temperature, > 0
-    margin:float = 0.   # Gap that the preferred image is asked for, in units of the score
+    tau:float=0.1     # temperature, > 0
+    margin:float=0.   # gap that the preferred image is asked for, in units of the score
     pairs:ClassVar[bool] = True
     def check_dim(self, dim): _need(dim==1, 'bt', dim, '1')
     def loss(self, chosen, rejected, target=None):
@@ -160,7 +160,7 @@ def _one(v:Tensor)->Tensor:
 @dataclass
 class GPMLoss:
     "General preference: 2k numbers per image, learned from pairs; no score of one image (arXiv 2410.02197)."
-    tau:float = 0.1     # Temperature, > 0
+    tau:float=0.1     # temperature, > 0
     pairs:ClassVar[bool] = True
     def check_dim(self, dim): _need(dim>=2 and dim%2==0, 'gpm', dim, 'an even count')
     def loss(self, chosen, rejected, target=None): return gp_loss(chosen, rejected, self.tau, target)
@@ -184,9 +184,9 @@ LOSSES = {'bt': BTLoss, 'gpm': GPMLoss, 'cls': CLSLoss} # name in reward_config.
 # %% ../nbs/3_paper/30_losses.ipynb #c1460469
 def make_loss(
     kind:str,         # 'bt', 'gpm' or 'cls'
-    dim:int=1,        # Numbers that the head gives per image
-    tau:float=0.1,    # Temperature of 'bt' and 'gpm', > 0; 'cls' has none and ignores it
-    margin:float=0.,  # Margin of 'bt', in units of the score
+    dim:int=1,        # numbers that the head gives per image
+    tau:float=0.1,    # temperature of 'bt' and 'gpm', > 0; 'cls' has none and ignores it
+    margin:float=0.,  # margin of 'bt', in units of the score
 ): # BTLoss, GPMLoss or CLSLoss
     "The loss of that name, checked against the head's size; ValueError for what does not fit."
     if kind not in LOSSES:

@@ -782,7 +782,7 @@ def _adapter_options(
     path:Path,     # adapter_config.json
     projector:str, # the backbone's projector module
 )->dict: # for `LoraConfig`
-    "What an adapter's file says; `CheckpointError` for options that are missing or cannot be honoured."
+    "The options in an adapter's file; `CheckpointError` for those that are missing or cannot be honoured."
     from peft import LoraConfig
     d = read_json(path)
     usual = {f.name:f.default for f in fields(LoraConfig)}
@@ -886,7 +886,7 @@ def restore_perspective(self:RewardModel,
 def published_config(
     path:Path, # a published reward_config.yaml
 )->dict: # field of `PerspectiveConfig` -> value
-    "What the authors' file says, under our names; `CheckpointError` if it is missing or damaged."
+    "The fields of the authors' file, under our names; `CheckpointError` if it is missing or damaged."
     import yaml
     if not path.is_file(): raise CheckpointError(
         f"{path}: no such file; the checkpoint is incomplete, copy it again")
@@ -1002,7 +1002,7 @@ def _find_base(
     found:dict,  # its perspectives
     base,        # what the user passed, or None
 )->tuple: # where it lies (folder or hub id), how to remember it
-    "The base; `CheckpointError` if nobody says."
+    "The base; `CheckpointError` if nothing names it."
     if base is not None: return base, str(base)
     if (folder/'base').is_dir(): return folder/'base', str(name)
     if not found: return folder, str(name)

@@ -87,7 +87,8 @@ def text(self:Phi3VConfig)->Phi3Config:
     "The decoder's configuration in today's form: RoPE settings in one dict, no padding row in the embedding."
     same = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
             'num_key_value_heads', 'vocab_size', 'max_position_embeddings',
-            'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act', 'initializer_range', 'attention_dropout', 'resid_pdrop')
+            'original_max_position_embeddings', 'rms_norm_eps', 'hidden_act', 'initializer_range',
+            'attention_dropout', 'resid_pdrop')
     rope = dict(rope_type='default', rope_theta=self.rope_theta)
     if self.rope_scaling:
         rope |= dict(rope_type='longrope',
@@ -398,7 +399,9 @@ def pad(self:Phi3VProcessor,
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #7d823f19
 @patch
-def _check_lengths(self:Phi3VProcessor, rows:list):
+def check_lengths(self:Phi3VProcessor,
+    rows:list, # Token ids of each row, of `prompt_ids`
+):
     "`InputError` for the first row longer than the model can take."
     for i,r in enumerate(rows): self._check_length(i, len(r))
 
@@ -429,7 +432,7 @@ def __call__(self:Phi3VProcessor,
     images,prompts = reward_inputs(images, prompts)
     visual = [self.image_processor.num_tokens(s) for s in self.image_processor.sizes(images)]
     rows = [self.prompt_ids(p, n) for p,n in zip(prompts, visual)]
-    self._check_lengths(rows)
+    self.check_lengths(rows)
     return dict(**self.pad(rows), **self.image_processor(images))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #28c4192f

@@ -15,8 +15,8 @@ from .docments import document
 
 # %% ../nbs/3_paper/31_skipca.ipynb #f7a4cb22
 def init_head_(
-    linear:nn.Linear, # Layer whose weight is filled in place, (out, d)
-)->nn.Linear: # The same layer
+    linear:nn.Linear, # layer whose weight is filled in place, (out, d)
+)->nn.Linear: # the same layer
     "Fill a head's weight from Normal(0, std 1/(d+1)), the paper's code's initial scale."
     nn.init.normal_(linear.weight, mean=0., std=1/(linear.in_features+1))
     return linear
@@ -26,7 +26,7 @@ class SkipCA(nn.Module):
     "Residual cross-attention from text states to visual tokens, then RMSNorm (SkipCA of arXiv 2507.21391)."
     def __init__(self,
         hidden_size:int, # d: width of the states and of the projected visual tokens
-        eps:float=1e-5,  # RMSNorm epsilon, that of the backbone's own norms (Phi-3.5-vision: 1e-5)
+        eps:float=1e-5,  # epsilon of the RMSNorm, that of the backbone's own norms (Phi-3.5-vision: 1e-5)
     ):
         super().__init__()
         def square(): return init_head_(nn.Linear(hidden_size, hidden_size, bias=False))
@@ -58,10 +58,10 @@ def _check_visual(h, visual, mask, d):
 # %% ../nbs/3_paper/31_skipca.ipynb #f0a008d4
 @patch
 def attention(self:SkipCA,
-    h:Tensor,               # States, (b, d) or (b, s, d), any float type
-    visual:Tensor,          # Projected visual tokens, (b, v, d)
+    h:Tensor,               # states, (b, d) or (b, s, d), any float type
+    visual:Tensor,          # projected visual tokens, (b, v, d)
     mask:Tensor|None=None,  # True for real tokens, (b, v) bool; all real if None
-)->Tensor: # Attention weights, (b, v) or (b, s, v), float32 or wider; 0 where masked, rows sum to 1
+)->Tensor: # attention weights, (b, v) or (b, s, v), float32 or wider; 0 where masked, rows sum to 1
     "Softmax of the scaled products of states and visual tokens; ValueError for shapes or an empty mask row."
     mask = _check_visual(h, visual, mask, self.W_q.in_features)
     w = self.W_q.weight
@@ -78,10 +78,10 @@ def _weights(q, visual, mask):
 # %% ../nbs/3_paper/31_skipca.ipynb #8ee71500
 @patch
 def forward(self:SkipCA,
-    h:Tensor,               # States after the backbone's final norm, (b, d) or (b, s, d), any float type
-    visual:Tensor,          # Projected visual tokens as they enter the decoder, (b, v, d)
+    h:Tensor,               # states after the backbone's final norm, (b, d) or (b, s, d), any float type
+    visual:Tensor,          # projected visual tokens as they enter the decoder, (b, v, d)
     mask:Tensor|None=None,  # True for real tokens, (b, v) bool; all real if None
-)->Tensor: # States that have looked at the image, shape of `h`, type of the head's weights
+)->Tensor: # states that have looked at the image, shape of `h`, type of the head's weights
     "RMSNorm(h + softmax(q·K/sqrt(d))·U) (arXiv 2507.21391); ValueError for shapes or an empty mask row."
     with torch.autocast(h.device.type, enabled=False):
         mask = _check_visual(h, visual, mask, self.W_q.in_features)
@@ -96,10 +96,10 @@ class ValueHead(nn.Module):
     "Reward read-out: optional SkipCA, then a linear map; ValueError if `dim` or `gate` make no sense."
     def __init__(self,
         hidden_size:int,   # d: width of the backbone's states
-        dim:int=1,         # Numbers per image: 1 (Bradley-Terry, classification) or 2k (general preference)
-        skipca:bool=True,  # Look at the visual tokens before the read-out
-        eps:float=1e-5,    # RMSNorm epsilon of SkipCA
-        gate:bool=False,   # Weigh the k planes of a general preference by the prompt; needs dim >= 4
+        dim:int=1,         # numbers per image: 1 (Bradley-Terry, classification) or 2k (general preference)
+        skipca:bool=True,  # look at the visual tokens before the read-out
+        eps:float=1e-5,    # epsilon of the RMSNorm of SkipCA
+        gate:bool=False,   # weigh the k planes of a general preference by the prompt; needs dim >= 4
     ):
         super().__init__()
         if dim<1 or (dim>1 and dim%2):
@@ -115,11 +115,11 @@ class ValueHead(nn.Module):
 # %% ../nbs/3_paper/31_skipca.ipynb #66d8abb8
 @patch
 def forward(self:ValueHead,
-    h:Tensor,                 # States after the backbone's final norm, (b, d) or (b, s, d), any float type
-    visual:Tensor|None=None,  # Projected visual tokens, (b, v, d); unused without SkipCA
+    h:Tensor,                 # states after the backbone's final norm, (b, d) or (b, s, d), any float type
+    visual:Tensor|None=None,  # projected visual tokens, (b, v, d); unused without SkipCA
     mask:Tensor|None=None,    # True for real visual tokens, (b, v) bool
-    prompt:Tensor|None=None,  # Image-independent prompt embedding for the gate, (b, d)
-)->Tensor: # Head vectors, (b, dim) or (b, s, dim), type of the head's weights (float32 as built)
+    prompt:Tensor|None=None,  # image-independent prompt embedding for the gate, (b, d)
+)->Tensor: # head vectors, (b, dim) or (b, s, dim), type of the head's weights (float32 as built)
     "SkipCA, read-out and, if gated, scaling by sqrt(λ); ValueError for shapes, empty masks, no prompt."
     with torch.autocast(h.device.type, enabled=False):
         h = h.to(self.value_head.weight.dtype)
@@ -130,7 +130,7 @@ def forward(self:ValueHead,
 # %% ../nbs/3_paper/31_skipca.ipynb #049397a9
 @patch
 def log_eigenvalues(self:ValueHead,
-    prompt:Tensor, # Prompt embedding that does not depend on the image, (b, d), any float type
+    prompt:Tensor, # prompt embedding that does not depend on the image, (b, d), any float type
 )->Tensor: # log λ of each plane, (b, k); exp of it is positive with mean 1
     "Log weights of the planes, log(k·softmax(W_g e)) (arXiv 2410.02197); ValueError without a gate."
     if self.gate is None: raise ValueError("this head has no gate; build it with gate=True")
@@ -142,9 +142,9 @@ def log_eigenvalues(self:ValueHead,
 # %% ../nbs/3_paper/31_skipca.ipynb #1420279f
 @patch
 def gated(self:ValueHead,
-    out:Tensor,    # Head vectors, (b, 2k) or (b, s, 2k)
-    prompt:Tensor, # Prompt embedding that does not depend on the image, (b, d)
-)->Tensor: # The same, each plane scaled by sqrt(λ)
+    out:Tensor,    # head vectors, (b, 2k) or (b, s, 2k)
+    prompt:Tensor, # prompt embedding that does not depend on the image, (b, d)
+)->Tensor: # the same, each plane scaled by sqrt(λ)
     "Weigh the planes of head vectors by the prompt; ValueError without a prompt."
     scale = (self.log_eigenvalues(prompt)/2).exp().repeat_interleave(2, -1)
     return out*(scale if out.dim()==2 else scale[:,None])

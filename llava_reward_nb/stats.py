@@ -91,7 +91,7 @@ def pair_decisions(
     s1,                 # scores of the second, (n,)
     threshold:float=0., # scores no further apart than this are a tie, >= 0
 )->np.ndarray: # (n,): 0: the first is better, 1: the second, 0.5: a tie, NaN: a score is NaN or infinite
-    "What the scores say of each pair (MJ-Bench's rule); `ValueError` for a threshold below 0."
+    "What the scores decide for each pair (MJ-Bench's rule); `ValueError` for a threshold below 0."
     if not threshold>=0: raise ValueError(f"threshold is {threshold}; a distance of 0 or more is needed")
     s0 = np.asarray(s0, np.float64).ravel()
     s1 = np.asarray(s1, np.float64).ravel()

@@ -590,7 +590,7 @@ def _only_run(args):
         with folder_lock(args.output_dir, wait=False): yield
 
 def _reason(e:Exception)->str:
-    "What an error says; of one from a worker process, without the worker's traceback."
+    "The message of an error; of one from a worker process, without the worker's traceback."
     return re.sub(r'^[\w.]*InputError: ', '', str(e).strip().splitlines()[-1])
 
 @patch

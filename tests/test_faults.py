@@ -13,6 +13,7 @@ from llava_reward_nb.commands import items, score, terminal
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.files import read_table, write_table
 from llava_reward_nb.evaluation.runs import Run
+from llava_reward_nb.evaluation.tables import text_width
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.store import ScoreStore
 
@@ -421,7 +422,7 @@ def test_prompts_in_any_script(do, here):
     code, out, err = do('score', '--table', 'words.csv', *FAST, '--out', 'o.csv')
     assert code == 0 and cells('o.csv', 'prompt') == cells('words.csv', 'prompt') and '\x1b' not in out
     lines = [line for line in out.splitlines() if line.startswith('a.png')]
-    assert len({terminal.text_width(line) for line in lines}) == 1
+    assert len({text_width(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize('env', [dict(LANG='C', LC_ALL='C', TERM='dumb', PYTHONIOENCODING='ascii', COLUMNS='')])

@@ -127,7 +127,7 @@ def _steered(
     out:str, # folder, or '' for the first of steered, steered-2, … that holds no run of other settings
     run, # folder -> DataFrame
 )->tuple: # the folder, what the run gave
-    "Run in a folder; without a name, where it neither mixes with other runs nor is refused because of them."
+    "Run in a folder; without a name, where it neither mixes with other runs nor is rejected because of them."
     if out: return as_path(out),run(as_path(out))
     for k in count(1):
         folder = Path('steered' if k==1 else f'steered-{k}')

@@ -61,7 +61,7 @@ def _starting_point(
 
 # %% ../../nbs/9_doors/93_train.ipynb #7b98f762
 def _checked(check, sources, **kwargs)->list: # records, or None, for each source
-    "Records that pass a check, such as `load_records`; what is left out is said on stderr."
+    "Records that pass a check, such as `load_records`; what is left out is named on stderr."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         records = [check(s, **kwargs) if s else None for s in sources]

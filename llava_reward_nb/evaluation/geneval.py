@@ -140,9 +140,9 @@ def _meet(want:dict, kept:dict, groups:list, classify, rules:Rules)->tuple: # gr
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #797bd15d
 @dataclass(frozen=True)
 class Verdict:
-    "What the judge says of one image."
+    "The judge's decision on one image."
     correct:bool  # are all rules met?
-    reasons:tuple # dicts that say which rule failed; empty if correct
+    reasons:tuple # dicts that name the rule that failed; empty if correct
     kept:dict     # class -> number of detections that counted
 
     def __str__(self): return 'correct' if self.correct else '; '.join(map(reason_text, self.reasons))
@@ -150,7 +150,7 @@ class Verdict:
 def judge(
     task:dict,         # 'tag', 'include', perhaps 'exclude', as in GenEval's prompt file
     found:list,        # of `Detection`
-    classify,          # (class name, list of detections) -> list of color names; called if a color is wanted
+    classify,          # (class name, list of detections) -> list of colour names; called if one is wanted
     rules:Rules=RULES, # settings
 )->Verdict:
     "Apply GenEval's rules to the detections of one image."
@@ -488,7 +488,7 @@ def __call__(self:ColorClassifier,
     image:Image.Image, # RGB
     label:str,         # class name
     detections:list,   # of that class
-)->list: # of color names
+)->list: # of colour names
     "The colour of each detected object."
     if not detections: return []
     size = self.clip.config.vision_config.image_size
@@ -513,7 +513,7 @@ class GenEval:
     "Judges images by GenEval's rules: (images, tasks) -> list of `Verdict`."
     def __init__(self,
         detector,          # images -> lists of `Detection`; has `classes`
-        colors,            # (image, class name, detections) -> color names; has `colors`
+        colors,            # (image, class name, detections) -> colour names; has `colors`
         rules:Rules=RULES, # settings
     ):
         self.detector = detector
@@ -603,7 +603,7 @@ class ToldColors:
         image,           # not looked at
         label:str,       # not used
         detections:list, # of `Detection` with a colour
-    )->list: # of color names
+    )->list: # of colour names
         "The colour of each detected object."
         return [d.color for d in detections]
 

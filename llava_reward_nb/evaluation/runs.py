@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 
-from ..core import CheckpointError, InputError, as_path, batch_progress
+from ..core import CheckpointError, InputError, as_path, as_scores, batch_progress
 from ..docments import document
 from ..files import atomic_path, read_table, write_table
 from .benchmarks import load_benchmark
@@ -46,11 +46,9 @@ def _scores_of(reward, images:list, prompts:list, tasks:list)->list: # (score, n
     if isinstance(reward, GenEval):
         verdicts = reward(images, tasks)
         return [(float(v.correct), '' if v.correct else str(v)) for v in verdicts]
-    out = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
-    if out.shape!=(len(images),) and not out.numel()==len(images)==1:
-        raise ValueError(f"returned shape {tuple(out.shape)} for {len(images)} images; a reward gives one "
-                         "number for each")
-    return [(float(v), '') for v in out.reshape(-1)]
+    returned = reward(images, prompts)
+    if len(images)==1: returned = torch.as_tensor(returned).reshape(-1) # a number alone will do
+    return [(v, '') for v in as_scores(returned, len(images)).float().tolist()]
 
 def score_batch(
     reward,       # a reward, or a `GenEval`

@@ -31,9 +31,9 @@ from ..store import make_identity
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #79e13f32
 def shortest_side(
-    width:int,  # of the image, pixels
-    height:int, # of the image, pixels
-    size:int,   # what the shorter of the two becomes
+    width:int,  # Width of the image, pixels
+    height:int, # Height of the image, pixels
+    size:int,   # Length of the shorter side after resizing, pixels
 )->tuple: # (width, height) after resizing; the longer side is truncated, not rounded
     "The size at which the shortest side fits; `InputError` for a strip that would become enormous."
     short = min(width, height)
@@ -45,18 +45,18 @@ def shortest_side(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #e96a824e
 def crop_start(
-    length:int, # of a side, pixels
-    size:int,   # of what is cut from its middle
+    length:int, # Length of a side, pixels
+    size:int,   # Length of the piece that is cut from its middle, pixels
     rule:str,   # 'even': halves go to the even number, as in torchvision; 'down': as in transformers
-)->int: # first pixel of the cut
+)->int: # First pixel of the cut
     "Where a centre crop begins."
     return round((length-size)/2) if rule=='even' else (length-size)//2
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #117e6772
 def crop_image(
-    im:Image.Image, # any mode
-    size:int,       # side of the square
-    rule:str,       # see `crop_start`
+    im:Image.Image, # Image in any mode
+    size:int,       # Side of the square, pixels
+    rule:str,       # Rounding of the crop, see `crop_start`
 )->Image.Image: # RGB, (size, size)
     "Resize the shortest side (bicubic), cut out the middle, then convert to RGB."
     w,h = shortest_side(*im.size, size)
@@ -72,7 +72,7 @@ def to_floats(
 # %% ../../nbs/4_rewards/40_clip.ipynb #393bb8a9
 def normalise(
     x:Tensor, # (...,3,h,w), in [0,1]
-)->Tensor: # same shape, about -2 to 2
+)->Tensor: # Same shape, about -2 to 2
     "Subtract CLIP's mean and divide by its standard deviation, per channel."
     mean,std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:,None,None] for v in (CLIP_MEAN, CLIP_STD))
     return (x-mean)/std
@@ -80,7 +80,7 @@ def normalise(
 # %% ../../nbs/4_rewards/40_clip.ipynb #574c6718
 def letterbox(
     x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    size:int, # side of the square
+    size:int, # Side of the square
 )->Tensor: # (n,3,size,size)
     "Resize the longest side (bicubic, antialiased), centre on black; the way of HPSv2."
     h,w = x.shape[-2:]
@@ -92,8 +92,8 @@ def letterbox(
 # %% ../../nbs/4_rewards/40_clip.ipynb #322c93b2
 def crop_pixels(
     x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    size:int, # side of the square
-    rule:str, # see `crop_start`
+    size:int, # Side of the square
+    rule:str, # Rounding of the crop, see `crop_start`
 )->Tensor: # (n,3,size,size)
     "`crop_image` for float tensors, differentiable."
     h,w = x.shape[-2:]
@@ -105,8 +105,8 @@ def crop_pixels(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #0c181909
 def check_pixels(
-    x, # what a caller of `score_pixels` passed
-)->Tensor: # the same
+    x, # What a caller of `score_pixels` passed
+)->Tensor: # The same object
     "`InputError` unless it is a float tensor (n,3,h,w) of at least one image."
     if not isinstance(x, Tensor) or x.ndim!=4 or x.shape[1]!=3 or not x.numel() or not x.is_floating_point():
         got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
@@ -118,8 +118,8 @@ def check_pixels(
 _PLAIN = re.compile(r"[ -%'-~\n\r\t]*") # what ftfy would return unchanged (but for line ends)
 
 def clean_text(
-    text:str, # a prompt
-)->str: # mended, unescaped, white space collapsed, lower case
+    text:str, # Prompt, any text
+)->str: # Mended, unescaped, white space collapsed, lower case
     "Clean a prompt as OpenAI's CLIP and HPSv2 do; `ImportError` if that needs ftfy and it is not installed."
     if not _PLAIN.fullmatch(text):
         try: import ftfy
@@ -131,8 +131,8 @@ def clean_text(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #433da130
 def check_unicode(
-    texts:list, # strings
-)->list: # the same
+    texts:list, # Strings
+)->list: # The same list
     "`InputError` for a text with lone surrogates, which no tokenizer can read."
     for s in texts:
         try: s.encode('utf-8')
@@ -142,9 +142,9 @@ def check_unicode(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #a38b167f
 def token_ids(
-    tokenizer,    # a CLIPTokenizer
+    tokenizer,    # `CLIPTokenizer` of the model
     texts:list,   # n strings
-    context:int,  # positions of the text tower, 77 for the published models
+    context:int,  # Positions of the text tower, 77 for the published models
 )->Tensor: # (n, context) int64, zeros after the end token
     "Start, text, end; longer texts are cut."
     rows = tokenizer(texts, truncation=True, max_length=context).input_ids
@@ -152,7 +152,7 @@ def token_ids(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #6d33776b
 def clip_tokenizer(
-    words:list, # each becomes one token; anything else is spelled in bytes
+    words:list, # Words that become one token each; anything else is spelled in bytes
 )->CLIPTokenizer:
     "A small tokenizer of CLIP's kind, for small models."
     bpe = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
@@ -166,8 +166,8 @@ def clip_tokenizer(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #f7892848
 def find_file(
-    name,    # a local folder, or a hub id such as 'owner/name'
-    *files,  # names the wanted file may have there, the best first
+    name,    # Local folder, or hub id such as 'owner/name'
+    *files,  # Names the wanted file may have there, the best first
 )->Path:
     "A file of a model folder, fetched if it lies on the hub; `CheckpointError` names a missing file."
     want = ' or '.join(files)
@@ -180,14 +180,14 @@ def find_file(
 class ClipReward:
     "What CLIPScore, PickScore and HPSv2 share: the cosine of CLIP embeddings of images and prompts."
     name, range = 'clip', 'cosine, -1 to 1'
-    default:str = None    # hub id of the published weights
-    tokenizer_id:str = None # hub id of the tokenizer, where the weights come without one
-    rule = 'even'         # see `crop_start`
-    cleaned = True        # whether texts are cleaned first
+    default:str = None    # Hub id of the published weights
+    tokenizer_id:str = None # Hub id of the tokenizer, where the weights come without one
+    rule = 'even'         # Rounding of the crop, see `crop_start`
+    cleaned = True        # Whether texts are cleaned first
     def __init__(self,
-        model:CLIPModel, # both towers
-        tokenizer,       # a CLIPTokenizer that fits the model
-        device=None,     # where to compute; None: the best there is
+        model:CLIPModel, # Both towers
+        tokenizer,       # `CLIPTokenizer` that fits the model
+        device=None,     # Where to compute; None: the best there is
     ):
         t = model.config.text_config
         if len(tokenizer)!=t.vocab_size: raise CheckpointError(
@@ -197,29 +197,38 @@ class ClipReward:
         self.tokenizer,self.device,self.lock = tokenizer, torch.device(device or default_device()), PassLock()
         self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.size,self.context = model.config.vision_config.image_size, t.max_position_embeddings
-    def scale(self): return 1.
+    def scale(self)->float:
+        "Factor between the cosine and the score."
+        return 1.
     @property
     def identity(self)->str:
         with self.lock:
             facts = dict(model=config_facts(self.model.config), tokenizer=tokenizer_hash(self.tokenizer))
             facts |= dict(rule=self.rule, cleaned=self.cleaned)
             return make_identity(type(self).__name__, facts, [self.model])
-    def preprocess(self, images):
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Crop and normalise images."
         return normalise(to_floats([crop_image(im, self.size, self.rule) for im in images]))
-    def preprocess_pixels(self, x): return normalise(crop_pixels(x, self.size, self.rule))
+    def preprocess_pixels(self,
+        x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
+    )->Tensor: # (n,3,size,size), normalised
+        "`preprocess` for float tensors, differentiable."
+        return normalise(crop_pixels(x, self.size, self.rule))
     def __repr__(self):
         return f"{type(self).__name__}({self.name}: {self.range}; {self.size} px, on {self.device})"
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #b690db77
 @patch(cls_method=True)
 def from_config(cls:ClipReward,
-    text:dict,          # fields of transformers' CLIPTextConfig: hidden_size, num_hidden_layers, …
-    vision:dict,        # fields of CLIPVisionConfig: image_size, patch_size, hidden_size, …
-    projection_dim:int, # width of the common space
-    tokenizer,          # e.g. of `clip_tokenizer`
-    seed:int=0,         # of the random weights
+    text:dict,          # Fields of transformers' CLIPTextConfig: hidden_size, num_hidden_layers, …
+    vision:dict,        # Fields of CLIPVisionConfig: image_size, patch_size, hidden_size, …
+    projection_dim:int, # Width of the common space
+    tokenizer,          # Tokenizer, e.g. of `clip_tokenizer`
+    seed:int=0,         # Seed of the random weights
     hidden_act:str='quick_gelu', # 'quick_gelu' as OpenAI's models, 'gelu' as those of LAION
-    device=None,        # where to compute; None: the best there is
+    device=None,        # Where to compute; None: the best there is
 )->ClipReward:
     "A model with random weights, ready to be trained (`reward.model`) or tested."
     ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
@@ -239,7 +248,7 @@ class CLIPScore(ClipReward):
 # %% ../../nbs/4_rewards/40_clip.ipynb #601af868
 @patch
 def features(self:ClipReward,
-    x:Tensor, # preprocessed images (n,3,size,size)
+    x:Tensor, # Preprocessed images, (n,3,size,size)
 )->Tensor: # (n,p) float32 unit vectors, with gradients if `x` has them
     "Image embeddings, divided by their length."
     x = x.to(self.device, self.model.visual_projection.weight.dtype)
@@ -248,9 +257,9 @@ def features(self:ClipReward,
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #a554b7e5
 def opened_batches(
-    images:list,    # of `image_list`
-    batch_size:int, # how many at once
-): # yields (position of the first, list of PIL images)
+    images:list,    # Images, of `image_list`
+    batch_size:int, # Images at once, >= 1
+): # Yields (position of the first, list of PIL images)
     "Open images batch by batch; `InputError` names the first that cannot be used by its path or position."
     if batch_size<1: raise ValueError(f"batch_size {batch_size}; needed: at least 1")
     for x in images:
@@ -262,8 +271,8 @@ def opened_batches(
 @patch
 @torch.no_grad()
 def embed_images(self:ClipReward,
-    images,            # one or many, see `load_image`
-    batch_size:int=16, # how many at once
+    images,            # One image or many, see `load_image`
+    batch_size:int=16, # Images at once
 )->Tensor: # (n,p) float32 unit vectors
     "Open, preprocess and embed images; `InputError` names the first that cannot be used."
     batches = opened_batches(image_list(images), batch_size)
@@ -274,7 +283,7 @@ def embed_images(self:ClipReward,
 @torch.no_grad()
 def embed_prompts(self:ClipReward,
     prompts:list,      # n strings
-    batch_size:int=64, # how many different ones at once
+    batch_size:int=64, # Different prompts at once
 )->Tensor: # (n,p) float32 unit vectors
     "Text embeddings, divided by their length; equal prompts are computed once."
     texts = [clean_text(p) if self.cleaned else p for p in check_unicode(prompts)]
@@ -288,9 +297,9 @@ def embed_prompts(self:ClipReward,
 # %% ../../nbs/4_rewards/40_clip.ipynb #101570d9
 @patch
 def __call__(self:ClipReward,
-    images,            # one image or n of them
-    prompts,           # one prompt or n of them
-    batch_size:int=16, # images at once
+    images,            # One image or n of them
+    prompts,           # One prompt or n of them
+    batch_size:int=16, # Images at once
 )->Tensor: # (n,) float32 on the CPU
     "Score images for prompts; `InputError` if they are bad or do not pair up."
     items = image_list(images)
@@ -302,7 +311,7 @@ def __call__(self:ClipReward,
 @patch
 def score_pixels(self:ClipReward,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    prompts,       # one prompt or n of them
+    prompts,       # One prompt or n of them
 )->Tensor: # (n,) float32 on the model's device, with gradients
     "Differentiable scores: gradients reach the pixels; no rounding to bytes on the way."
     t = self.embed_prompts(as_prompts(prompts, len(check_pixels(pixels))))
@@ -310,7 +319,7 @@ def score_pixels(self:ClipReward,
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #4ada4bdc
 def load_clip_tokenizer(
-    name, # folder or hub id
+    name, # Folder or hub id
 )->CLIPTokenizer:
     "The tokenizer of a CLIP folder; `CheckpointError` if it is not there or damaged."
     find_file(name, 'tokenizer.json', 'vocab.json')
@@ -322,10 +331,10 @@ def load_clip_tokenizer(
 # %% ../../nbs/4_rewards/40_clip.ipynb #fbe21d41
 @patch(cls_method=True)
 def from_pretrained(cls:ClipReward,
-    id_or_path=None,     # folder or hub id; None: the published weights
-    device=None,         # where to compute; None: the best there is
-    dtype:torch.dtype=None, # what weights are stored as; None: float32
-    tokenizer=None,      # folder or hub id of the tokenizer; None: that of the model
+    id_or_path=None,     # Folder or hub id; None: the published weights
+    device=None,         # Where to compute; None: the best there is
+    dtype:torch.dtype=None, # Type the weights are stored as; None: float32
+    tokenizer=None,      # Folder or hub id of the tokenizer; None: that of the model
 )->ClipReward:
     "Load a CLIP folder strictly; `CheckpointError` names what is missing or wrong."
     name = id_or_path or cls.default
@@ -343,7 +352,7 @@ def from_pretrained(cls:ClipReward,
 # %% ../../nbs/4_rewards/40_clip.ipynb #35bd3fc1
 @patch
 def save_pretrained(self:ClipReward,
-    folder, # made or replaced, whole or not at all
+    folder, # Model folder; made or replaced, whole or not at all
 )->Path:
     "Write an ordinary CLIP folder, which transformers reads too."
     with atomic_path(folder) as f:
@@ -374,16 +383,22 @@ class PickScore(ClipReward):
     name, range, default = 'pickscore', 'about 16 to 26', 'yuvalkirstain/PickScore_v1'
     tokenizer_id = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
     rule, cleaned = 'down', False
-    def scale(self): return self.model.logit_scale.float().exp()
-    def preprocess(self, images): return super().preprocess([im.convert('RGB') for im in images])
+    def scale(self)->Tensor:
+        "The learnt temperature."
+        return self.model.logit_scale.float().exp()
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Crop and normalise images."
+        return super().preprocess([im.convert('RGB') for im in images])
 
 @patch
 def preference(self:PickScore,
     images,            # n images
-    prompt:str,        # one prompt for all
-    batch_size:int=16, # images at once
+    prompt:str,        # One prompt for all
+    batch_size:int=16, # Images at once
 )->Tensor: # (n,) float32, sums to 1
-    "Probability of each image to be picked among these."
+    "Probability that people pick each image among these."
     return self(images, prompt, batch_size).softmax(0)
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #93f92b49
@@ -411,9 +426,9 @@ _OPENCLIP = [ # pattern -> name in CLIPModel; the first which fits is taken
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #9456fa2f
 def openclip_state(
-    tensors:dict, # names of open_clip -> tensors
-    where,        # where they come from, for errors
-)->dict: # names of CLIPModel -> tensors
+    tensors:dict, # Names of open_clip -> tensors
+    where,        # Where they come from, for errors
+)->dict: # Names of CLIPModel -> tensors
     "Rename, transpose and split; `CheckpointError` for a name that open_clip's CLIP does not have."
     out = {}
     for k,v in tensors.items():
@@ -428,8 +443,8 @@ def openclip_state(
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #adce4697
 def openclip_config(
-    t:dict, # names of CLIPModel -> tensors
-    where,  # where they come from, for errors
+    t:dict, # Names of CLIPModel -> tensors
+    where,  # Where they come from, for errors
 )->CLIPConfig:
     "The sizes of an HPSv2 model, from the shapes of its weights; `CheckpointError` if tensors are missing."
     def tower(p, head):
@@ -460,17 +475,24 @@ class HPSv2(ClipReward):
     "Human preference score v2 or v2.1 (Wu et al. 2023), a cosine without the factor 100 of its leaderboard."
     name, range, default = 'hpsv2.1', 'cosine, about 0.15 to 0.40', 'xswu/HPSv2'
     tokenizer_id = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
-    def preprocess(self, images):
+    def preprocess(self,
+        images:list, # n PIL images
+    )->Tensor: # (n,3,size,size) float32, normalised
+        "Letterbox and normalise images."
         return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
-    def preprocess_pixels(self, x): return normalise(letterbox(x, self.size))
+    def preprocess_pixels(self,
+        x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
+    )->Tensor: # (n,3,size,size), normalised
+        "`preprocess` for float tensors, differentiable."
+        return normalise(letterbox(x, self.size))
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #0f0d72c1
 @patch(cls_method=True)
 def from_pretrained(cls:HPSv2,
-    id_or_path=None,     # weights file, folder that holds it, or hub id; None: the published weights
-    device=None,         # where to compute; None: the best there is
-    dtype:torch.dtype=None, # what weights are stored as; None: float32
-    tokenizer=None,      # folder or hub id; None: `tokenizer/` beside the weights, else a published one
+    id_or_path=None,     # Weights file, folder that holds it, or hub id; None: the published weights
+    device=None,         # Where to compute; None: the best there is
+    dtype:torch.dtype=None, # Type the weights are stored as; None: float32
+    tokenizer=None,      # Folder or hub id; None: `tokenizer/` beside the weights, else a published one
     version:str='2.1',   # '2.0' or '2.1'
 )->HPSv2:
     "Load the published open_clip layout strictly; `CheckpointError` names what is missing or wrong."
@@ -490,7 +512,7 @@ def from_pretrained(cls:HPSv2,
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #e98be626
 def reward_mlp(
-    width:int, # of the embedding
+    width:int, # Width of the embedding
 )->nn.Sequential: # (n, width) -> (n, 1)
     "The head of the aesthetic predictor and of ImageReward: linear maps, dropout in training, no activation."
     layers, sizes = [], (width, 1024, 128, 64, 16, 1)
@@ -517,10 +539,10 @@ class AestheticScore:
     name, range = 'aesthetic', 'about 3 to 8 (ratings from 1 to 10)'
     default = 'shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE'
     def __init__(self,
-        model:nn.Module,   # vision tower and head
-        config:CLIPVisionConfig, # its sizes
-        rule:str='down',   # see `crop_start`: 'down' for the hub's layout, 'even' for LAION's
-        device=None,       # where to compute; None: the best there is
+        model:nn.Module,   # Vision tower and head
+        config:CLIPVisionConfig, # Sizes of the vision tower
+        rule:str='down',   # See `crop_start`: 'down' for the hub's layout, 'even' for LAION's
+        device=None,       # Where to compute; None: the best there is
     ):
         self.device,self.lock = torch.device(device or default_device()), PassLock()
         self.size,self.rule = config.image_size, rule
@@ -536,10 +558,10 @@ class AestheticScore:
 # %% ../../nbs/4_rewards/40_clip.ipynb #79d535e2
 @patch(cls_method=True)
 def from_pretrained(cls:AestheticScore,
-    id_or_path=None,     # folder or hub id of the model, or LAION's file of the head; None: the published one
-    device=None,         # where to compute; None: the best there is
-    dtype:torch.dtype=None, # what the tower's weights are stored as; None: float32
-    clip=None,           # folder or hub id of the CLIP which a head alone sits on; None: OpenAI's ViT-L/14
+    id_or_path=None,     # Folder or hub id of the model, or LAION's file of the head; None: the published one
+    device=None,         # Where to compute; None: the best there is
+    dtype:torch.dtype=None, # Type the tower's weights are stored as; None: float32
+    clip=None,           # Folder or hub id of the CLIP that a lone head sits on; None: OpenAI's ViT-L/14
 )->AestheticScore:
     "Load either layout strictly; `CheckpointError` names what is missing or wrong."
     name = id_or_path or cls.default
@@ -563,9 +585,9 @@ def from_pretrained(cls:AestheticScore,
 @patch
 @torch.no_grad()
 def __call__(self:AestheticScore,
-    images,            # one image or n of them
-    prompts='',        # not read; if it is a list, n of them
-    batch_size:int=16, # images at once
+    images,            # One image or n of them
+    prompts='',        # Not read; a list must have n entries
+    batch_size:int=16, # Images at once
 )->Tensor: # (n,) float32 on the CPU
     "Score images; `InputError` names the first that cannot be used."
     items, out = image_list(images), []
@@ -580,7 +602,7 @@ def __call__(self:AestheticScore,
 @patch
 def score_pixels(self:AestheticScore,
     pixels:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
-    prompts='',    # not read
+    prompts='',    # Not read
 )->Tensor: # (n,) float32 on the model's device, with gradients
     "Differentiable scores."
     x = normalise(crop_pixels(check_pixels(pixels), self.size, self.rule))

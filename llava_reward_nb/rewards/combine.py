@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from ..core import (CheckpointError, InputError, as_prompts, image_key, image_list, open_image,
-                                  progress as progress_bar)
+from ..core import (CheckpointError, InputError, as_prompts, as_scores, image_key, image_list,
+                                  open_image, progress as progress_bar)
 from ..docments import document
 from ..model import check_batch_size
 
@@ -29,24 +28,6 @@ def _batches(
     order = sorted(range(len(items)), key=lambda i: (first[image_key(items[i])], i))
     return [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
 
-# %% ../../nbs/4_rewards/46_combine.ipynb #6fc2d839
-class _BrokenReward(ValueError): pass
-
-def _ask(
-    name:str,     # of the reward, for errors
-    reward,       # a reward
-    images:list,  # n images
-    prompts:list, # n strings
-)->Tensor: # (n,) float32 on the CPU
-    "Scores of a batch; ValueError for anything but one number for each image."
-    returned = reward(images, prompts)
-    try: out = torch.as_tensor(returned)
-    except (TypeError, ValueError, RuntimeError): out = None
-    got = 'a '+type(returned).__name__ if out is None else f'shape {tuple(out.shape)}'
-    if out is None or out.shape!=(len(images),): raise _BrokenReward(
-        f"reward {name!r} returned {got} for {len(images)} images; needed: one number for each")
-    return out.detach().float().cpu()
-
 # %% ../../nbs/4_rewards/46_combine.ipynb #f0c0ec5e
 def _score(
     name:str,     # of the reward, for errors
@@ -55,13 +36,14 @@ def _score(
     prompts:list, # n strings
 )->tuple: # scores (n,), NaN where there is none; {index: reason} of these
     "Scores of a batch; an item that the reward rejects costs no other item its score."
-    try: out = _ask(name, reward, images, prompts)
-    except (CheckpointError, _BrokenReward): raise
+    try: returned = reward(images, prompts)
+    except CheckpointError: raise
     except ValueError as e:
         if len(images)==1: return torch.tensor([torch.nan]),{0:str(e)}
         alone = [_score(name, reward, [im], [p]) for im,p in zip(images, prompts)]
         reasons = {i:why[0] for i,(_,why) in enumerate(alone) if why}
         return torch.cat([s for s,_ in alone]),reasons
+    out = as_scores(returned, len(images), f'reward {name!r}').float()
     bad = (~out.isfinite()).nonzero().flatten().tolist()
     reasons = {i:f"gave {out[i].item()}, which is no score" for i in bad}
     return torch.where(out.isfinite(), out, torch.nan),reasons

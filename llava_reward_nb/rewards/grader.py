@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core import InputError, as_path, as_prompts, image_list, load_image, progress
 from ..docments import document
 from ..files import check_writable
-from ..store import make_identity
+from ..store import file_lock, make_identity
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #a8f7d197
 ASPECTS = ('accuracy_to_prompt', 'creativity_and_originality', 'visual_quality_and_realism',
@@ -233,8 +233,7 @@ def put(self:ReplyCache,
 def _append(path:Path, line:bytes):
     "Add a line to a file with a single write, on a line of its own."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'ab+', buffering=0) as f:
-        _lock(f)
+    with open(path, 'ab+', buffering=0) as f, file_lock(f):
         if f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
             if f.read(1)!=b'\n': line = b'\n'+line
@@ -245,15 +244,6 @@ def _write_whole(f, line:bytes, path):
     "Write a line at once; `OSError` if the disk takes only a part of it."
     if f.write(line)!=len(line):
         raise OSError(f"{path}: no room for another line; free some space and run again")
-
-def _lock(f):
-    "Keep other processes out of a file until it is closed."
-    if os.name!='nt':
-        import fcntl
-        return fcntl.flock(f, fcntl.LOCK_EX)
-    import msvcrt
-    f.seek(1<<40) # behind all lines, which stay readable
-    msvcrt.locking(f.fileno(), msvcrt.LK_LOCK, 1)
 
 # %% ../../nbs/4_rewards/43_grader.ipynb #e325072a
 class BudgetSpent(RuntimeError):

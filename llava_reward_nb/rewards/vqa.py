@@ -38,7 +38,7 @@ from ..store import make_identity
 # %% ../../nbs/4_rewards/42_vqa.ipynb #b665b960
 def answer_prob(
     logits:Tensor, # (b, m, vocabulary), one row for each token of the answer
-    labels:Tensor, # (m,) int64, the answer's tokens
+    labels:Tensor, # The answer's tokens, (m,) int64
 )->Tensor: # (b,) float32 in [0,1]
     "Geometric mean of the probabilities of an answer's tokens (VQAScore, Eq. 2; the mean is its code's)."
     logp = logits.float().log_softmax(-1)
@@ -53,17 +53,23 @@ class AskReward(nn.Module):
         self.lock = PassLock()
     @property
     def device(self)->torch.device: return next(self.parameters()).device
-    def check(self, sizes, prompts): "`InputError` for sizes (w, h) or prompts that cannot be used."
-    def settings(self)->dict: return {} # all but weights that decides a score
+    def check(self,
+        sizes:list,   # (width, height) of n images
+        prompts:list, # n strings
+    ):
+        "`InputError` for sizes or prompts that cannot be used."
+    def settings(self)->dict:
+        "Everything but the weights that decides a score."
+        return {}
     @property
     def identity(self)->str:
         with self.lock: return make_identity(type(self).__name__, self.settings(), [self])
 
     @torch.no_grad()
     def forward(self,
-        images,            # one image or n of them, see `image_list`
-        prompts,           # one prompt for all, or n
-        batch_size:int=16, # images that are open and pass the model together, >= 1
+        images,            # One image or n of them, see `image_list`
+        prompts,           # One prompt for all, or n
+        batch_size:int=16, # Images that are open and pass the model together, >= 1
     )->Tensor: # (n,) float32 on the CPU
         "Score images for prompts; `InputError` names bad input, `ValueError` if the model overflows."
         items = image_list(images)
@@ -96,8 +102,8 @@ STYLES = { # before the image, after the question; the first is the usual one
 }
 
 def ask(
-    question:str, # with {} where the prompt goes
-    prompt:str,   # any text, taken literally
+    question:str, # Question, with {} where the prompt goes
+    prompt:str,   # Any text, taken literally
 )->str:
     "The question about a prompt; `ValueError` if it has no place, or several, for it."
     n = question.count('{}')
@@ -117,9 +123,9 @@ def _literal_t5(tokenizer)->Tokenizer:
     return Tokenizer.from_str(json.dumps(spec|dict(added_tokens=[], truncation=None, padding=None)))
 
 def t5_ids(
-    tokenizer, # T5's, fast
-    text:str,  # taken literally
-)->list: # of int, ending with `</s>`
+    tokenizer, # T5's fast tokenizer
+    text:str,  # Any text, taken literally
+)->list: # Token ids, ending with `</s>`
     "Token ids of a text; `InputError` if it is not valid Unicode."
     try: text.encode('utf-8')
     except UnicodeEncodeError as e:
@@ -156,7 +162,7 @@ def to_tensor(
 
 def square_pixels(
     image:Image.Image, # RGB
-    size:int,          # side, pixels
+    size:int,          # Side of the square, pixels
 )->Tensor: # (3, size, size)
     "VQAScore's preprocessing: pad, resize (bicubic), normalise."
     return normalize(to_tensor(pad_square(image).resize((size,size), Image.Resampling.BICUBIC)))
@@ -185,12 +191,12 @@ class VQAScore(AskReward):
     "P(the answer is yes) by CLIP-FlanT5 (arXiv 2404.01291)."
     name, range = 'vqascore', 'probability, 0 to 1'
     def __init__(self,
-        t5:T5Config,              # vocab_size = tokens of the tokenizer
-        vision:CLIPVisionConfig,  # the whole tower; its last layer is left out
-        tokenizer,                # T5's, fast
-        question:str=QUESTION,    # with {} where the prompt goes
-        answer:str='Yes',         # whose probability is wanted
-        style:str='t5_chat',      # a key of `STYLES`
+        t5:T5Config,              # Sizes of T5; vocab_size = tokens of the tokenizer
+        vision:CLIPVisionConfig,  # Sizes of the whole tower; its last layer is left out
+        tokenizer,                # T5's fast tokenizer
+        question:str=QUESTION,    # Question, with {} where the prompt goes
+        answer:str='Yes',         # Answer whose probability is the score
+        style:str='t5_chat',      # Conversation around the question, a key of `STYLES`
     ):
         super().__init__()
         ask(question, '')
@@ -225,9 +231,9 @@ MAX_TOKENS = 2048 # of text, the image counted as one
 
 @patch
 def pieces(self:VQAScore,
-    prompt:str, # plain text
-)->tuple: # ids before the image, ids after it
-    "What is said about a prompt; each piece ends with `</s>` unless it is cut at `MAX_TOKENS`."
+    prompt:str, # Plain text
+)->tuple: # Ids before the image, ids after it
+    "The text around the image; each piece ends with `</s>` unless it is cut at `MAX_TOKENS`."
     before,after = STYLES[self.style]
     head = t5_ids(self.tokenizer, before)
     return head, t5_ids(self.tokenizer, '\n'+ask(self.question, prompt)+after)[:MAX_TOKENS-len(head)-1]
@@ -262,7 +268,7 @@ def score_batch(self:VQAScore,
 @patch
 def score_pixels(self:VQAScore,
     pixels:Tensor, # (n, 3, h, w) float in [0,1], may ask for gradients
-    prompts,       # one prompt for all, or n
+    prompts,       # One prompt for all, or n
 )->Tensor: # (n,) float32 on the model's device
     "P(answer), differentiable in the pixels; `InputError` for anything but such a tensor."
     check_pixels(pixels)
@@ -328,12 +334,12 @@ _MODEL_FILES = ('*.json', '*.safetensors', '*.bin') # what is fetched from the h
 
 @patch(cls_method=True)
 def from_pretrained(cls:VQAScore,
-    name='zhiqiulin/clip-flant5-xxl', # folder or hub id; the smaller one is zhiqiulin/clip-flant5-xl
-    device=None,           # default: the best there is
-    dtype:torch.dtype=None, # default: bfloat16 on GPUs that have it, else float32
-    question:str=QUESTION, # with {} where the prompt goes
-    answer:str='Yes',      # whose probability is wanted
-    style:str='t5_chat',   # a key of `STYLES`
+    name='zhiqiulin/clip-flant5-xxl', # Folder or hub id; the smaller one is zhiqiulin/clip-flant5-xl
+    device=None,           # Where to compute; None: the best there is
+    dtype:torch.dtype=None, # Type of the weights; None: bfloat16 on GPUs that have it, else float32
+    question:str=QUESTION, # Question, with {} where the prompt goes
+    answer:str='Yes',      # Answer whose probability is the score
+    style:str='t5_chat',   # Conversation around the question, a key of `STYLES`
 )->VQAScore:
     "Load CLIP-FlanT5 strictly; `CheckpointError` names the file or tensor at fault."
     folder, device = hub_folder(name, _MODEL_FILES), device or default_device()
@@ -356,9 +362,9 @@ def from_pretrained(cls:VQAScore,
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #d9a21802
 def spellings(
-    tokenizer, # any
-    word:str,  # 'yes'
-)->list: # token ids, sorted
+    tokenizer, # Any tokenizer of transformers
+    word:str,  # A word such as 'yes'
+)->list: # Token ids, sorted
     "Tokens that are this word, in any case, after a space or not; `CheckpointError` if there is none."
     texts = [s+w for w in (word.lower(), word.capitalize(), word.upper()) for s in ('', ' ')]
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
@@ -370,9 +376,9 @@ def spellings(
 
 def yes_prob(
     logits:Tensor,        # (b, vocabulary), of the next token
-    yes:list,             # token ids
-    no:list,              # token ids
-    against_no:bool=True, # relative to yes and no, or to the whole vocabulary
+    yes:list,             # Token ids that mean yes
+    no:list,              # Token ids that mean no
+    against_no:bool=True, # True: relative to yes and no; False: to the whole vocabulary
 )->Tensor: # (b,) float32 in [0,1]
     "Probability that the answer is yes."
     logp = logits.float().log_softmax(-1)
@@ -404,8 +410,8 @@ class QwenProcessor:
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #1b3ffdcc
 def load_processor(
-    folder:Path, # model folder
-): # something with a tokenizer and a chat template
+    folder:Path, # Model folder
+): # An object with a tokenizer and a chat template
     "The processor of an image-text model; `CheckpointError` or `ImportError` name what is missing."
     if read_config(folder/'config.json').get('model_type') in _QWEN:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -431,10 +437,10 @@ class PYes(AskReward):
     "P(yes) by any image-text chat model of transformers."
     name, range = 'pyes', 'probability, 0 to 1'
     def __init__(self,
-        model,                # an `AutoModelForImageTextToText`
-        processor,            # from `load_processor`
-        question:str=QUESTION, # with {} where the prompt goes
-        against_no:bool=True,  # see `yes_prob`
+        model,                # An `AutoModelForImageTextToText`
+        processor,            # Its processor, from `load_processor`
+        question:str=QUESTION, # Question, with {} where the prompt goes
+        against_no:bool=True,  # Relative to yes and no, see `yes_prob`
     ):
         super().__init__()
         ask(question, '')
@@ -508,11 +514,11 @@ def score_batch(self:PYes,
 # %% ../../nbs/4_rewards/42_vqa.ipynb #163cf019
 @patch(cls_method=True)
 def from_pretrained(cls:PYes,
-    name,                   # folder or hub id of an image-text chat model: 'Qwen/Qwen2.5-VL-7B-Instruct'
-    device=None,            # default: the best there is
-    dtype:torch.dtype=None, # default: half precision on GPUs
-    question:str=QUESTION,  # with {} where the prompt goes
-    against_no:bool=True,   # see `yes_prob`
+    name,                   # Folder or hub id of an image-text chat model: 'Qwen/Qwen2.5-VL-7B-Instruct'
+    device=None,            # Where to compute; None: the best there is
+    dtype:torch.dtype=None, # Type of the weights; None: half precision on GPUs
+    question:str=QUESTION,  # Question, with {} where the prompt goes
+    against_no:bool=True,   # Relative to yes and no, see `yes_prob`
 )->PYes:
     "Load any `AutoModelForImageTextToText`, without code of its own; `CheckpointError` for faulty weights."
     folder = hub_folder(name, ('*.json', '*.jinja', '*.safetensors', '*.model', '*.txt'))
@@ -556,11 +562,11 @@ def load_instruction(
 PIXELS = 256*28*28 # area HPSv3 resizes images to
 
 def qwen_size(
-    height:int,        # of the image, pixels
-    width:int,         # of the image, pixels
-    pixels:int=PIXELS, # wanted area
-    factor:int=28,     # sides are multiples of this
-    name:str='image',  # how to call it in errors
+    height:int,        # Height of the image, pixels
+    width:int,         # Width of the image, pixels
+    pixels:int=PIXELS, # Wanted area, pixels
+    factor:int=28,     # Divisor of both sides, pixels
+    name:str='image',  # Name of the image in errors
 )->tuple: # (height, width)
     "Size after resizing to an area: down from above, up from below; `InputError` beyond a ratio of 200."
     if max(height,width)>200*min(height,width):
@@ -600,8 +606,8 @@ class HPSv3(AskReward):
     name, range = 'hpsv3', 'mean of a preference, unbounded'
     def __init__(self,
         config:Qwen2VLConfig, # vocab_size of its text part = rows in the file
-        tokenizer,            # fast; gets the token `<|Reward|>`
-        instruction:str,      # with `{text_prompt}` and `<|Reward|>`, see `load_instruction`
+        tokenizer,            # Fast tokenizer; gets the token `<|Reward|>`
+        instruction:str,      # Text with `{text_prompt}` and `<|Reward|>`, see `load_instruction`
     ):
         super().__init__()
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
@@ -621,9 +627,9 @@ class HPSv3(AskReward):
 # %% ../../nbs/4_rewards/42_vqa.ipynb #f82d4821
 @patch
 def prompt_ids(self:HPSv3,
-    prompt:str, # plain text
-    n:int,      # image tokens
-)->list: # of int
+    prompt:str, # Plain text
+    n:int,      # Number of image tokens
+)->list: # Token ids
     "One conversation turn as token ids."
     special = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
     plain = lambda text: plain_ids(self.tokenizer, text, add_special_tokens=False)
@@ -669,7 +675,7 @@ def check(self:HPSv3,
 @patch
 def score_pixels(self:HPSv3,
     pixels:Tensor, # (n, 3, h, w) float in [0,1], may ask for gradients
-    prompts,       # one prompt for all, or n
+    prompts,       # One prompt for all, or n
 )->Tensor: # (n,) float32 on the model's device
     "The mean, differentiable in the pixels; `InputError` for anything but such a tensor."
     check_pixels(pixels)
@@ -679,8 +685,8 @@ def score_pixels(self:HPSv3,
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #b20383ca
 def hpsv3_name(
-    key:str, # in the published file
-)->str: # of our parameter
+    key:str, # Name in the published file
+)->str: # Name of our parameter
     "Old and new names of Qwen2-VL's parts to today's."
     if key.startswith('visual.'): return f'model.{key}'
     return re.sub(r'^model\.(?!visual\.|language_model\.)', 'model.language_model.', key)
@@ -688,10 +694,10 @@ def hpsv3_name(
 # %% ../../nbs/4_rewards/42_vqa.ipynb #40882ae5
 @patch(cls_method=True)
 def from_pretrained(cls:HPSv3,
-    name='MizzenAI/HPSv3',  # folder or hub id with HPSv3.safetensors, or the file itself
-    device=None,            # default: the best there is
-    dtype:torch.dtype=None, # of Qwen2-VL; default: half precision on GPUs. The head stays in float32
-    base='Qwen/Qwen2-VL-7B-Instruct', # folder or hub id with config.json and tokenizer, if the first has none
+    name='MizzenAI/HPSv3',  # Folder or hub id with HPSv3.safetensors, or the file itself
+    device=None,            # Where to compute; None: the best there is
+    dtype:torch.dtype=None, # Type of Qwen2-VL; None: half precision on GPUs. The head stays in float32
+    base='Qwen/Qwen2-VL-7B-Instruct', # Folder or hub id with config.json and tokenizer, if `name` has none
 )->HPSv3:
     "Load HPSv3 strictly; `CheckpointError` names the file or tensor at fault, or how to get the instruction."
     file, device = as_path(name), device or default_device()

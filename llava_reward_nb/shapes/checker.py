@@ -151,8 +151,8 @@ class Seen:
     r:float      # radius of the circle of the same area
     score:float  # soft IoU with the best outline, 0 to 1
     fits:dict    # soft IoU with each shape
-    shares:dict  # share of the inner pixels that have each color
-    tints:dict   # how near they come to each color on average, 0 to 1
+    shares:dict  # share of the inner pixels that have each colour
+    tints:dict   # how near they come to each colour on average, 0 to 1
 
 # %% ../../nbs/2_shapes/25_checker.ipynb #da640193
 def _grow(mask:np.ndarray)->np.ndarray: # one pixel in each of four directions
@@ -163,11 +163,11 @@ def _grow(mask:np.ndarray)->np.ndarray: # one pixel in each of four directions
     grown[:,:-1] |= mask[:,1:]
     return grown
 
-def _tints(rgb:np.ndarray)->dict: # (n,3) pixels -> how near they come to each color, 0 to 1
+def _tints(rgb:np.ndarray)->dict: # (n,3) pixels -> how near they come to each colour, 0 to 1
     distances = np.sqrt(((rgb[:,None]-_INKS[:len(COLORS)])**2).sum(-1))
     nearest = distances.min(1, keepdims=True)
     second = np.sort(distances, 1)[:,1:2]
-    rival = np.where(distances==nearest, second, nearest) # the nearest other color
+    rival = np.where(distances==nearest, second, nearest) # the nearest other colour
     return dict(zip(COLORS, np.clip((rival-distances+140)/160, 0, 1).mean(0).tolist()))
 
 def _see(

@@ -111,7 +111,7 @@ def hard_negative(
     scene:Scene,        # a scene of which it holds
     rng,                # numpy Generator
     kind:str=None,      # one of `negative_kinds(prompt)`; default: the first of them 3 times in 5, else any
-    split:str='train',  # which color-shape pairs may appear
+    split:str='train',  # which colour-shape pairs may appear
 )->tuple: # (Scene, kind)
     "Edit a scene so that exactly one fact breaks (and what rests on it); `InputError` if that cannot be."
     check_split(split)

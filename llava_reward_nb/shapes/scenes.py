@@ -201,7 +201,7 @@ def _specs(
 def scene_for(
     prompt:Prompt,           # what must hold
     rng,                     # numpy Generator
-    split:str='train',       # which color-shape pairs may appear
+    split:str='train',       # which colour-shape pairs may appear
     distractors:bool=True,   # add objects the prompt does not name, sometimes
     sign:str='',             # 'prohibition' or one of `LOOKALIKES`; '' for none
 )->Scene:
@@ -225,7 +225,7 @@ def scene_for(
 def sample_scene(
     rng,                # numpy Generator
     n:int=None,         # objects, 1 to 4; default: any
-    split:str='train',  # which color-shape pairs may appear
+    split:str='train',  # which colour-shape pairs may appear
     sign:str='',        # kind of sign, '' for none
 )->Scene:
     "Draw a scene: 3 times in 5 some objects share a shape; of two objects the relation is always clear."

@@ -27,7 +27,7 @@ COLORS = dict(
 DARK = (38,38,42) # what signs are drawn in; no object has this colour
 
 # %% ../../nbs/2_shapes/20_world.ipynb #946041c5
-HELD_OUT = frozenset({ # (color, shape)
+HELD_OUT = frozenset({ # (colour, shape)
     ('green','circle'), ('yellow','square'), ('blue','triangle'), ('red','star'),
 })
 HELD_COLOR = {shape: color for color,shape in HELD_OUT} # the colour that is held out for each shape

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 from PIL import Image
+from ..core import as_scores
 from ..docments import document
 from .particles import SteeringError
 
@@ -91,15 +92,7 @@ def reward_scores(
     prompts:list, # n strings
 )->Tensor: # (n,) float64 on the CPU
     "Scores of a reward; SteeringError for anything but one number for each image."
-    said = reward(images, prompts)
-    n = len(prompts)
-    try: scores = torch.as_tensor(said).detach().double().cpu()
-    except (TypeError, ValueError, RuntimeError): raise SteeringError(
-        f"{name} returned {said!r:.60}, a {type(said).__name__}; "
-        f"needed: a number for each image, ({n},)") from None
-    if scores.shape!=(n,): raise SteeringError(
-        f"{name} returned scores of shape {tuple(scores.shape)} for {n} images; needed: one for each, ({n},)")
-    return scores
+    return as_scores(reward(images, prompts), len(prompts), name, SteeringError).double()
 
 # %% ../../nbs/5_steering/53_previews.ipynb #f263b249
 document(__name__)
