@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..docments import document
 from ..rewards.clip import clip_tokenizer
 from ..core import batch_progress, progress
 from ..files import atomic_path, write_table
@@ -268,3 +269,6 @@ def build_diffusion(
     log = [json.loads(line) for s in ('vae','unet') for line in (work/f'{s}.jsonl').read_text().splitlines()]
     write_table(log, out/'log'/'diffusion.jsonl')
     write_table(rows, out/'log'/'satisfaction.jsonl')
+
+# %% ../../nbs/8_tiny/81_diffusion.ipynb #5cafac9e
+document(__name__)

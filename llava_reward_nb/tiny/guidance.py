@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import stats
 from ..core import InputError, load_image, progress
+from ..docments import document
 from ..weights import MODELS
 from ..files import atomic_path, read_table, write_table
 from ..evaluation.runs import PARTICLE_FIELDS, Health, check_column_names, score_batch
@@ -487,3 +488,6 @@ def demo_steering(
     figure = panels(shown, n=n, metrics=metrics)
     with atomic_path(Path(out)/'steering.png') as f: figure.savefig(f, format='png', dpi=110)
     return table9(shown, metrics)
+
+# %% ../../nbs/8_tiny/83_guidance.ipynb #ae7a7c41
+document(__name__)

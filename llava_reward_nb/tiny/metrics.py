@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..docments import document
 from ..rewards.clip import CLIPScore, clip_tokenizer, token_ids
 from ..core import CLIP_MEAN, CLIP_STD, progress
 from ..files import write_table
@@ -290,3 +291,6 @@ def build_metrics(
     log = _read_logs(work, ('clip','imagereward_see','imagereward_answer','imagereward_prefer'))
     write_table(log, out/'log'/'metrics.jsonl')
     write_table(rows, out/'log'/'metrics_accuracy.jsonl')
+
+# %% ../../nbs/8_tiny/82_metrics.ipynb #3884b73a
+document(__name__)

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..backbones import load_backbone
 from ..core import batch_progress, progress
+from ..docments import document
 from ..files import atomic_path, write_table
 from ..data import load_records
 from ..model import PerspectiveConfig, RewardModel
@@ -821,3 +822,6 @@ def build_tiny(
     write_table(accuracy, bundle/'log'/'accuracy.jsonl')
     with atomic_path(out) as p: shutil.copytree(bundle, p)
     print(f'{out} is ready')
+
+# %% ../../nbs/8_tiny/80_mllm.ipynb #e632942e
+document(__name__)
