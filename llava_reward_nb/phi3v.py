@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Model, PreTrainedTokenizerFast
 
 from .core import CLIP_MEAN, CLIP_STD, CheckpointError, InputError, as_images, reward_inputs
+from .docments import document
 from .files import atomic_path
 from .weights import blame, load_weights, read_json, weight_files
 from .store import text_hash
@@ -768,3 +769,6 @@ def save_pretrained(self:Phi3VModel,
     with atomic_path(Path(folder)/'model.safetensors') as f: save_file(state, f, metadata={'format':'pt'})
     settings = self.config.to_dict()|dict(torch_dtype=dtype)
     with atomic_path(Path(folder)/'config.json') as f: f.write_text(json.dumps(settings, indent=1)+'\n')
+
+# %% ../nbs/3_paper/32_phi3v.ipynb #dc1425f4
+document(__name__)

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
 from ..core import (CLIP_MEAN, CLIP_STD, CheckpointError, InputError, MAX_PIXELS, as_path,
     as_prompts, default_device, image_list, image_size, open_image)
+from ..docments import document
 from ..files import atomic_path
 from ..weights import hub_folder, load_weights, read_tensors, resolve_model
 from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
@@ -607,3 +608,6 @@ def score_pixels(self:AestheticScore,
     "Differentiable scores."
     x = normalise(crop_pixels(check_pixels(pixels), self.size, self.rule))
     with self.lock, evaluating(self.model, grad=True): return self.model(x.to(self.device, self.dtype))
+
+# %% ../../nbs/4_rewards/40_clip.ipynb #4e3d4831
+document(__name__)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
+from ..docments import document
 from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file,
     normalise, opened_batches, reward_mlp, to_floats)
 from ..core import CheckpointError, as_prompts, default_device, image_list
@@ -297,3 +298,6 @@ def save_pretrained(self:ImageReward,
         state = {published_name(k):p.cpu().contiguous() for k,p in self.model.state_dict().items()}
         save_file(state, f/'ImageReward.safetensors', metadata={'format': 'pt'})
     return Path(folder)
+
+# %% ../../nbs/4_rewards/41_imagereward.ipynb #440f938f
+document(__name__)

@@ -25,6 +25,7 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
     Qwen2VLModel, T5Config, T5Model)
 
 from ..backbones import PassLock, evaluating
+from ..docments import document
 from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
     batch_progress, default_dtype, image_list, image_size, load_image)
@@ -725,3 +726,6 @@ def from_pretrained(cls:HPSv3,
                  dtype=dtype or default_dtype(device))
     model.rm_head.float()
     return model.requires_grad_(False)
+
+# %% ../../nbs/4_rewards/42_vqa.ipynb #9d9d116e
+document(__name__)

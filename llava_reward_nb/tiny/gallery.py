@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import load_image
+from ..docments import document
 from ..files import atomic_path
 from ..shapes.edits import ARTIFACTS, add_artifact, hard_negative, negative_kinds
 from ..shapes.prompts import parse_prompt
@@ -227,3 +228,6 @@ def demo_picture(
             y += _TALL
     with atomic_path(folder/'demo.png') as p: page.figure.savefig(p, format='png')
     return page.figure
+
+# %% ../../nbs/8_tiny/89_gallery.ipynb #71be556e
+document(__name__)
