@@ -59,3 +59,14 @@ def test_a_chapter_has_a_title_and_something_to_see(path):
 
 
 def test_all_chapters_are_checked(): assert len(NUMBERED) > 30
+
+
+@numbered
+def test_outputs_tell_nothing_of_the_machine(path):
+    "No error and no path of whoever ran the notebook last."
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        for output in cell.get('outputs', []):
+            assert output['output_type'] != 'error', 'a stored error'
+            text = json.dumps({k: v for k, v in output.get('data', output).items() if not k.startswith('image/')})
+            found = re.search(r'(?:/work|/home|/root|/Users|[A-Z]:\\\\)/[^"\\ ]*|[^" ]*/site-packages/[^"\\ ]*', text)
+            assert not found, f'a path of this machine in an output: {found[0]}'
