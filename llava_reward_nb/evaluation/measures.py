@@ -234,7 +234,8 @@ PUBLISHED = dict( # benchmark or table -> list of PublishedRow
         LLaVA-score: .26'''))
 
 # %% ../../nbs/6_evaluation/67_measures.ipynb #e2e0865d
-_WORDS = ('prompt_set','model','prompt','guidance','category','item','image','task','path') # never numbers
+_WORDS = ('prompt_set','model','prompt','guidance','category','item','image','task','path',
+          'pixels','identity','key','note','error') # never numbers, though a hash may look like one
 
 def as_number(
     v, # anything
