@@ -19,7 +19,7 @@ from .benchmarks import SPECS
 from .geneval import GENEVAL_TAGS, geneval_scores
 from .measures import (GUIDED_BY, PUBLISHED, compare, finite_scores, from_boundary,
                                                  leading_particle, metric_columns, particle_frame, per_prompt,
-                                                 results)
+                                                 published_frame, results)
 from .runs import Run
 from .tables import Table
 from .timing import latency_table
@@ -289,11 +289,27 @@ def _frame9(cells:list, field:str): # DataFrame of one field of the cells
     for c in cells: columns.setdefault(c.column, {})[c.row] = getattr(c, field)
     return pd.DataFrame({c:pd.Series(v).reindex(rows) for c,v in columns.items()}, rows)
 
+def _beside_paper(df, metrics:list): # DataFrame
+    "The table with the paper's numbers in columns before `n`, and with those rows that only the paper has."
+    import pandas as pd
+    paper = published_frame('table9').set_index(['prompt_set','model','guidance'])
+    shared = [m for m in metrics if m in paper]
+    if not shared: raise InputError(f"the paper has none of the metrics {', '.join(metrics)}; "
+                                    f"it has {', '.join(paper)}: name the columns so, or leave published out")
+    rows = dict.fromkeys([*df.index, *paper.index])
+    blocks = dict.fromkeys(row[:2] for row in rows) # a prompt set and a model
+    ordered = [row for block in blocks for row in rows if row[:2]==block]
+    out = df.reindex(pd.MultiIndex.from_tuples(ordered, names=df.index.names))
+    for m in shared:
+        out.insert(len(out.columns)-1, ('paper',m), paper[m].reindex(out.index).to_numpy())
+    return out
+
 def table9(
     frame,                # see `particle_frame`
     metrics:list=None,    # columns; default: all metrics
     summary:tuple=('best','mean'), # of the particles of a prompt
     intervals:bool=False, # 95 % interval over prompts in each cell
+    published:bool=False, # the paper's Table 9 beside it
 )->Table:
     "Metrics by prompt set, model and guidance (paper's Table 9), ranked among the guidances of a model."
     frame = particle_frame(frame)
@@ -315,6 +331,12 @@ def table9(
     if signs: notes.append('† differs from no guidance: p < 0.05, exact paired permutation test over '
                            'prompts, each column by itself.')
     low,high = (_frame9(cells, ends) if intervals else None for ends in ('low','high'))
+    if published:
+        df = _beside_paper(df, metrics)
+        digits |= {c:3 for c in df if c not in digits}
+        if intervals: low,high = (ends.reindex(df.index) for ends in (low,high))
+        notes.append(f"paper: {PUBLISHED['table9'][0].source}; it states neither which particle its numbers "
+                     "belong to nor how many particles and seeds there were, and no spread.")
     return Table(df, 'Metrics under guidance (Table 9)', {('','n'):''}, digits, low, high, block=2,
                  signs=signs, notes=notes)
 
