@@ -99,9 +99,24 @@ def test_a_terminal_hears_at_once():
     assert log.returncode == 2 and log.stderr.startswith("llava_reward table: error: table 'none'"), log.stderr
 
 
-def test_loading_is_announced(here, tmp_path):
-    code, out, err = here('llava_reward_latency', '--reward', 'tiny/fidelity', 'checker', '--repeats', 1, '--out', tmp_path/'t.csv')
-    assert code == 0 and [line for line in err.splitlines() if line.endswith(' …')] == ['loading tiny/fidelity …', 'loading checker …'], err
+def test_loading_is_announced(tmp_path):
+    "On a terminal each reward before it is loaded; in a log file an error stays the only line."
+    pty = pytest.importorskip('pty')
+    code = ("import sys; sys.argv = ['llava_reward_latency', '--reward', 'tiny/fidelity', 'checker', '--repeats', '1', '--out', 't.csv']; "
+            "from llava_reward_nb.commands import llava_reward_latency; llava_reward_latency()")
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen([sys.executable, '-c', code], env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    heard = b''
+    with os.fdopen(ours, 'rb', buffering=0) as terminal:
+        try:
+            while piece := terminal.read(1000): heard += piece
+        except OSError: pass  # how Linux tells that the other side has closed
+    assert p.wait(300) == 0, heard
+    lines = [line for line in heard.decode().splitlines() if line.startswith('loading')]
+    assert lines == ['loading tiny/fidelity …', 'loading checker …'], heard
+    log = subprocess.run([sys.executable, '-c', code.replace('tiny/fidelity', 'tiny/fidelty')], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert log.returncode and log.stderr.count('\n') == 1, log.stderr
 
 
 def test_table_of_two_runs(here, tmp_path):

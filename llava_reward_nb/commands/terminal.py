@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDEST', 'WIDEST_ERROR', 'MOST', 'image_name', 'cell_text', 'shorten', 'text_table', 'bar', 'report', 'note',
-           'waiting', 'heartbeat', 'did_you_mean', 'HelpFormatter', 'Parser', 'parser_for', 'UsageError',
+           'is_watched', 'waiting', 'heartbeat', 'did_you_mean', 'HelpFormatter', 'Parser', 'parser_for', 'UsageError',
            'warnings_as_notes', 'as_typed', 'plain_errors', 'command']
 
 # %% ../../nbs/9_doors/90_terminal.ipynb #0f9990d0
@@ -117,11 +117,15 @@ def note(
     print('note:', text, file=sys.stderr, flush=True)
 
 # %% ../../nbs/9_doors/90_terminal.ipynb #1c7d6a46
+def is_watched()->bool:
+    "Whether somebody may be looking at stderr: it is a terminal, or the page of a notebook."
+    return sys.stderr.isatty() or 'ipykernel' in sys.modules
+
 def waiting(
     what:str, # what is waited for, such as 'loading tiny'
 ):
-    "A line on stderr before something that takes long."
-    print(f'{what} …', file=sys.stderr, flush=True)
+    "A line on stderr before something that takes long, if somebody may be looking."
+    if is_watched(): print(f'{what} …', file=sys.stderr, flush=True)
 
 # %% ../../nbs/9_doors/90_terminal.ipynb #35afd014
 @contextmanager
@@ -130,12 +134,12 @@ def heartbeat(
     every:float=60., # seconds between two lines
 ):
     "Say how far a block is, again and again, where no bar can be seen."
-    if sys.stderr.isatty() or 'ipykernel' in sys.modules:
+    if is_watched():
         yield
         return
     over = threading.Event()
     def beat():
-        while not over.wait(every): waiting(say())
+        while not over.wait(every): print(f'{say()} …', file=sys.stderr, flush=True)
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try: yield
