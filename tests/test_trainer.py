@@ -230,9 +230,13 @@ pairs = load_records(alignment_pairs(8, seed=0))
 args = config(sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), max_steps=2, lora_dropout=0., warmup_steps=0, optim='sgd', learning_rate=.1)
 m = train_perspective(tiny(), 'mine', pairs, args, eval_records=load_records(alignment_pairs(5, seed=1)))
 if os.environ.get('RANK', '0')=='0': print('\\naccuracy', m['eval_accuracy'], m['eval_mean_prob'])
-if torch.distributed.is_initialized():       # a process that leaves while the other still talks to it is aborted by gloo
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+if torch.distributed.is_initialized():  # gloo's threads may abort a process that winds down: all wait for all, then leave at once
+    import pathlib, time
+    done = [pathlib.Path(sys.argv[2])/f'done{rank}' for rank in range(torch.distributed.get_world_size())]
+    done[torch.distributed.get_rank()].touch()
+    while not all(d.exists() for d in done): time.sleep(.05)
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 
