@@ -56,7 +56,7 @@ def real_tokens_attention(
     scaling:float=None,    # of the products; None: 1/√d
     **kwargs,              # unused
 )->tuple: # (b, s, heads, d), None; zeros at padding
-    "Causal attention among the real tokens of each row, by PyTorch's fused kernel; a function for transformers."
+    "Causal attention among the real tokens of each row, by PyTorch's fused kernel, for transformers."
     def causal(q, k, v):
         same = q.shape[1]==k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=not same)
@@ -255,7 +255,8 @@ def skipca(self:ReferenceLike,
     padded = torch.stack([F.pad(x, (0,0,0,longest-len(x))) for x in visual.split(lengths)])
     place = torch.arange(longest, device=h.device)
     empty = place >= torch.tensor(lengths, device=h.device)[:,None]
-    bias = torch.zeros(len(h), 1, longest, dtype=h.dtype, device=h.device).masked_fill(empty[:,None], -torch.inf)
+    bias = torch.zeros(len(h), 1, longest, dtype=h.dtype, device=h.device)
+    bias = bias.masked_fill(empty[:,None], -torch.inf)
     q,k,v = self.W_q(h), self.W_k(padded), self.W_v(padded)
     weights = torch.baddbmm(bias, q, k.mT, alpha=1/math.sqrt(q.shape[-1])).softmax(-1)
     return self.ca_layernorm(h+torch.bmm(weights, v))
