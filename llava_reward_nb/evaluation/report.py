@@ -22,7 +22,7 @@ from .measures import (GUIDED_BY, PUBLISHED, compare, finite_scores, from_bounda
                                                  left_open, leading_particle, metric_columns, particle_frame,
                                                  per_prompt, published_frame, results)
 from .runs import Run
-from .tables import Table, rank_marks
+from .tables import Table
 from .timing import latency_table
 
 # %% ../../nbs/6_evaluation/69_report.ipynb #d840aee6
