@@ -10,7 +10,6 @@ import time
 from dataclasses import astuple, dataclass
 
 import torch
-from fastcore.basics import patch
 
 from .docments import document
 from .phi3v import Phi3VConfig, hd_shape, num_image_tokens
