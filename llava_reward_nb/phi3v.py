@@ -674,7 +674,8 @@ def vision_features(self:Phi3VModel,
         raise ValueError(f"{len(pixel_values)} crops for images that need {crops}; "
                          "pass what Phi3VImageProcessor returned")
     cells = self.crop_features(pixel_values).flatten(0,2)
-    table = torch.cat([cells, self.sub_GN.flatten(0,2).to(cells.dtype), self.glb_GN.flatten(0,1).to(cells.dtype)])
+    separators = torch.cat([self.sub_GN.flatten(0,2), self.glb_GN.flatten(0,1)])
+    table = torch.cat([cells, separators.to(cells.dtype)])
     order = torch.cat(orders)
     order = torch.where(order<0, len(cells)-1-order, order) # SUB_GN and GLB_GN are the table's last two rows
     return table.index_select(0, order.to(table.device, non_blocking=True)), [len(o) for o in orders]
@@ -721,7 +722,8 @@ def _causal_mask(
     at = torch.arange(s, device=x.device)
     back = at[:,None]-at # how far before the query a key stands
     seen = (back>=0) & (back<window) if narrow else back>=0
-    return torch.zeros(s, s, device=x.device, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)[None,None]
+    least = torch.finfo(x.dtype).min
+    return torch.zeros(s, s, device=x.device, dtype=x.dtype).masked_fill(~seen, least)[None,None]
 
 @patch
 def forward(self:Phi3VModel,
