@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'PassLock', 'evaluating', 'pad_visual', 'Reading', 'Backbone', 'Phi3VBackbone', 'same_base',
-           'load_backbone', 'hd_pixels', 'pixel_crops']
+           'stored_dtype', 'load_backbone', 'FoldedLoRA', 'CastProjector', 'fast_adapters', 'hd_pixels', 'pixel_crops']
 
 # %% ../nbs/3_paper/33_backbones.ipynb #52952f4c
 import re, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import CheckpointError
+from .core import CheckpointError, default_dtype
 from .docments import document
 from .weights import hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, hd_shape, tokenizer_hash
@@ -265,11 +266,21 @@ def save_pretrained(self:Phi3VBackbone,
 # %% ../nbs/3_paper/33_backbones.ipynb #01bffdcd
 BACKBONES = {'phi3_v': Phi3VBackbone} # model_type -> class
 
+# %% ../nbs/3_paper/33_backbones.ipynb #514db85b
+def stored_dtype(
+    folder:Path, # of a base
+)->torch.dtype|None: # None if its configuration does not tell
+    "The dtype of a base's files, by its config.json."
+    config = read_json(folder/'config.json')
+    name = str(config.get('dtype') or config.get('torch_dtype')).removeprefix('torch.')
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
 # %% ../nbs/3_paper/33_backbones.ipynb #578a6156
 def load_backbone(
     name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
-    dtype:torch.dtype=torch.float32, # what they are stored as
+    dtype:torch.dtype=torch.float32, # what they are computed as; None or 'auto': what suits device and files
     num_crops:int=None,            # most crops an image is cut into; None: the model's own setting
 ): # a backbone in eval mode, all weights frozen
     "Load a base by the `model_type` of its config.json; `CheckpointError` if there is none that we know."
@@ -281,6 +292,7 @@ def load_backbone(
     kind = read_json(folder/'config.json').get('model_type')
     if not isinstance(kind, str) or kind not in BACKBONES: raise CheckpointError(
         f"{folder/'config.json'}: model_type is {kind!r}; known: {', '.join(BACKBONES)}")
+    if dtype in (None, 'auto'): dtype = default_dtype(device, stored_dtype(folder))
     with blame(folder): backbone = BACKBONES[kind].load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()
 
@@ -295,6 +307,70 @@ def load(cls:Phi3VBackbone,
     "Model and processor from one folder."
     processor = Phi3VProcessor.from_pretrained(folder, num_crops)
     return cls(Phi3VModel.from_pretrained(folder, device, dtype), processor)
+
+# %% ../nbs/3_paper/33_backbones.ipynb #7e322013
+class FoldedLoRA:
+    "The `forward` of one of PEFT's LoRA layers; without training LoRA costs next to nothing."
+    def __init__(self,
+        layer:nn.Module, # `peft.tuners.lora.layer.Linear`
+    ): self.layer = layer
+
+    def __call__(self,
+        x:Tensor, # (…, d_in)
+        *args,    # what PEFT takes besides; then it is asked itself
+        **kwargs, # the same
+    )->Tensor: # (…, d_out)
+        "The base's layer with LoRA of the active perspective."
+        layer = self.layer
+        names = layer.active_adapters
+        plain = len(names)==1 and names[0] in layer.lora_A and names[0] not in layer.lora_variant
+        base = layer.get_base_layer()
+        simple = type(base) is nn.Linear and type(base.weight) is nn.Parameter # and not quantized
+        if args or kwargs or layer.disable_adapters or layer.merged or not plain or not simple:
+            return type(layer).forward(layer, x, *args, **kwargs)
+        A,B = layer.lora_A[names[0]].weight, layer.lora_B[names[0]]
+        if layer.training or B.bias is not None or torch.is_grad_enabled() and A.requires_grad:
+            return type(layer).forward(layer, x)
+        W = base.weight
+        A,B,scale = A.to(W.dtype), B.weight.to(W.dtype), layer.scaling[names[0]]
+        tokens = x.numel()//x.shape[-1]
+        if tokens*sum(W.shape)<W.numel(): return base(x)+F.linear(F.linear(x, A), B)*scale
+        return F.linear(x, torch.addmm(W, B, A, alpha=scale), base.bias)
+
+# %% ../nbs/3_paper/33_backbones.ipynb #95191159
+class CastProjector:
+    "The `forward` of a perspective's projector; without training in the precision of the base's."
+    def __init__(self,
+        module:nn.Module, # the copy that a perspective trains
+        base:nn.Module,   # the base's own
+    ):
+        self.module = module
+        self.dtype = next(base.parameters()).dtype
+
+    def __call__(self,
+        *args,    # of the module
+        **kwargs, # of the module
+    ): # what the module returns
+        "The module, under autocast if its weights are wider than the base's."
+        module = self.module
+        p = next(module.parameters())
+        learns = module.training or torch.is_grad_enabled() and p.requires_grad
+        if learns or p.dtype==self.dtype or self.dtype not in (torch.bfloat16, torch.float16):
+            return type(module).forward(module, *args, **kwargs)
+        with torch.autocast(p.device.type, dtype=self.dtype):
+            return type(module).forward(module, *args, **kwargs)
+
+def fast_adapters(
+    model:nn.Module, # with LoRA layers and trained copies of modules, by PEFT; changed in place
+)->nn.Module: # the same
+    "Give adapters the forward that is fast where nothing is trained."
+    from peft.tuners.lora.layer import Linear
+    from peft.utils import ModulesToSaveWrapper
+    for m in list(model.modules()):
+        if type(m) is Linear: m.forward = FoldedLoRA(m)
+        if isinstance(m, ModulesToSaveWrapper):
+            for own in m.modules_to_save.values(): own.forward = CastProjector(own, m.original_module)
+    return model
 
 # %% ../nbs/3_paper/33_backbones.ipynb #bcbe0ed7
 def hd_pixels(
