@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'PassLock', 'evaluating', 'pad_visual', 'Reading', 'Backbone', 'Phi3VBackbone', 'same_base',
-           'stored_dtype', 'load_backbone', 'FoldedLoRA', 'CastProjector', 'fast_adapters', 'hd_pixels', 'pixel_crops']
+           'stored_dtype', 'load_backbone', 'CastProjector', 'fast_adapters', 'hd_pixels', 'pixel_crops']
 
 # %% ../nbs/3_paper/33_backbones.ipynb #52952f4c
 import re, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -98,6 +99,13 @@ class Backbone(nn.Module):
     def tower(self)->nn.Module:
         "What sees the pixels."
         return self.model.vision_tower
+
+    @property
+    def layers(self)->list:
+        "All transformer layers, of decoder and tower: the longest list of modules in each."
+        lists = [[m for m in part.modules() if isinstance(m, nn.ModuleList)]
+                 for part in (self.language_model, self.tower)]
+        return [layer for found in lists for layer in max(found, key=len, default=())]
 
     def vision(self,
         batch:dict, # what `encode` gave, on the model's device
@@ -309,33 +317,34 @@ def load(cls:Phi3VBackbone,
     return cls(Phi3VModel.from_pretrained(folder, device, dtype), processor)
 
 # %% ../nbs/3_paper/33_backbones.ipynb #7e322013
-class FoldedLoRA:
-    "The `forward` of one of PEFT's LoRA layers; without training LoRA costs next to nothing."
-    def __init__(self,
-        layer:nn.Module, # `peft.tuners.lora.layer.Linear`
-    ): self.layer = layer
+@torch.compiler.disable # else every perspective would be compiled anew
+def _folded_forward(layer, x:Tensor, *args, **kwargs)->Tensor: # x (…, d_in) -> (…, d_out)
+    "The base's layer with LoRA of the active perspective; what is out of the ordinary is left to PEFT."
+    theirs = type(layer).__base__.forward
+    names = layer.active_adapters
+    base = layer.get_base_layer()
+    plain = len(names)==1 and names[0] in layer.lora_A and names[0] not in layer.lora_variant
+    simple = type(base) is nn.Linear and type(base.weight) is nn.Parameter # and not quantized
+    if args or kwargs or layer.disable_adapters or layer.merged or not plain or not simple:
+        return theirs(layer, x, *args, **kwargs)
+    A,B,scale = layer.lora_A[names[0]].weight, layer.lora_B[names[0]], layer.scaling[names[0]]
+    if layer.training or B.bias is not None or torch.is_grad_enabled() and A.requires_grad:
+        return theirs(layer, x)
+    W = base.weight
+    A,B = A.to(W.dtype), B.weight.to(W.dtype)
+    tokens = x.numel()//x.shape[-1]
+    if tokens*sum(W.shape)<W.numel(): return base(x)+F.linear(F.linear(x, A), B)*scale
+    return F.linear(x, torch.addmm(W, B, A, alpha=scale), base.bias)
 
-    def __call__(self,
-        x:Tensor, # (…, d_in)
-        *args,    # what PEFT takes besides; then it is asked itself
-        **kwargs, # the same
-    )->Tensor: # (…, d_out)
-        "The base's layer with LoRA of the active perspective."
-        layer = self.layer
-        names = layer.active_adapters
-        plain = len(names)==1 and names[0] in layer.lora_A and names[0] not in layer.lora_variant
-        base = layer.get_base_layer()
-        simple = type(base) is nn.Linear and type(base.weight) is nn.Parameter # and not quantized
-        if args or kwargs or layer.disable_adapters or layer.merged or not plain or not simple:
-            return type(layer).forward(layer, x, *args, **kwargs)
-        A,B = layer.lora_A[names[0]].weight, layer.lora_B[names[0]]
-        if layer.training or B.bias is not None or torch.is_grad_enabled() and A.requires_grad:
-            return type(layer).forward(layer, x)
-        W = base.weight
-        A,B,scale = A.to(W.dtype), B.weight.to(W.dtype), layer.scaling[names[0]]
-        tokens = x.numel()//x.shape[-1]
-        if tokens*sum(W.shape)<W.numel(): return base(x)+F.linear(F.linear(x, A), B)*scale
-        return F.linear(x, torch.addmm(W, B, A, alpha=scale), base.bias)
+@lru_cache
+def _folded_class()->type:
+    "PEFT's LoRA layer with that forward; made when it is needed, since PEFT is slow to import."
+    from peft.tuners.lora.layer import Linear
+    return type('FoldedLoRA', (Linear,), dict(forward=_folded_forward, __module__=__name__))
+
+def __getattr__(name): # where pickle looks for it
+    if name=='FoldedLoRA': return _folded_class()
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 # %% ../nbs/3_paper/33_backbones.ipynb #95191159
 class CastProjector:
@@ -364,10 +373,10 @@ def fast_adapters(
     model:nn.Module, # with LoRA layers and trained copies of modules, by PEFT; changed in place
 )->nn.Module: # the same
     "Give adapters the forward that is fast where nothing is trained."
-    from peft.tuners.lora.layer import Linear
     from peft.utils import ModulesToSaveWrapper
+    folded = _folded_class()
     for m in list(model.modules()):
-        if type(m) is Linear: m.forward = FoldedLoRA(m)
+        if type(m) is folded.__base__: m.__class__ = folded
         if isinstance(m, ModulesToSaveWrapper):
             for own in m.modules_to_save.values(): own.forward = CastProjector(own, m.original_module)
     return model

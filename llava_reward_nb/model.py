@@ -1065,5 +1065,14 @@ def gradient_checkpointing_enable(self:RewardModel,
     "The name of `activation_checkpointing_enable` in older versions of transformers."
     self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
+# %% ../nbs/3_paper/35_model.ipynb #b669760b
+@patch
+def compile(self:RewardModel,
+    **options, # of `torch.compile`
+)->RewardModel: # self
+    "Compile the layers of decoder and tower, for any length of input."
+    for layer in self.backbone.layers: layer.compile(**{'dynamic':True, **options})
+    return self
+
 # %% ../nbs/3_paper/35_model.ipynb #a5fe3f1f
 document(__name__)
