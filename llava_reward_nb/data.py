@@ -387,7 +387,8 @@ class RewardRecords(Sequence):
     def __repr__(self):
         if self.kind=='pair':
             soft = sum(r['target'] not in (.5, 1) for r in self.rows)
-            note = f"{sum(r['target']==.5 for r in self.rows)} ties"+(f", {soft} by a majority" if soft else '')
+            note = f"{sum(r['target']==.5 for r in self.rows)} ties"
+            if soft: note += f", {soft} by a majority"
         else: note = f"{sum(r['label'] for r in self.rows)} with label 1"
         return f"{len(self)} {self.kind}s ({note}) from {self.name}"
 
@@ -675,7 +676,8 @@ def held_out(
 )->HeldOut:
     "What training must not see of a test set."
     words = {prompt_words(p) for p in prompts}-{''}
-    return HeldOut(name, words, {_pixels(x) for x in progress(images, desc='hashing test images', unit='img')})
+    looked_at = progress(images, desc='hashing test images', unit='img')
+    return HeldOut(name, words, {_pixels(x) for x in looked_at})
 
 @patch
 def __or__(self:HeldOut, other:HeldOut)->HeldOut:
@@ -799,8 +801,8 @@ def rating_points(
 @dataclass
 class RewardCollator:
     "Makes one batch of some records; `InputError` names a file that has gone bad since it was checked."
-    processor:object   # callable (n RGB PIL images, n prompts) -> dict of tensors; pickled for spawned workers
-    points:bool=False  # whether batches of pairs have 'points' (see `rating_points`), for a margin by ratings
+    processor:object  # callable (n RGB PIL images, n prompts) -> dict of tensors; pickled for spawned workers
+    points:bool=False # whether batches of pairs have 'points' (see `rating_points`), for a margin by ratings
     def __call__(self,
         rows:list, # b records of one kind
     )->dict: # the processor's tensors for 2b rows (pairs) or b, and 'target' or 'label', (b,) float32
