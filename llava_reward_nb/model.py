@@ -849,8 +849,8 @@ def check_base(self:RewardModel,
     check_origin(where, self.backbone.hidden_size, [self.backbone.projector], here)
     if config.fingerprint is None or same_base(config.fingerprint, self.backbone.fingerprint()): return
     raise CheckpointError(
-        f"{where}: was trained on another base, {config.base or 'which it does not name'}; the one here, {here}, has "
-        "other weights; pass the base it was trained on as base=")
+        f"{where}: was trained on another base, {config.base or 'which it does not name'}; "
+        f"the one here, {here}, has other weights; pass the base it was trained on as base=")
 
 # %% ../nbs/3_paper/35_model.ipynb #afda9c2e
 @patch
