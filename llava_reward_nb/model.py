@@ -44,7 +44,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 gate=(isinstance(c.gate, bool), 'true or false'),
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
-                num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number from 1, or none'),
+                num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number, or none'),
                 base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
                 fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
@@ -199,7 +199,9 @@ def _check_targets(self:RewardModel, lora):
     "ValueError if an adapter would reach what perspectives share, or names modules that do not exist."
     from peft.tuners.tuners_utils import check_target_module_exists
     b = self.backbone
-    linear = [n for n,m in b.model.named_modules() if isinstance(m, nn.Linear) and b.projector not in n]
+    inside = tuple(f'{p}.' for p in b.projectors)
+    linear = [n for n,m in b.model.named_modules() if isinstance(m, nn.Linear)
+              and not n.startswith(inside) and n not in b.projectors]
     plain = [n.replace('.base_layer', '') for n in linear if 'lora_' not in n]
     hit = [n for n in plain if check_target_module_exists(lora, n)]
     far = [n for n in hit if not re.fullmatch(b.lora_targets, n)]
@@ -220,18 +222,18 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     from peft import LoraConfig, PeftModel
     b = self.backbone
     self._check_name(name)
-    depth = b.model.config.num_hidden_layers
+    depth = len(b.language_model.layers)
     if config.layer is not None and config.layer>depth: raise ValueError(
         f"layer is {config.layer}; this base has layers 0 to {depth}")
     usual = dict(target_modules=b.lora_targets, init_lora_weights='gaussian')
-    lora = LoraConfig(**{**usual, **options}, modules_to_save=[b.projector], bias='none')
+    lora = LoraConfig(**{**usual, **options}, modules_to_save=list(b.projectors) or None, bias='none')
     self._check_targets(lora)
     head = ValueHead(b.hidden_size, config.dim, config.skipca, b.eps, config.gate).to(self.device)
     before = set(self.modules())
     if self.peft is None: # not registered as a module: its weights are the backbone's
         self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
     else: self.peft.add_adapter(name, lora)
-    b.model.get_submodule(b.projector).modules_to_save[name].float()
+    for p in b.projectors: b.model.get_submodule(p).modules_to_save[name].float()
     self.heads[name] = head
     for m in set(self.modules())-before: m.training = self.training
     base = config.base or self.base
@@ -313,11 +315,12 @@ def forward(self:RewardModel,
         name = self._known(self._using or self.active)
         config = self.configs[name]
         head = self.heads[name]
-        h,visual,mask = self.backbone(batch, features, config.layer)
+        read = self.backbone(batch, features, config.layer, config.pooling)
         prompt = self.backbone.prompt_embedding(batch) if config.gate else None
-        if config.pooling=='last': return head(h[:,-1], visual, mask, prompt)
-        real = batch['attention_mask'].to(torch.float32)[...,None]
-        return (head(h, visual, mask, prompt)*real).sum(1)/real.sum(1)
+        vectors = head(read.states, read.visual, read.mask, prompt)
+        if config.pooling=='last': return vectors
+        real = read.real.to(torch.float32)[...,None]
+        return (vectors*real).sum(1)/real.sum(1)
 
 # %% ../nbs/3_paper/35_model.ipynb #344666e7
 def check_batch_size(
@@ -353,7 +356,7 @@ def embed_all(self:RewardModel,
     for idx in batch_progress(batches, 'scoring'):
         batch = self._encode(items, prompts, idx)
         with self.lock, evaluating(self):
-            batch = {k:v.to(self.device) for k,v in batch.items()}
+            batch = self.backbone.to_device(batch, self.device)
             features = self.backbone.vision(batch)
             for n in names:
                 with self.using(n): out[n][idx] = self(features=features, **batch).float().cpu()
@@ -366,7 +369,7 @@ def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened 
     items = image_list(images)
     prompts = as_prompts(prompts, len(items))
     sizes = [image_size(x, _called(i, items)) for i,x in enumerate(items)]
-    self.backbone.check(sizes, prompts)
+    self.backbone.token_counts(sizes, prompts)
     return items, prompts, _batches(sizes, batch_size)
 
 @patch
@@ -760,7 +763,7 @@ _INITS = (None, True, False, 'gaussian', 'orthogonal') # ways to start that leav
 
 def _adapter_options(
     path:Path,     # adapter_config.json
-    projector:str, # the backbone's projector module
+    projectors:tuple, # the backbone's projector modules
 )->dict: # for `LoraConfig`
     "The options in an adapter's file; `CheckpointError` for those that are missing or cannot be honoured."
     from peft import LoraConfig
@@ -773,7 +776,7 @@ def _adapter_options(
     fine = dict(peft_type=d.get('peft_type') in (None,'LORA'), bias=d.get('bias')=='none',
                 init_lora_weights=any(init is x or init==x for x in _INITS),
                 modules_to_save=isinstance(extra, list) and
-                    {str(m).split('.')[-1] for m in extra}<={projector})
+                    {str(m).split('.')[-1] for m in extra}<={p.split('.')[-1] for p in projectors})
     for k,v in d.items():
         off = v in (None, False, '', [], {}) or k in usual and v==usual[k]
         if not fine.get(k, k in _NOTES or k in _PASSED or off): raise CheckpointError(
@@ -792,7 +795,7 @@ def _adapter_options(
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."
-    options = _adapter_options(adapter_config, self.backbone.projector)
+    options = _adapter_options(adapter_config, self.backbone.projectors)
     self._check_name(name)
     try: return self._add(name, config, options)
     except CheckpointError: raise
@@ -846,11 +849,11 @@ def check_base(self:RewardModel,
 ):
     "`CheckpointError` if sizes or fingerprint tell that the perspective was trained on another base."
     here = f"{self.base or 'without a name'} ({self.backbone.model_type})"
-    check_origin(where, self.backbone.hidden_size, [self.backbone.projector], here)
+    check_origin(where, self.backbone.hidden_size, self.backbone.projectors, here)
     if config.fingerprint is None or same_base(config.fingerprint, self.backbone.fingerprint()): return
     raise CheckpointError(
-        f"{where}: was trained on another base, {config.base or 'which it does not name'}; the one here, {here}, has "
-        "other weights; pass the base it was trained on as base=")
+        f"{where}: was trained on another base, {config.base or 'which it does not name'}; the one here, "
+        f"{here}, has other weights; pass the base it was trained on as base=")
 
 # %% ../nbs/3_paper/35_model.ipynb #afda9c2e
 @patch
@@ -1004,7 +1007,7 @@ def activation_checkpointing_enable(self:RewardModel,
     **kwargs,                                  # more arguments of the language model's own method
 ):
     "Compute the language model's activations again in the backward pass instead of keeping them."
-    language_model = self.backbone.model.language_model
+    language_model = self.backbone.language_model
     how = activation_checkpointing_kwargs or dict(use_reentrant=False)
     if hasattr(language_model, 'activation_checkpointing_enable'):
         language_model.activation_checkpointing_enable(how, **kwargs)
