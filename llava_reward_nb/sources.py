@@ -728,7 +728,8 @@ def report_data(
     is_source = isinstance(source, Source)
     stream = source.numbered() if is_source else zip(source.places, source)
     tally = _Tally(source.kind, pictures, seed, tokens)
-    for place,record in progress(islice(stream, limit), desc='reading', unit='record'): tally.add(place, record)
+    for place,record in progress(islice(stream, limit), desc='reading', unit='record'):
+        tally.add(place, record)
     faults = [*source.faults, *(Fault(*b) for b in tally.broken)]
     dropped = source.dropped if is_source else 0
     name = str(source) if is_source else source.name
@@ -796,7 +797,8 @@ def html_report(
         table = f'<h2>{html.escape(r.name)}</h2><table>{rows}</table>'
         parts.append(f'{table}{shown}<div class="records">{figures}</div>')
     title = 'Data report'
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    head += f'<style>{_STYLE}</style>'
     return f"{head}<h1>{title}</h1>{''.join(parts)}</html>\n"
 
 # %% ../nbs/3_paper/38_sources.ipynb #ad26ee99
