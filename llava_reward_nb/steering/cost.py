@@ -67,7 +67,8 @@ class Work:
     def __add__(self, other):
         scores = Counter(self.scores)
         scores.update(other.scores)
-        return Work(self.images+other.images, self.steps+other.steps, self.decodes+other.decodes, dict(scores))
+        return Work(self.images+other.images, self.steps+other.steps, self.decodes+other.decodes,
+                    dict(scores))
 
     def __str__(self):
         return (f'{self.images:,} images, {self.steps:,} network steps, {self.decodes:,} decodes, '
