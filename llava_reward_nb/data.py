@@ -497,14 +497,14 @@ def _reason_it_does_not_fit(
     size:tuple,  # (width, height) of the image
 )->Fault|None:
     "Why a model cannot take an image with its prompt."
-    try: processor.check([size], [use.prompt])
+    try: processor.token_counts([size], [use.prompt])
     except InputError as e:
         why = str(e).split(' 0: ', 1)[-1] # it counts from 0 in a batch of one
         return Fault(use.index, 'prompt' if str(e).startswith('prompt') else use.field, why)
 
 def check_fit(
     records:RewardRecords, # checked
-    processor,             # of the backbone; has `check(sizes, prompts)`
+    processor,             # of the backbone; has `token_counts(sizes, prompts)`
     skip_bad:bool=False,   # leave out what does not fit, with a warning
 )->RewardRecords: # those that fit
     "Records that a model can take; one `InputError` names the others."
