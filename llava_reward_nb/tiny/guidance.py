@@ -412,7 +412,7 @@ def paired(
     metrics:list=None,   # columns; default: all metrics
     summary:str='best',  # of a prompt's particles: 'best' or 'mean'
     m:int=2000,          # exchanges tried, see `paired_p`
-): # DataFrame: guidance, minus, metric, difference, low, high, p, prompts
+): # DataFrame: guidance, minus, metric, difference, low, high, p, prompts, spread
     "Mean difference over prompts, 95 % interval, two-sided p; `InputError` if two guidances share no prompt."
     import pandas as pd
     frame = particle_frame(frame)
@@ -428,8 +428,9 @@ def paired(
                 raise InputError(f"no prompt with {metric} for both {a!r} and {b!r}; there are {there}")
             low,high = stats.interval(stats.mean, x-y)
             p = stats.paired_p(weighted_mean, x, y, None, m=m)
-            out.append(dict(guidance=a, minus=b, metric=metric, difference=(x-y).mean(),
-                            low=low, high=high, p=p, prompts=len(x)))
+            spread = (x-y).std(ddof=1) if len(x)>1 else np.nan
+            out.append(dict(guidance=a, minus=b, metric=metric, difference=(x-y).mean(), low=low, high=high,
+                            p=p, prompts=len(x), spread=spread))
     return pd.DataFrame(out)
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #4ba19675
@@ -440,8 +441,9 @@ def prompts_needed(
     difference:float, # to be found, other than 0
 )->int: # at least `stats.FEWEST`
     "Prompts that find a mean difference at the 5 % level with probability 0.8 (normal approximation)."
-    if not (spread>=0 and abs(difference)>0 and math.isfinite(spread/difference)): raise InputError(
-        f"spread {spread}, difference {difference}; needed: a finite spread >= 0 and a difference other than 0")
+    if not (spread>=0 and abs(difference)>0 and math.isfinite(spread/difference)):
+        raise InputError(f"spread {spread}, difference {difference}; needed: a finite spread of at least 0 "
+                         "and a difference other than 0")
     return max(stats.FEWEST, math.ceil((_POWER*spread/abs(difference))**2))
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #88f095b4
