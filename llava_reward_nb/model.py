@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'CARD', 'PerspectiveConfig', 'RewardModel', 'name_fault', 'usable_name', 'check_batch_size', 'check_sums',
-           'TrainingFacts', 'model_card', 'saved_config', 'published_config', 'perspective_folders']
+           'TrainingFacts', 'model_card', 'saved_config', 'perspective_folders']
 
 # %% ../nbs/3_paper/35_model.ipynb #1d61ba19
 import hashlib, json, math, re, shlex, shutil
@@ -25,10 +25,10 @@ from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progr
 from .docments import document
 from .files import atomic_path
 from .losses import make_loss
-from .weights import blame, read_json
+from .layouts import check_origin, origin_of, our_modules, published_config, read_published
 from .skipca import ValueHead
 from .store import make_identity, text_hash
-from .weights import MODELS, hub_folder, read_tensors, tensor_shapes
+from .weights import MODELS, hub_folder, read_json, read_weights, tensor_shapes
 
 # %% ../nbs/3_paper/35_model.ipynb #e9bb9c79
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -44,7 +44,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 gate=(isinstance(c.gate, bool), 'true or false'),
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
-                num_crops=(_is_whole(c.num_crops, 1), 'a whole number from 1'),
+                num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number, or none'),
                 base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
                 fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
@@ -59,7 +59,7 @@ class PerspectiveConfig:
     gate:bool=False         # prompt-dependent eigenvalues ('gpm' with dim >= 4)
     pooling:str='last'      # 'last' token, or the 'mean' over all real tokens
     layer:int=None          # decoder layer whose state is the query; None: the last, after the final norm
-    num_crops:int=16        # crops an image was cut into in training (Phi-3.5-vision), >= 1
+    num_crops:int=16        # crops an image was cut into in training, >= 1; None: the base cuts none
     base:str=None           # the base as the user named it
     fingerprint:list=None   # a few weights of the base, to notice a wrong one
     version:str=__version__ # version of the package that wrote it
@@ -199,7 +199,9 @@ def _check_targets(self:RewardModel, lora):
     "ValueError if an adapter would reach what perspectives share, or names modules that do not exist."
     from peft.tuners.tuners_utils import check_target_module_exists
     b = self.backbone
-    linear = [n for n,m in b.model.named_modules() if isinstance(m, nn.Linear) and b.projector not in n]
+    inside = tuple(f'{p}.' for p in b.projectors)
+    linear = [n for n,m in b.model.named_modules() if isinstance(m, nn.Linear)
+              and not n.startswith(inside) and n not in b.projectors]
     plain = [n.replace('.base_layer', '') for n in linear if 'lora_' not in n]
     hit = [n for n in plain if check_target_module_exists(lora, n)]
     far = [n for n in hit if not re.fullmatch(b.lora_targets, n)]
@@ -220,18 +222,18 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     from peft import LoraConfig, PeftModel
     b = self.backbone
     self._check_name(name)
-    depth = b.model.config.num_hidden_layers
+    depth = len(b.language_model.layers)
     if config.layer is not None and config.layer>depth: raise ValueError(
         f"layer is {config.layer}; this base has layers 0 to {depth}")
     usual = dict(target_modules=b.lora_targets, init_lora_weights='gaussian')
-    lora = LoraConfig(**{**usual, **options}, modules_to_save=[b.projector], bias='none')
+    lora = LoraConfig(**{**usual, **options}, modules_to_save=list(b.projectors) or None, bias='none')
     self._check_targets(lora)
     head = ValueHead(b.hidden_size, config.dim, config.skipca, b.eps, config.gate).to(self.device)
     before = set(self.modules())
     if self.peft is None: # not registered as a module: its weights are the backbone's
         self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
     else: self.peft.add_adapter(name, lora)
-    b.model.get_submodule(b.projector).modules_to_save[name].float()
+    for p in b.projectors: b.model.get_submodule(p).modules_to_save[name].float()
     self.heads[name] = head
     for m in set(self.modules())-before: m.training = self.training
     base = config.base or self.base
@@ -313,11 +315,12 @@ def forward(self:RewardModel,
         name = self._known(self._using or self.active)
         config = self.configs[name]
         head = self.heads[name]
-        h,visual,mask = self.backbone(batch, features, config.layer)
+        read = self.backbone(batch, features, config.layer, config.pooling)
         prompt = self.backbone.prompt_embedding(batch) if config.gate else None
-        if config.pooling=='last': return head(h[:,-1], visual, mask, prompt)
-        real = batch['attention_mask'].to(torch.float32)[...,None]
-        return (head(h, visual, mask, prompt)*real).sum(1)/real.sum(1)
+        vectors = head(read.states, read.visual, read.mask, prompt)
+        if config.pooling=='last': return vectors
+        real = read.real.to(torch.float32)[...,None]
+        return (vectors*real).sum(1)/real.sum(1)
 
 # %% ../nbs/3_paper/35_model.ipynb #344666e7
 def check_batch_size(
@@ -353,7 +356,7 @@ def embed_all(self:RewardModel,
     for idx in batch_progress(batches, 'scoring'):
         batch = self._encode(items, prompts, idx)
         with self.lock, evaluating(self):
-            batch = {k:v.to(self.device) for k,v in batch.items()}
+            batch = self.backbone.to_device(batch, self.device)
             features = self.backbone.vision(batch)
             for n in names:
                 with self.using(n): out[n][idx] = self(features=features, **batch).float().cpu()
@@ -366,7 +369,7 @@ def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened 
     items = image_list(images)
     prompts = as_prompts(prompts, len(items))
     sizes = [image_size(x, _called(i, items)) for i,x in enumerate(items)]
-    self.backbone.check(sizes, prompts)
+    self.backbone.token_counts(sizes, prompts)
     return items, prompts, _batches(sizes, batch_size)
 
 @patch
@@ -693,20 +696,6 @@ def identity(self:RewardModel)->str:
     "Who this reward is by its active perspective; see `identity_of`."
     return self.identity_of()
 
-# %% ../nbs/3_paper/35_model.ipynb #f4985b36
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-def _read_weights(path:Path)->dict:
-    "Tensors of a .safetensors or .bin file; `CheckpointError` if it is missing, damaged, or holds NaN."
-    with blame(path): sd = dict(read_tensors(path))
-    for k,v in sd.items():
-        if v.dtype not in _DTYPES: raise CheckpointError(
-            f"{path}: {k} is {v.dtype}; needed: 16, 32 or 64 bit floats; "
-            "the file is damaged or of another kind")
-        if not v.isfinite().all(): raise CheckpointError(
-            f"{path}: {k} holds NaN or infinity; the training diverged or the file is damaged")
-    return sd
-
 # %% ../nbs/3_paper/35_model.ipynb #fe71efb2
 def _check_keys(
     got:dict,       # name -> tensor, as read
@@ -771,16 +760,10 @@ _PASSED = ('r','lora_alpha','lora_dropout','use_rslora','use_dora','rank_pattern
 _NOTES = ('peft_version','auto_mapping','base_model_name_or_path','revision','task_type','inference_mode',
           'megatron_core','runtime_config')            # no influence on a score
 _INITS = (None, True, False, 'gaussian', 'orthogonal') # ways to start that leave the base's weights alone
-_THEIRS = re.compile(r'(?<![\w.])model(?=\\?\.layers)') # the decoder's path in the published layout
-
-def _our_names(v): # of modules, in an option
-    if isinstance(v, dict): return {_our_names(k):n for k,n in v.items()}
-    if isinstance(v, list): return [_our_names(x) for x in v]
-    return _THEIRS.sub('language_model', v) if isinstance(v, str) else v
 
 def _adapter_options(
     path:Path,     # adapter_config.json
-    projector:str, # the backbone's projector module
+    projectors:tuple, # the backbone's projector modules
 )->dict: # for `LoraConfig`
     "The options in an adapter's file; `CheckpointError` for those that are missing or cannot be honoured."
     from peft import LoraConfig
@@ -793,13 +776,13 @@ def _adapter_options(
     fine = dict(peft_type=d.get('peft_type') in (None,'LORA'), bias=d.get('bias')=='none',
                 init_lora_weights=any(init is x or init==x for x in _INITS),
                 modules_to_save=isinstance(extra, list) and
-                    {str(m).split('.')[-1] for m in extra}<={projector})
+                    {str(m).split('.')[-1] for m in extra}<={p.split('.')[-1] for p in projectors})
     for k,v in d.items():
         off = v in (None, False, '', [], {}) or k in usual and v==usual[k]
         if not fine.get(k, k in _NOTES or k in _PASSED or off): raise CheckpointError(
             f"{path}: {k} is {v!r:.100}, which cannot be honoured here; "
             "the scores would not be those of its training")
-    options = {k:_our_names(d[k]) for k in _PASSED if d.get(k) is not None}
+    options = {k:our_modules(d[k]) for k in _PASSED if d.get(k) is not None}
     for k in 'use_rslora','use_dora':
         if not isinstance(options.get(k, False), bool): raise CheckpointError(
             f"{path}: {k} is {options[k]!r:.100}; needed: true or false; copy it again")
@@ -812,7 +795,7 @@ def _adapter_options(
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."
-    options = _adapter_options(adapter_config, self.backbone.projector)
+    options = _adapter_options(adapter_config, self.backbone.projectors)
     self._check_name(name)
     try: return self._add(name, config, options)
     except CheckpointError: raise
@@ -832,6 +815,7 @@ def load_perspective(self:RewardModel,
     name = name or usable_name(folder.resolve().name)
     config = saved_config(folder, overrides)
     with self.lock:
+        self.check_base(config, folder)
         if (folder/'lora').is_dir(): self._load_published(folder, name, config)
         else: self._load_ours(folder, name, config)
     return self
@@ -839,9 +823,8 @@ def load_perspective(self:RewardModel,
 @patch
 def _load_ours(self:RewardModel, folder:Path, name:str, config:PerspectiveConfig):
     "Add a perspective from our layout."
-    self.check_base(config, folder)
-    adapter = _read_weights(folder/'adapter_model.safetensors')
-    head = _read_weights(folder/'head.safetensors')
+    adapter = read_weights(folder/'adapter_model.safetensors')
+    head = read_weights(folder/'head.safetensors')
     self._add_saved(name, config, folder/'adapter_config.json')
     try:
         bare = not read_json(folder/'adapter_config.json').get('modules_to_save')
@@ -864,10 +847,13 @@ def check_base(self:RewardModel,
     config:PerspectiveConfig, # of a saved perspective
     where:Path,               # its folder, for the message
 ):
-    "`CheckpointError` if the fingerprint tells that the perspective was trained on another base."
+    "`CheckpointError` if sizes or fingerprint tell that the perspective was trained on another base."
+    here = f"{self.base or 'without a name'} ({self.backbone.model_type})"
+    check_origin(where, self.backbone.hidden_size, self.backbone.projectors, here)
     if config.fingerprint is None or same_base(config.fingerprint, self.backbone.fingerprint()): return
     raise CheckpointError(
-        f"{where}: was trained on another base ({config.base}); pass that one as base=")
+        f"{where}: was trained on another base, {config.base or 'which it does not name'}; the one here, "
+        f"{here}, has other weights; pass the base it was trained on as base=")
 
 # %% ../nbs/3_paper/35_model.ipynb #afda9c2e
 @patch
@@ -878,70 +864,21 @@ def restore_perspective(self:RewardModel,
     "Read saved weights back into a perspective; `CheckpointError` for another base, missing tensors or NaN."
     folder = Path(folder)
     self.check_base(saved_config(folder), folder)
-    adapter = _read_weights(folder/'adapter_model.safetensors')
-    head = _read_weights(folder/'head.safetensors')
+    adapter = read_weights(folder/'adapter_model.safetensors')
+    head = read_weights(folder/'head.safetensors')
     with self.lock: self._fill(self._known(name), adapter, head, folder)
-
-# %% ../nbs/3_paper/35_model.ipynb #663a368d
-def published_config(
-    path:Path, # a published reward_config.yaml
-)->dict: # field of `PerspectiveConfig` -> value
-    "The fields of the authors' file, under our names; `CheckpointError` if it is missing or damaged."
-    import yaml
-    if not path.is_file(): raise CheckpointError(
-        f"{path}: no such file; the checkpoint is incomplete, copy it again")
-    try: y = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as e: raise CheckpointError(
-        f"{path}: not YAML ({e}); copy it again") from None
-    if not isinstance(y, dict): raise CheckpointError(
-        f"{path}: holds a {type(y).__name__}, not fields with values; not YAML as it should be, "
-        "copy it again")
-    for k in 'is_general_preference','add_cross_attention','mean_hidden_state':
-        if y.get(k) not in (None, True, False): raise CheckpointError(
-            f"{path}: {k} is {y[k]!r}; needed: true or false; copy it again")
-    gpm = bool(y.get('is_general_preference'))
-    return dict(loss='gpm' if gpm else 'bt', dim=y.get('value_head_dim', 2) if gpm else 1,
-                tau=y.get('general_preference_tau', .1), skipca=bool(y.get('add_cross_attention')),
-                pooling='mean' if y.get('mean_hidden_state') else 'last', layer=y.get('layer_id'),
-                num_crops=y.get('num_crops', 16), base=y.get('base_model'))
-
-# %% ../nbs/3_paper/35_model.ipynb #4229b02f
-_LAST_LAYER = 32 # layer_id in published files that means: the last, after the final norm
-
-def _adapter_key(key:str)->str:
-    "Our name of a tensor in the authors' adapter, with or without PEFT's prefix and the adapter's name."
-    key = key.removeprefix('base_model.model.')
-    key = re.sub(r'\.(lora_[AB])\.(?:[\w-]+\.)?(weight|bias)$', r'.\1.\2', key)
-    return 'base_model.model.'+re.sub(r'^model\.layers\.', 'language_model.layers.', key)
-
-def _head_key(key:str)->str:
-    "Our name of a tensor in the authors' head."
-    leaf = '.'.join(key.split('.')[-2:])
-    return leaf if leaf.startswith('value_head') else f'skipca.{leaf}'
-
-def _published_weights(
-    folder:Path,   # published checkpoint
-    projector:str, # the backbone's projector module
-)->tuple: # adapter and head: dicts of tensors under our names
-    "Read lora/ and pytorch_model.bin and map their keys."
-    path = folder/'lora'/'adapter_model.safetensors'
-    lora = _read_weights(path if path.is_file() else path.with_suffix('.bin'))
-    adapter = {_adapter_key(k):v for k,v in lora.items()}
-    head = {}
-    for k,v in _read_weights(folder/'pytorch_model.bin').items():
-        _,found,rest = k.partition('img_projection.')
-        if found: adapter[f'base_model.model.{projector}.{rest}'] = v
-        else: head[_head_key(k)] = v
-    return adapter, head
 
 # %% ../nbs/3_paper/35_model.ipynb #a86a641e
 @patch
 def _load_published(self:RewardModel, folder:Path, name:str, config:PerspectiveConfig):
     "Add a perspective from the published layout."
-    if config.layer==_LAST_LAYER: config = replace(config, layer=None)
-    adapter,head = _published_weights(folder, self.backbone.projector)
     self._add_saved(name, config, folder/'lora'/'adapter_config.json')
-    try: self._fill(name, adapter, head, folder, bare=True)
+    try:
+        own = self._tensors(name)
+        head = self.heads[name].state_dict()
+        read = read_published(folder, [*own, *head])
+        self._fill(name, {k:v for k,v in read.items() if k in own},
+                   {k:v for k,v in read.items() if k in head}, folder, bare=True)
     except BaseException:
         self._drop(name)
         raise
@@ -1012,8 +949,7 @@ def _find_base(
     said = saved_config(first).base
     if said: return _remembered_base(said, first), said
     raise CheckpointError(
-        f"{first}: does not say which base it belongs to; pass base= "
-        "(for the published rewards: 'microsoft/Phi-3.5-vision-instruct')")
+        f"{first}: does not say which base it belongs to; pass base= one with {origin_of(first)}")
 
 # %% ../nbs/3_paper/35_model.ipynb #f27a7536
 @patch(cls_method=True)
@@ -1071,7 +1007,7 @@ def activation_checkpointing_enable(self:RewardModel,
     **kwargs,                                  # more arguments of the language model's own method
 ):
     "Compute the language model's activations again in the backward pass instead of keeping them."
-    language_model = self.backbone.model.language_model
+    language_model = self.backbone.language_model
     how = activation_checkpointing_kwargs or dict(use_reentrant=False)
     if hasattr(language_model, 'activation_checkpointing_enable'):
         language_model.activation_checkpointing_enable(how, **kwargs)

@@ -10,6 +10,7 @@ __all__ = ['CLIP_L14_336', 'SUB_GN', 'GLB_GN', 'VISION_CHUNK', 'Phi3VConfig', 'r
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #b356956b
 import json, math, re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -393,10 +394,10 @@ def prompt_ids(self:Phi3VProcessor,
 def pad(self:Phi3VProcessor,
     rows:list, # Lists of token ids
 )->dict: # input_ids, attention_mask (n,s) int64
-    "Pad on the left to the longest row."
+    "Pad on the right to the longest row."
     s, fill = max(map(len, rows)), self.tokenizer.pad_token_id
-    return dict(input_ids=torch.tensor([[fill]*(s-len(r))+r for r in rows]),
-                attention_mask=torch.tensor([[0]*(s-len(r))+[1]*len(r) for r in rows]))
+    return dict(input_ids=torch.tensor([r+[fill]*(s-len(r)) for r in rows]),
+                attention_mask=torch.tensor([[1]*len(r)+[0]*(s-len(r)) for r in rows]))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #7d823f19
 @patch
@@ -413,22 +414,24 @@ def _check_length(self:Phi3VProcessor, i:int, n:int):
         f"prompt {i}: {n} tokens with its image, the model takes {most}; shorten it or lower num_crops")
 
 @patch
-def check(self:Phi3VProcessor,
+def token_counts(self:Phi3VProcessor,
     sizes:list,   # (width, height) of n images, pixels
     prompts:list, # n strings
-):
-    "`InputError` for the first image that is too thin or prompt that is too long; nothing is opened for it."
-    p,texts = self.image_processor,{}
+)->list: # tokens of each row, visual ones and text
+    "Lengths of rows before anything is opened; `InputError` for the first image or prompt that does not fit."
+    p,texts,counts = self.image_processor,{},[]
     for i,(size,prompt) in enumerate(zip(sizes, prompts)):
         if prompt not in texts: texts[prompt] = len(self.prompt_ids(prompt, 0))
         n = texts[prompt]+p.num_tokens(hd_shape(*size, p.num_crops, p.crop_size, f'image {i}'))
         self._check_length(i, n)
+        counts.append(n)
+    return counts
 
 @patch
 def __call__(self:Phi3VProcessor,
     images, # One image or n of them, see `as_images`
     prompts, # One prompt or n of them
-)->dict: # input_ids, attention_mask (n,s), padded left; pixel_values (crops,3,c,c); image_sizes (n,2)
+)->dict: # input_ids, attention_mask (n,s), padded right; pixel_values (crops,3,c,c); image_sizes (n,2)
     "Everything `Phi3VModel` reads; `InputError` names the image or prompt that cannot be used."
     images,prompts = reward_inputs(images, prompts)
     visual = [self.image_processor.num_tokens(s) for s in self.image_processor.sizes(images)]
@@ -560,11 +563,11 @@ class LongRope(nn.Module):
     @torch.no_grad()
     def forward(self,
         x:Tensor, # Any tensor of the wanted device and dtype
-        position_ids:Tensor, # (b, s) int64, 0 at padding
+        position_ids:Tensor, # (b, s) int64; at padding any that does not exceed those of the row
     )->tuple: # cosines and sines, (b, s, head_dim) each
         "Cosines and sines of every position, float32 inside."
         long = position_ids.amax(-1)>=self.original
-        freq = self.inv_freq.to(x.device)[long.long()]
+        freq = self.inv_freq.to(x.device, non_blocking=True)[long.long()]
         angle = position_ids[...,None].float()*freq[:,None]
         angle = torch.cat([angle, angle], -1)
         return (angle.cos()*self.scale).to(x.dtype), (angle.sin()*self.scale).to(x.dtype)
@@ -659,7 +662,7 @@ def crop_features(self:Phi3VModel,
 @patch
 def vision_features(self:Phi3VModel,
     pixel_values:Tensor, # (crops, 3, c, c) of all images
-    image_sizes:Tensor, # (n, 2) H, W of the HD images
+    image_sizes:Tensor, # (n, 2) H, W of the HD images, on the CPU
 )->tuple: # features (v, 4*width) of all images in a row, before the projector; and their lengths, n ints
     "Visual sequences of all images: tiles, `glb_GN`, global view; `ValueError` if crops and sizes disagree."
     c, m, orders, crops = self.config.crop_size, self.config.merged, [], 0
@@ -670,12 +673,12 @@ def vision_features(self:Phi3VModel,
     if crops!=len(pixel_values):
         raise ValueError(f"{len(pixel_values)} crops for images that need {crops}; "
                          "pass what Phi3VImageProcessor returned")
-    cells = self.crop_features(pixel_values)
-    order = torch.cat(orders).to(cells.device)
-    out = cells.flatten(0,2)[order.clamp(min=0)]
-    out[order==SUB_GN] = self.sub_GN.flatten().to(out.dtype)
-    out[order==GLB_GN] = self.glb_GN.flatten().to(out.dtype)
-    return out, [len(o) for o in orders]
+    cells = self.crop_features(pixel_values).flatten(0,2)
+    separators = torch.cat([self.sub_GN.flatten(0,2), self.glb_GN.flatten(0,1)])
+    table = torch.cat([cells, separators.to(cells.dtype)])
+    order = torch.cat(orders)
+    order = torch.where(order<0, len(cells)-1-order, order) # SUB_GN and GLB_GN are the table's last two rows
+    return table.index_select(0, order.to(table.device, non_blocking=True)), [len(o) for o in orders]
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #a8f9cb3c
 @patch
@@ -686,30 +689,65 @@ def project(self:Phi3VModel,
     return self.img_projection(features)
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #43ce0b64
+def _holds(condition:Tensor, message:Callable):
+    "`ValueError` if a condition, a tensor with one bool, is False; on CUDA an assertion on the device."
+    if condition.device.type=='cuda': torch._assert_async(condition, 'ids, mask and visual tokens do not fit')
+    elif not condition: raise ValueError(message())
+
+@patch
+def embed(self:Phi3VModel,
+    input_ids:Tensor, # (b, s) int64, negative where a visual token goes
+    visual:Tensor, # (v, hidden) from `project`, of all rows in a row
+)->Tensor: # (b, s, hidden)
+    "Text and visual tokens in order; `ValueError` if the visual tokens do not fill their places."
+    place = input_ids<0
+    n = place.sum()
+    _holds(n==len(visual), lambda: f"{len(visual)} visual tokens for {n} places in input_ids; "
+           "make both with one Phi3VProcessor call")
+    embeds = self.language_model.embed_tokens(input_ids.clamp(min=0))
+    if not len(visual): return embeds
+    which = (place.flatten().cumsum(0)-1).clamp(min=0) # of the visual tokens, counted from the first row on
+    spread = visual.to(embeds.dtype).index_select(0, which).view_as(embeds)
+    return torch.where(place[...,None], spread, embeds)
+
+# %% ../nbs/3_paper/32_phi3v.ipynb #e53ca489
+def _causal_mask(
+    config, # `Phi3Config` of the decoder
+    x:Tensor, # (b, s, hidden), gives length, device and dtype
+)->Tensor|None: # (1, 1, s, s), added to attention scores; None: the kernel is causal by itself
+    "What attention needs to know beyond being causal."
+    s,window,kind = x.shape[1], config.sliding_window, config._attn_implementation
+    narrow = window is not None and s>window
+    if kind.startswith('flash') or kind=='sdpa' and not narrow: return None
+    at = torch.arange(s, device=x.device)
+    back = at[:,None]-at # how far before the query a key stands
+    seen = (back>=0) & (back<window) if narrow else back>=0
+    least = torch.finfo(x.dtype).min
+    return torch.zeros(s, s, device=x.device, dtype=x.dtype).masked_fill(~seen, least)[None,None]
+
 @patch
 def forward(self:Phi3VModel,
     input_ids:Tensor, # (b, s) int64, negative where a visual token goes
-    attention_mask:Tensor, # (b, s), 1 at real tokens, 0 at padding
+    attention_mask:Tensor, # (b, s), 1 at real tokens, 0 at padding, which is on the right
     visual:Tensor, # (v, hidden) from `project`, of all rows in a row
-    output_hidden_states:bool=False, # Also return the embeddings and every layer's output
-): # last hidden state (b, s, hidden) after the final norm [, tuple of hidden states]
-    "The decoder over text and visual tokens; `ValueError` if the visual tokens do not fill their places."
-    place = input_ids<0
-    n = int(place.sum())
-    if n!=len(visual):
-        raise ValueError(f"{len(visual)} visual tokens for {n} places in input_ids; "
-                         "make both with one Phi3VProcessor call")
-    embeds = self.language_model.embed_tokens(input_ids.clamp(min=0))
-    embeds = embeds.masked_scatter(place[...,None], visual.to(embeds.dtype))
+    layer:int=None, # States of this layer, un-normed (0: embeddings); None: the last, normed
+    last:bool=False, # Only the states of each row's last real token
+)->Tensor: # (b, s, hidden), or (b, hidden) with `last`
+    "The decoder over text and visual tokens; `ValueError` for places left open, or padding on the left."
+    _holds((attention_mask[:,1:]<=attention_mask[:,:-1]).all(), lambda:
+           "rows are padded on the left or have holes; pad them on the right, as Phi3VProcessor does")
+    decoder = self.language_model
+    states = self.embed(input_ids, visual)
+    depth = len(decoder.layers) if layer is None else layer
     position_ids = (attention_mask.long().cumsum(-1)-1).clamp(min=0)
-    states,layers = [embeds],self.language_model.layers if output_hidden_states else ()
-    keep = lambda layer, args, out: states.append(out[0] if isinstance(out, tuple) else out)
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
-    fed = dict(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids)
-    try: last = self.language_model(**fed, use_cache=False).last_hidden_state
-    finally:
-        for hook in hooks: hook.remove()
-    return (last, (*states[:-1], last)) if output_hidden_states else last
+    shared = dict(position_embeddings=decoder.rotary_emb(states, position_ids),
+                  attention_mask=_causal_mask(decoder.config, states))
+    for block in decoder.layers[:depth]: states = block(states, **shared)
+    if last: states = _at(states, position_ids[:,-1])
+    return decoder.norm(states) if depth==len(decoder.layers) else states
+
+def _at(x:Tensor, place:Tensor)->Tensor: # x (b, s, d), one place in each row (b,) -> (b, d)
+    return x.gather(1, place[:,None,None].expand(-1, -1, x.shape[-1]))[:,0]
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #94a923f3
 _IMG = 'model.vision_embed_tokens.'

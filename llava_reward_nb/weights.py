@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'resolve_model', 'hub_folder', 'blame', 'read_json', 'weight_files', 'read_tensors', 'tensor_shapes',
-           'load_weights', 'check_loaded', 'load_pretrained']
+           'read_weights', 'some_names', 'load_weights', 'check_loaded', 'load_pretrained']
 
 # %% ../nbs/1_foundations/13_weights.ipynb #87966c70
 import json, os, re
@@ -197,6 +197,22 @@ def tensor_shapes(
     with safe_open(path, framework='pt') as file:
         return {name:tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
+# %% ../nbs/1_foundations/13_weights.ipynb #a2f149e4
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+def read_weights(
+    path, # a weights file
+)->dict: # name -> tensor
+    "All tensors of a file; `CheckpointError` if it is missing or damaged, or holds NaN or no floats."
+    with blame(path): weights = dict(read_tensors(path))
+    for name,tensor in weights.items():
+        if tensor.dtype not in _FLOATS: raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype}; needed: 16, 32 or 64 bit floats; "
+            "the file is damaged or of another kind")
+        if not tensor.isfinite().all(): raise CheckpointError(
+            f"{path}: {name} holds NaN or infinity; the training diverged or the file is damaged")
+    return weights
+
 # %% ../nbs/1_foundations/13_weights.ipynb #fed02ffb
 @dataclass
 class _Part:
@@ -244,14 +260,15 @@ def _check_shapes(
         if not can_be_cut: raise CheckpointError(
             f"{part.where}: {name} has shape {got}, the model needs {want}; they belong to different models")
 
-# %% ../nbs/1_foundations/13_weights.ipynb #d1bba4fc
-def _some(
+# %% ../nbs/1_foundations/13_weights.ipynb #cc309540
+def some_names(
     names, # any number of them
 )->str:
-    "The first few names, and how many more there are."
+    "The first few names in order, and how many more there are."
     names = sorted(names)
     return ', '.join(names[:4])+(f' and {len(names)-4} more' if len(names)>4 else '')
 
+# %% ../nbs/1_foundations/13_weights.ipynb #d1bba4fc
 def _match(
     parts:list,      # of `_Part`; their `ours` is filled
     need:dict,       # name of a parameter -> parameter
@@ -266,8 +283,8 @@ def _match(
         _check_shapes(part, need, rows)
     missing = need.keys()-{ours for part in parts for ours in part.ours.values()}
     wrong = []
-    if missing: wrong.append(f"lacks {_some(missing)}")
-    if unknown: wrong.append(f"unknown tensors {_some(unknown)}")
+    if missing: wrong.append(f"lacks {some_names(missing)}")
+    if unknown: wrong.append(f"unknown tensors {some_names(unknown)}")
     if not wrong: return
     if len(parts)==1: where = parts[0].where
     else: where = next(iter(unknown.values()), Path(parts[0].where).parent)
@@ -344,7 +361,7 @@ def check_loaded(
     for kind,problem in problems.items():
         names = {str(key[0] if isinstance(key, (tuple,list)) else key) for key in info.get(kind) or []}
         if names: raise CheckpointError(
-            f"{where}: the checkpoint {problem} weights: {_some(names)}; "
+            f"{where}: the checkpoint {problem} weights: {some_names(names)}; "
             "it is not the model this class runs, or incomplete")
 
 # %% ../nbs/1_foundations/13_weights.ipynb #126fd66b

@@ -1,13 +1,13 @@
 "Losses and preference probabilities against numbers that the paper's public code computed."
-import json
+import itertools, json, math
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from llava_reward_nb.losses import (LOSSES, bt_loss, bt_prob, cls_loss, cls_pair_prob, cls_prob, gp_loss, gp_prob,
-                                    gp_score, make_loss)
+from llava_reward_nb.losses import (LOSSES, balanced_weights, bt_loss, bt_prob, cls_loss, cls_pair_prob, cls_prob,
+                                    gauss_loss, gauss_prob, gp_loss, gp_prob, gp_score, make_loss, pl_loss)
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'losses.json').read_text())
 T = {k: torch.tensor(v) for k,v in GOLDEN['inputs'].items()}
@@ -78,5 +78,122 @@ def test_losses_are_finite_and_never_negative(ab, kind):
     a, b = ab
     if kind=='gpm': out = make_loss(kind, a.shape[1]).loss(a, b)
     elif kind=='bt': out = make_loss(kind).loss(a[:,:1], b[:,:1])
+    elif kind=='gauss': out = make_loss(kind, 2).loss(a[:,:2], b[:,:2])
+    elif kind=='pl': out = make_loss(kind).loss(a[...,None], 1+torch.arange(a.shape[1]).expand(a.shape)//2)
     else: out = make_loss(kind).loss(a[:,:1], (b[:,0]>0))
     assert out.isfinite() and out>=0
+
+# margins, focal factor, smoothing, weights, Gaussian scores, rankings: against float64 arithmetic written out here
+
+def log_sigmoid(z): return -np.logaddexp(0, -np.asarray(z, np.float64))
+
+def cross_entropy(z, t, gamma=0., smoothing=0., weights=(1.,1.)):
+    t = t*(1-smoothing)+(1-t)*smoothing
+    yes, no = log_sigmoid(z), log_sigmoid(-z)
+    return np.mean(-weights[1]*t*np.exp(gamma*no)*yes - weights[0]*(1-t)*np.exp(gamma*yes)*no)
+
+def gradient(f, x, step=1e-6):
+    "Central differences of a function of an array."
+    out = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += step
+        down[i] -= step
+        out[i] = (f(up)-f(down))/(2*step)
+    return out
+
+RNG = np.random.default_rng(0)
+C, R = RNG.normal(size=(2, 9))
+SOFT, POINTS = RNG.random(9), RNG.random(9)*3
+SHAPES = [dict(gamma=g, smoothing=e) for g in (0., .5, 2.) for e in (0., .2)]
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_pair_losses_and_gradients_in_float64(shape):
+    def plain(c): # margins are asked of the side that the target names
+        return cross_entropy((c-R-(2*SOFT-1)*.1*POINTS)/.3, SOFT, **shape)
+    c = torch.tensor(C, requires_grad=True)
+    loss = make_loss('bt', tau=.3, margin=.1, **shape).loss(c[:,None], torch.tensor(R)[:,None], torch.tensor(SOFT), torch.tensor(POINTS))
+    loss.backward()
+    assert loss.item() == pytest.approx(plain(C), rel=1e-10)
+    np.testing.assert_allclose(c.grad.numpy(), gradient(plain, C), rtol=1e-5, atol=1e-8)
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('gate', [False, True])
+def test_general_preference_with_and_without_a_gate(shape, gate):
+    a, b = RNG.normal(size=(2, 5, 6))
+    scale = np.repeat(np.sqrt(RNG.random((5, 3))), 2, 1) if gate else np.ones((5, 6)) # a gate scales the planes
+    def plain(a):
+        u, v = a*scale, b*scale
+        s = sum(u[:,2*j]*v[:,2*j+1]-u[:,2*j+1]*v[:,2*j] for j in range(3))
+        return cross_entropy(s/.5, SOFT[:5], **shape)
+    x = torch.tensor(a, requires_grad=True)
+    loss = make_loss('gpm', 6, tau=.5, **shape).loss(x*torch.tensor(scale), torch.tensor(b*scale), torch.tensor(SOFT[:5]))
+    loss.backward()
+    assert loss.item() == pytest.approx(plain(a), rel=1e-10)
+    np.testing.assert_allclose(x.grad.numpy(), gradient(plain, a), rtol=1e-5, atol=1e-8)
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_class_weights(shape):
+    labels = (RNG.random(9)>.4).astype(float)
+    weights = balanced_weights(labels)
+    def plain(s): return cross_entropy(s, labels, weights=weights, **shape)
+    s = torch.tensor(C, requires_grad=True)
+    loss = make_loss('cls', weights=weights, **shape).loss(s[:,None], torch.tensor(labels))
+    loss.backward()
+    assert loss.item() == pytest.approx(plain(C), rel=1e-10)
+    np.testing.assert_allclose(s.grad.numpy(), gradient(plain, C), rtol=1e-5, atol=1e-8)
+    assert np.mean([weights[int(y)] for y in labels]) == pytest.approx(1)
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_gaussian_scores(shape):
+    a, b = RNG.normal(size=(2, 9, 2))
+    def plain(a):
+        variance = np.exp(2*a[:,1])+np.exp(2*b[:,1])
+        return cross_entropy((a[:,0]-b[:,0])/np.sqrt(.3**2+math.pi/8*variance), SOFT, **shape)
+    x = torch.tensor(a, requires_grad=True)
+    loss = make_loss('gauss', 2, tau=.3, **shape).loss(x, torch.tensor(b), torch.tensor(SOFT))
+    loss.backward()
+    assert loss.item() == pytest.approx(plain(a), rel=1e-10)
+    np.testing.assert_allclose(x.grad.numpy(), gradient(plain, a), rtol=1e-5, atol=1e-8)
+
+def orders(ranks):
+    groups = [[i for i,r in enumerate(ranks) if r==q] for q in sorted({r for r in ranks if r>0})]
+    for order in itertools.product(*map(itertools.permutations, groups)): yield list(itertools.chain(*order))
+
+@pytest.mark.parametrize('ranks', [[1,2,3,4,5], [2,2,1,3,3], [1,1,1,1,1], [0,4,4,4,1], [5,0,0,5,9], [1.5,1.5,3,4,5]])
+def test_rankings(ranks):
+    def plain(s):
+        s = s/.5
+        return np.mean([sum(np.logaddexp.reduce(s[o[i:]])-s[o[i]] for i in range(len(o))) for o in orders(ranks)])
+    s = torch.tensor(C[:5], requires_grad=True)
+    loss = make_loss('pl', tau=.5).loss(s[None,:,None], torch.tensor([ranks]))
+    loss.backward()
+    assert loss.item() == pytest.approx(plain(C[:5]), rel=1e-10)
+    np.testing.assert_allclose(s.grad.numpy(), gradient(plain, C[:5]), rtol=1e-5, atol=1e-8)
+
+@pytest.mark.parametrize('size', [1e4, 1e-4])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_extremes_are_finite(size, dtype, shape):
+    "Also for all signs of scores, spreads and sides; losses of bfloat16 are float32."
+    corners = torch.tensor(list(itertools.product((-size, 0., size), repeat=4))).to(dtype)
+    soft = torch.arange(len(corners))/(len(corners)-1)
+    losses = [lambda x: bt_loss(x[:,0], x[:,1], margin=size, target=soft, **shape), lambda x: gp_loss(x[:,:2], x[:,2:], target=soft, **shape),
+              lambda x: cls_loss(x[:,0], soft, (.1,9.), **shape), lambda x: gauss_loss(x[:,:2], x[:,2:], target=soft, **shape),
+              lambda x: pl_loss(x[::5], torch.tensor([1,2,2,3]).expand(len(x[::5]), 4))]
+    for f in losses:
+        x = corners.clone().requires_grad_()
+        loss = f(x)
+        loss.backward()
+        assert loss.dtype==torch.float32 and loss.isfinite() and loss>=0 and x.grad.isfinite().all()
+
+@steady
+@given(two_batches(), st.floats(.05, 5))
+def test_gaussian_probabilities_of_swapped_images(ab, tau):
+    a, b = (x[:,:2] for x in ab)
+    assert_close(gauss_prob(a, b, tau)+gauss_prob(b, a, tau), torch.ones(len(a)))
+    assert (gauss_prob(a, b, tau)-.5).abs().le((bt_prob(a[:,0], b[:,0], tau)-.5).abs()+1e-6).all() # spread never adds certainty
+
+def test_an_option_that_a_loss_lacks_is_refused():
+    for kind,dim,option in (('bt',1,'weights'), ('gpm',2,'ties'), ('gauss',2,'weights'), ('pl',1,'gamma'), ('cls',1,'ties'), ('bt',1,'pairs')):
+        with pytest.raises(ValueError, match=f"'{kind}' has no {option}"): make_loss(kind, dim, **{option: 1})

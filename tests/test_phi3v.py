@@ -34,12 +34,13 @@ def processor(toy):
 
 
 def run(model, inputs):
-    "Features before the projector, projected tokens, last hidden state and all hidden states."
+    "Features before the projector, projected tokens, last hidden state and the states of all layers."
     with torch.no_grad():
-        features, lengths = model.vision_features(inputs['pixel_values'], inputs['image_sizes'])
+        features, _ = model.vision_features(inputs['pixel_values'], inputs['image_sizes'])
         visual = model.project(features)
-        last, states = model(inputs['input_ids'], inputs['attention_mask'], visual, output_hidden_states=True)
-    return features, visual, last, states
+        def read(layer): return model(inputs['input_ids'], inputs['attention_mask'], visual, layer)
+        states = [read(k) for k in range(model.config.num_hidden_layers+1)]
+        return features, visual, read(None), states
 
 
 # ---- files
@@ -159,8 +160,10 @@ def test_hidden_states(name, toy, golden, image, processor):
         model.language_model.rotary_emb = LongRope(model.config)
     inputs = processor(entry['num_crops'])(image(entry['image']), golden['prompts'][entry['prompt']])
     outs, worst = [], {}
-    for layer in model.language_model.layers: layer.register_forward_hook(lambda m, a, o: outs.append(o))
     features, visual, last, states = run(model, inputs)
+    hooks = [layer.register_forward_hook(lambda m, a, o: outs.append(o)) for layer in model.language_model.layers]
+    with torch.no_grad(): model(inputs['input_ids'], inputs['attention_mask'], visual)
+    for hook in hooks: hook.remove()
 
     def near(key, got, want, atol=2e-5):
         want = torch.tensor(want)
@@ -199,8 +202,9 @@ def test_batch_layout(golden, image, processor):
     assert list(out['input_ids'].shape) == want['input_ids_shape']
     for ids, mask, pad, row, digest in zip(out['input_ids'].numpy(), out['attention_mask'].numpy(), want['left_pad'], want['ids'],
                                            want['row_sha256_int64_with_padding']):
-        assert (ids[:pad] == want['pad_id']).all() and mask.tolist() == [0]*pad+[1]*(len(ids)-pad) and sha(ids) == digest
-        check_ids(ids[pad:], row)
+        n = len(ids)-pad # the reference pads on the left, we on the right
+        assert (ids[n:] == want['pad_id']).all() and mask.tolist() == [1]*n+[0]*pad and sha(np.roll(ids, pad)) == digest
+        check_ids(ids[:n], row)
 
 
 def check_rows_alone(model, p, images, prompts):
@@ -209,7 +213,7 @@ def check_rows_alone(model, p, images, prompts):
     assert last.isfinite().all()
     for i, (im, t) in enumerate(zip(images, prompts)):
         *_, alone, _ = run(model, p(im, t))
-        assert_close(last[i:i+1, -alone.shape[1]:], alone, **TOL)
+        assert_close(last[i:i+1, :alone.shape[1]], alone, **TOL)
 
 
 def test_mixed_batch_equals_rows_alone(model, golden, image, processor):
@@ -241,7 +245,7 @@ def test_peft_wraps_the_decoder_alone(toy, image, processor):
     assert torch.equal(run(model, inputs)[2], before) # B is zero at first
     features, _ = model.vision_features(inputs['pixel_values'], inputs['image_sizes'])
     assert not features.requires_grad
-    out = wrapped(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], visual=model.project(features))
-    out[:, -1].sum().backward()
+    out = wrapped(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], visual=model.project(features), last=True)
+    out.sum().backward()
     parameters = dict(wrapped.named_parameters())
     assert all(parameters[k].grad is not None for k in trained)

@@ -65,7 +65,7 @@ def test_async(rm, pairs, want):
 
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize('where', ['vision_tower', 'language_model', 'img_projection'])
+@pytest.mark.parametrize('where', ['vision_tower', 'language_model.norm', 'img_projection'])
 def test_an_exception_leaves_all_as_it_was(rm, pairs, want, where, error):
     ims, texts = pairs
     rm.set_perspective('alignment').train()
@@ -87,7 +87,7 @@ def test_an_exception_leaves_all_as_it_was(rm, pairs, want, where, error):
 def test_another_thread_can_go_on_after_an_exception(rm, pairs, want):
     "The lock is given back."
     def fail(*args): raise ValueError
-    hook = rm.backbone.model.language_model.register_forward_pre_hook(fail)
+    hook = rm.backbone.language_model.norm.register_forward_pre_hook(fail)
     with pytest.raises(ValueError): rm.score(*pairs, 'safety')
     hook.remove()
     with ThreadPoolExecutor(1) as pool: assert_close(pool.submit(rm.score, *pairs, 'safety').result(timeout=100), want['safety'], **NEAR)

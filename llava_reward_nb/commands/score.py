@@ -301,7 +301,7 @@ def load(
 # %% ../../nbs/9_doors/92_score.ipynb #0c67ae4d
 def _misfit(backbone, x, name:str, prompt:str)->str|None:
     "Why this image and prompt do not fit the model, if they do not."
-    try: backbone.check([image_size(x, name)], [prompt])
+    try: backbone.token_counts([image_size(x, name)], [prompt])
     except InputError as e: return f"{name}: {str(e).split(': ', 1)[-1]}" # it counts from 0 in a batch of one
 
 def mark_misfits(

@@ -7,9 +7,8 @@ __all__ = ['PERSPECTIVES', 'DSG_MODELS', 'DRAWBENCH', 'SPECS', 'read_mjbench', '
            'read_unsafebench', 'read_smid', 'read_tifa160', 'read_generated', 'load_prompts', 'Spec', 'load_benchmark']
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #0a166e74
-import os, re
+import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -19,33 +18,17 @@ from ..core import InputError, as_path
 from ..docments import document
 from .geneval import (GENEVAL_CLASSES, GENEVAL_PROMPTS, check_task, numbered,
                                                 read_tasks, tiny_tasks)
-from .records import (SAMPLE_FIELDS, Benchmark, Collector, add_sample, item_id,
-                                                known_number, read_rows)
+from .records import SAMPLE_FIELDS, Benchmark, Collector, add_sample, item_id
 from .twins import (tiny_generated, tiny_labels, tiny_mjbench, tiny_rankings,
                                               tiny_tifa160)
 from ..files import IMAGE_COLUMNS, PROMPT_COLUMNS, find_column, read_table
 from ..shapes.world import SHAPES
+from ..sources import (FieldError, by_prompt, files_below, is_safe, known_number,
+                                     matching_files, pick_label, ranked_pairs, read_rows)
 from ..weights import hub_folder
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #e45644ab
 _HUB_ID = re.compile(r'\w[\w.-]*/[\w.-]+(@[\w.-]+)?') # owner/name, perhaps @revision
-
-def _all_files(folder:Path)->list: # below a folder, links followed, hidden ones left out
-    out,seen = [],set()
-    for at,folders,names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(at)
-        folders[:] = [] if real in seen else sorted(f for f in folders if f[0]!='.')
-        if real not in seen: out += [Path(at)/n for n in names if n[0]!='.']
-        seen.add(real)
-    return sorted(out)
-
-def _files(path:Path, *patterns)->list: # a file itself; of a folder what the first fitting pattern matches
-    if path.is_file(): return [path]
-    there = _all_files(path)
-    for p in patterns:
-        found = [f for f in there if fnmatchcase(f.name, p.removeprefix('**/')) and f.is_file()]
-        if found: return found
-    return []
 
 def _no_files(where, local:str):
     return InputError(f"{where}: holds no file of this benchmark; a local copy is {local}")
@@ -57,6 +40,10 @@ def _text(record:dict, *keys)->str: # the first field that is not empty, as text
     for k in keys:
         if record.get(k) not in (None,''): return str(record[k])
     return ''
+
+def _or_fault(c:Collector, read, *fields): # what `read` makes of fields, None with a fault
+    try: return read(*fields)
+    except FieldError as e: return c.fault(e.field, e.reason)
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #9371d1d9
 PERSPECTIVES = ('alignment','safety','quality','bias')
@@ -117,7 +104,7 @@ def read_mjbench(
         named = [p for p in PERSPECTIVES if p in path.stem.lower()]
         _read_mj_file(c, path, named[0] if named else path.stem)
         return c.done(skip_bad)
-    files = {p:_files(path, f'**/{p}*.parquet', f'**/{p}*.json*') for p in PERSPECTIVES}
+    files = {p:matching_files(path, f'**/{p}*.parquet', f'**/{p}*.json*') for p in PERSPECTIVES}
     if not any(files.values()): raise _no_files(path, kw['local'])
     for part,found in files.items():
         for f in found: _read_mj_file(c, f, part)
@@ -126,30 +113,10 @@ def read_mjbench(
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #41c2c3b4
 def _add_ranking(c:Collector, prompt, images:list, ranks:list, part:str=''):
     "Add all pairs of a ranking."
-    if not isinstance(images, list) or not isinstance(ranks, list):
-        return c.fault('ranking', f"is {ranks!r:.40} for {images!r:.40}; there must be lists of images and "
-                       "ranks")
-    if len(images)!=len(ranks) or len(images)<2:
-        return c.fault('ranking', f"{len(ranks)} ranks for {len(images)} images; there must be one for each "
-                       "of at least two")
-    if not all(isinstance(r,(int,float)) and known_number(r) is not None for r in ranks):
-        return c.fault('ranking', f"is {ranks!r:.60}; ranks must be numbers")
+    pairs = _or_fault(c, ranked_pairs, images, ranks)
+    if pairs is None: return
     ids = [c.item(im, prompt, f'image {k}') for k,im in enumerate(images)]
-    for i in range(len(ids)):
-        for j in range(i+1, len(ids)):
-            label = .5 if ranks[i]==ranks[j] else int(ranks[j]<ranks[i])
-            c.add('pair', ids[i], ids[j], label, part, group=str(prompt))
-
-def _by_prompt(rows:list, images:str, ranks:str)->list: # one record for each image -> one for each prompt
-    out = {}
-    for r in rows:
-        known = r.get('prompt_id') not in (None,'')
-        key = known, str(r['prompt_id'] if known else r['prompt'])
-        record = out.setdefault(key, {'prompt':r['prompt'], images:[], ranks:[]})
-        if r['prompt']!=record['prompt']: record['prompt'] = None # two prompts under one id: a fault
-        record[images].append(r[images])
-        record[ranks].append(r[ranks])
-    return list(out.values())
+    for i,j,label in pairs: c.add('pair', ids[i], ids[j], label, part, group=str(prompt))
 
 def _column(rows:list, names:tuple, default:str)->str: # the first of the names that the first record has
     there = [n for n in names if rows and n in rows[0]]
@@ -157,7 +124,7 @@ def _column(rows:list, names:tuple, default:str)->str: # the first of the names 
 
 def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str, images=None)->Benchmark:
     path = as_path(path)
-    files = _files(path, *patterns)
+    files = matching_files(path, *patterns)
     if not files: raise _no_files(path, local)
     near = []
     for f in files: near += [f.parent, *([path] if path.is_dir() else []), f.parent/'test']
@@ -167,7 +134,7 @@ def _read_rankings(name:str, path:Path, skip_bad:bool, patterns:tuple, local:str
         paths = _column(rows, ('generations','image_path','file_path'), 'image_path')
         ranks = _column(rows, ('ranking','rank'), 'rank')
         c.need(rows, ('prompt',paths,ranks), f)
-        if not any(isinstance(r[paths], list) for r in rows): rows = _by_prompt(rows, paths, ranks)
+        if not any(isinstance(r[paths], list) for r in rows): rows = by_prompt(rows, (paths, ranks))
         for r in rows:
             _add_ranking(c, r['prompt'], r[paths], r[ranks])
             c.count += 1
@@ -194,14 +161,6 @@ def read_hpdv2(
     return _read_rankings('hpdv2', path, skip_bad, ('**/test.json',), kw['local'], images)
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #74ad0e73
-def _pick_label(c:Collector, r:dict)->float|None: # None with a fault
-    first,second = known_number(r['label_0']),known_number(r.get('label_1'))
-    label = {1.:0, 0.:1, .5:.5}.get(first)
-    agree = second is None or first is not None and second==1-first
-    if label is not None and agree and r.get('has_label', True) not in (False,0): return label
-    return c.fault('label_0', f"is {r['label_0']!r:.40} (label_1 {r.get('label_1')!r:.40}, has_label "
-                   f"{r.get('has_label', True)}); it must be 0, 0.5 or 1, label_1 the rest")
-
 def read_pickapic(
     path:Path,           # Parquet file, or folder with test_unique*.parquet or test*.parquet
     skip_bad:bool=False, # leave faulty records out instead of stopping
@@ -209,7 +168,7 @@ def read_pickapic(
 )->Benchmark:
     "Pick-a-Pic's test pairs."
     path = as_path(path)
-    files = _files(path, '**/test_unique*.parquet', '**/test*.parquet')
+    files = matching_files(path, '**/test_unique*.parquet', '**/test*.parquet')
     if not files: raise _no_files(path, kw['local'])
     c = Collector('pickapic', str(path), [path.parent if path.is_file() else path])
     for f in files:
@@ -218,24 +177,18 @@ def read_pickapic(
         for r in rows:
             ids = [c.item(r[f'jpg_{k}'], r['caption'], f'jpg_{k}', name=r.get(f'image_{k}_uid') or None)
                    for k in (0,1)]
-            c.add('pair', *ids, _pick_label(c, r), group=r['caption'])
+            c.add('pair', *ids, _or_fault(c, pick_label, r), group=r['caption'])
             c.count += 1
     return c.done(skip_bad)
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #80fa0db3
-def _safety_label(c:Collector, x)->int|None: # None with a fault
-    known = {'safe':1,'unsafe':0}
-    word = str(x).strip().lower()
-    if word not in known: return c.fault('safety_label', f"is {x!r:.60}; it must be Safe or Unsafe")
-    return known[word]
-
 def _read_labels(c:Collector, path:Path):
     rows = read_rows(path)
     original = rows and 'safety_label' in rows[0]
     c.need(rows, ('image','safety_label') if original else ('path','label'), path)
     for r in rows:
         if original:
-            label = _safety_label(c, r['safety_label'])
+            label = _or_fault(c, is_safe, r['safety_label'])
             item = c.item(r['image'], r.get('text') or '', 'image')
         else:
             item = c.item(r.get('path'), r.get('prompt') or '', 'path')
@@ -245,7 +198,7 @@ def _read_labels(c:Collector, path:Path):
 
 def _labels_of(name:str, path, skip_bad:bool, patterns:tuple, local:str, images=None)->Benchmark:
     path = as_path(path)
-    files = _files(path, *patterns)
+    files = matching_files(path, *patterns)
     if not files: raise _no_files(path, local)
     near = [*(f.parent for f in files), *([path] if path.is_dir() else [])]
     c = Collector(name, str(path), _folders(images, *near))
@@ -310,7 +263,7 @@ def read_tifa160(
 )->Benchmark:
     "TIFA160: images rated 1 to 5 by people."
     path = as_path(path)
-    files = _files(path, '**/human_annotations.json', '**/human_annotations_with_scores.json')
+    files = matching_files(path, '**/human_annotations.json', '**/human_annotations_with_scores.json')
     if not files: raise _no_files(path, kw['local'])
     if len(files)>1:
         raise InputError(f"{path}: holds {len(files)} annotation files ({files[0]}, {files[1]} …); "
@@ -328,7 +281,7 @@ def read_tifa160(
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #533180f4
 def _sample_folders(path:Path)->list: # (folder that holds 00000 and so on, names on the way to it)
-    homes = {p.parent.parent for p in _all_files(path)
+    homes = {p.parent.parent for p in files_below(path)
              if p.name=='metadata.jsonl' and re.fullmatch('[0-9]+', p.parent.name)}
     return [(h, h.relative_to(path).parts) for h in sorted(homes)]
 
@@ -439,7 +392,7 @@ def load_prompts(
     if not path.exists() and _HUB_ID.fullmatch(str(source)):
         path = hub_folder(str(source), ['**/*.parquet','**/*.csv','*.csv','*.parquet'],
                           'a file with a column prompts, or a .txt with one prompt a line', data=True)
-    if path.is_dir(): path = next(iter(_files(path,'**/*.parquet','**/*.csv')), path)
+    if path.is_dir(): path = next(iter(matching_files(path,'**/*.parquet','**/*.csv')), path)
     return _prompt_lines(path) if path.suffix.lower()=='.txt' else _prompt_rows(path)
 
 # %% ../../nbs/6_evaluation/63_benchmarks.ipynb #947c4bdf

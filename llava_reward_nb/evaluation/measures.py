@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'GUIDED_BY', 'Measure', 'measure', 'from_boundary', 'results', 'compare', 'significance',
-           'published_frame', 'as_number', 'particle_frame', 'metric_columns', 'finite_scores', 'leading_particle',
-           'per_prompt']
+           'published_frame', 'left_open', 'as_number', 'particle_frame', 'metric_columns', 'finite_scores',
+           'leading_particle', 'per_prompt']
 
 # %% ../../nbs/6_evaluation/67_measures.ipynb #b5d3e7cb
 import warnings
@@ -348,6 +348,25 @@ def published_frame(
         raise InputError(f"nothing published is called {name!r}; there are {', '.join(parts)}")
     mark,fields = parts[name]
     return pd.DataFrame([dict(zip(fields, row.name.split(mark)), **row.values) for row in PUBLISHED[name]])
+
+# %% ../../nbs/6_evaluation/67_measures.ipynb #c8bb4993
+_OPEN = dict(
+    table9=(f"paper: {_SUPPLEMENT}, Table 9; it states neither which particle its numbers belong to nor how "
+            "many particles and seeds there were, and no spread.",
+            "In the paper's text the label DrawBench stands beside the fifth of 16 rows; the first eight are "
+            "read as GenEval and the last eight as DrawBench, since both models repeat there."),
+    figures=(f"paper: {_SUPPLEMENT}, Figures 4-6: SDXL, one image each way, a prompt of GenEval (4, 5) or "
+             "DrawBench (6); it states neither seeds nor of how many particles the image was chosen, and no "
+             "spread.",
+             "The prompts of Figure 5 are not in the text. LLM Grader: GPT-4o, 0 to 10."))
+
+def left_open(
+    name:str, # 'table9' or 'figures'
+)->list: # of lines
+    "What a reader must know of the paper's numbers; `InputError` for another name."
+    if name not in _OPEN: raise InputError(f"nothing published is called {name!r}; "
+                                           f"there are {', '.join(_OPEN)}")
+    return list(_OPEN[name])
 
 # %% ../../nbs/6_evaluation/67_measures.ipynb #e2e0865d
 _WORDS = ('prompt_set','model','prompt','guidance','category','item','image','task','path',

@@ -59,11 +59,21 @@ class SteerConfig:
         if self.keep is None: self.keep = max(1, self.n_particles//2)
         self.keep = whole('keep', self.keep)
         if self.method=='beam': prune(torch.zeros(1, self.n_particles), self.keep) # checks `keep`
-        if self.published and self.method!='fk': raise SteeringError(
-            "published=True reproduces the public FK code; it goes with method='fk' only")
+        if self.published: self._check_published()
         if self.method=='best-of-n':
             self.start = self.end = self.every = None
             self.steps = []
+
+    def _check_published(self):
+        "SteeringError for settings that the public FK code does not have."
+        if self.method!='fk': raise SteeringError(
+            "published=True reproduces the public FK code; it goes with method='fk' only")
+        if self.resampler!='systematic': raise SteeringError(
+            f"resampler {self.resampler!r} with published=True: the public FK code draws multinomially, "
+            "always; leave resampler= out")
+        if not self.last: raise SteeringError(
+            "last=False with published=True: the public FK code resamples at its last look as at any other; "
+            "leave last= out")
 
 # %% ../../nbs/5_steering/56_hook.ipynb #2d049d1a
 def _held_out(rewards)->dict: # name -> reward
