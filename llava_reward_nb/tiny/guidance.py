@@ -336,6 +336,7 @@ def _shared_out(units:list, run, out:Path, bar)->list: # what `run` returned, in
         units = later
     return found
 
+# %% ../../nbs/8_tiny/83_guidance.ipynb #1a07dcc7
 def compare_guidance(
     pipe,                   # a diffusers pipeline
     prompts:list,           # strings, each once

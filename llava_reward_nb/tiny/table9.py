@@ -281,8 +281,8 @@ def power_table(
     df = pd.DataFrame(rows.values(), pd.Index(rows, name='metric'))
     notes = ["lead: of the best guidance over the second in a block of the paper's Table 9. spread: standard "
              "deviation of a prompt's difference between two ways. prompts: to find the lead at the 5 % "
-             "level with probability 0.8, if prompts differ there as they do here; rewards of other models have "
-             "other scales."]
+             "level with probability 0.8, if prompts differ there as they do here; rewards of other models "
+             "have other scales."]
     digits = {c:0 if c.startswith('prompts') else 3 for c in df}
     return Table(df, 'How many prompts it would take', {c:'' for c in df}, digits, notes=notes)
 
