@@ -23,8 +23,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import (InputError, TransparencyWarning, as_path, image_size, load_image, open_image,
-                                  progress)
+from .core import (InputError, TransparencyWarning, as_path, image_size, load_image,
+                                  open_image, progress)
 from .data import (LABEL_FIELDS, PAIR_FIELDS, Fault, RewardRecords, check_image, clean_record,
                                   gather_records, our_names, prompt_words, record_kind)
 from .docments import document
@@ -628,6 +628,7 @@ def _look_at(x)->_Look:
             return _Look(pixels_hash(im), im.size)
     except InputError as e: return _Look('', None, str(e))
 
+# %% ../nbs/3_paper/38_sources.ipynb #249c00d0
 class _Tally:
     "What is counted while records pass."
     def __init__(self, kind:str, pictures:int, seed:int, tokens):
