@@ -103,7 +103,7 @@ def _access_reason(
     status = getattr(getattr(e, 'response', None), 'status_code', None)
     said = (getattr(e, 'server_message', None) or str(e)).strip().split('\n')[0]
     remedies = {401:login, 403:f'{login} with a token that may do this', 429:'wait a few minutes'}
-    remedy = remedies.get(status, 'try again later: what has come is kept')
+    remedy = remedies.get(status, 'try again later: files that came whole are kept')
     if status: return f"the hub answered {status} ({said:.200}); {remedy}"
     return ''
 
@@ -125,7 +125,7 @@ def hub_reason(
         return f"cannot be stored ({e}); make room, or set HF_HOME to a folder that can be written"
     if type(e).__module__.partition('.')[0] in ('httpx','httpx2') or 'onsistency check failed' in str(e):
         return (f"the connection broke ({type(e).__name__}: {str(e).strip():.200}); "
-                "do the same again: what has come is kept")
+                "do the same again: files that came whole are kept")
     if not is_absent and not isinstance(e, OSError):
         return f"cannot be fetched from the hub ({type(e).__name__}: {str(e).strip() or 'no reason given'})"
     cause = '' if is_absent else f' ({e})'
