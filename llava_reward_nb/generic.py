@@ -9,7 +9,7 @@ __all__ = ['CAPTION', 'BACKBONES', 'framed_ids', 'Frame', 'make_frame', 'QwenPro
            'without_unread', 'find_projectors', 'decoder_linears', 'ImageTextBackbone', 'QwenBackbone',
            'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class', 'load_backbone']
 
-# %% ../nbs/3_paper/34_generic.ipynb #5d892f7c
+# %% ../nbs/3_paper/34_generic.ipynb #bbc8f879
 import copy, importlib.util, inspect, json, re, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +29,8 @@ from .docments import document
 from .files import atomic_path
 from llava_reward_nb.phi3v import (config_facts, exact_patches, load_tokenizer, plain_tokenizer, read_config,
     tokenizer_hash)
-from .weights import blame, hub_folder, load_pretrained, read_json, weight_files
+from llava_reward_nb.weights import (blame, how_to_fetch, hub_folder, load_pretrained, read_json,
+    weight_files)
 
 # %% ../nbs/3_paper/34_generic.ipynb #9cdd0a94
 _BEFORE,_AFTER = '\ufdd0','\ufdd1' # stand for the special tokens around a caption
@@ -189,31 +190,23 @@ class MistralProcessor:
         out = self.tokenizer(text, padding=True, padding_side='right', return_tensors='pt')
         return dict(input_ids=out['input_ids'], attention_mask=out['attention_mask'], **pix)
 
-# %% ../nbs/3_paper/34_generic.ipynb #e01aebf0
-_HOMES = dict( # where a model type is published, for the command that fetches a file
-    qwen2_vl='Qwen/Qwen2-VL-7B-Instruct', qwen2_5_vl='Qwen/Qwen2.5-VL-7B-Instruct',
-    qwen3_vl='Qwen/Qwen3-VL-8B-Instruct', llava_next='llava-hf/llava-v1.6-vicuna-13b-hf')
-
+# %% ../nbs/3_paper/34_generic.ipynb #7ad13a7d
 def need_file(
-    folder:Path,   # of a model
-    *names,        # files, any one of which will do
-    kind:str=None, # model type, if it is known
+    folder:Path, # of a model
+    *names,      # files, any one of which will do
 )->Path: # the first that is there
     "A file of a model folder; `CheckpointError` with the command that fetches it."
     for name in names:
         if (folder/name).is_file(): return folder/name
-    cached = re.search(r'models--([^/\\]+?)--([^/\\]+)', str(folder.resolve()))
-    home = f'{cached[1]}/{cached[2]}' if cached else _HOMES.get(kind, 'OWNER/NAME')
-    raise CheckpointError(
-        f"{folder/names[0]}: no such file; where there is a network, "
-        f"`hf download {home} {names[0]} --local-dir {folder}` fetches it")
+    path = folder/names[0]
+    raise CheckpointError(f"{path}: no such file; the folder is incomplete: {how_to_fetch(path)}")
 
-# %% ../nbs/3_paper/34_generic.ipynb #b26fcbff
+# %% ../nbs/3_paper/34_generic.ipynb #eaa66355
 def load_chat_tokenizer(
     folder:Path, # of a model
 ): # fast tokenizer; its `chat_template` is None if the folder has none
     "The tokenizer of a folder with its chat template, which may lie in a file of its own."
-    need_file(folder, 'tokenizer.json', kind=read_config(folder/'config.json').get('model_type'))
+    need_file(folder, 'tokenizer.json')
     tokenizer = load_tokenizer(folder)
     for name in ('chat_template.jinja', 'chat_template.json'):
         path = folder/name
@@ -229,7 +222,7 @@ def load_image_processor(
     "The image processor of a folder; `ImportError` if there is none without torchvision."
     from transformers import AutoImageProcessor
     kind = read_config(folder/'config.json').get('model_type')
-    where = need_file(folder, 'preprocessor_config.json', 'processor_config.json', kind=kind)
+    where = need_file(folder, 'preprocessor_config.json', 'processor_config.json')
     with blame(where):
         if kind in _QWEN:
             from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -985,7 +978,7 @@ def load(cls:ImageTextBackbone,
     _check_tokens(text, model.get_input_embeddings().num_embeddings, folder)
     return cls(model.to(device), text)
 
-# %% ../nbs/3_paper/34_generic.ipynb #3757e0fb
+# %% ../nbs/3_paper/34_generic.ipynb #fc1e243f
 def load_backbone(
     name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
@@ -996,8 +989,9 @@ def load_backbone(
     folder = hub_folder(name)
     if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # 'tiny'
     if not (folder/'config.json').is_file():
-        raise CheckpointError(f"{folder}: has no config.json, so it is no base model; "
-                              "pass base= the folder of the multimodal LLM")
+        raise CheckpointError(
+            f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal "
+            f"LLM; {how_to_fetch(folder/'config.json')}")
     with blame(folder): backbone = backbone_class(folder).load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()
 
