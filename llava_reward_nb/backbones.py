@@ -19,7 +19,7 @@ from .core import CheckpointError
 from .docments import document
 from .weights import hub_folder
 from .phi3v import Phi3VModel, Phi3VProcessor, hd_shape, tokenizer_hash
-from .weights import blame, read_json
+from .weights import blame, how_to_fetch, read_json
 
 # %% ../nbs/3_paper/33_backbones.ipynb #78496eb6
 class PassLock:
@@ -277,7 +277,7 @@ def load_backbone(
     if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # 'tiny'
     if not (folder/'config.json').is_file():
         raise CheckpointError(f"{folder}: has no config.json, so it is no base model; "
-                              "pass base= the folder of the multimodal LLM")
+                              f"pass base= the folder of the multimodal LLM; {how_to_fetch(folder/'config.json')}")
     kind = read_json(folder/'config.json').get('model_type')
     if not isinstance(kind, str) or kind not in BACKBONES: raise CheckpointError(
         f"{folder/'config.json'}: model_type is {kind!r}; known: {', '.join(BACKBONES)}")
