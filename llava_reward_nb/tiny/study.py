@@ -78,6 +78,7 @@ class Block:
         "Of its folder"
         return re.sub(r'[^a-z0-9.]+', '-', f'{self.prompt_set} {self.model}'.lower()).strip('-')
 
+# %% ../../nbs/8_tiny/86_study.ipynb #73601f72
 @dataclass(frozen=True)
 class Study:
     "Blocks that are compared in the same way, and where they lie."
@@ -137,6 +138,7 @@ def _begun(study:Study, block:Block, add=None)->dict: # what its file tells, {} 
             with atomic_path(file) as f: f.write_text(json.dumps(new, indent=1)+'\n', encoding='utf-8')
         return new
 
+# %% ../../nbs/8_tiny/86_study.ipynb #676bece5
 def begin(
     study:Study, # that the block is of
     block:Block, # to start
@@ -216,6 +218,7 @@ class Pipelines:
             self.name = name
         return self.pipe
 
+# %% ../../nbs/8_tiny/86_study.ipynb #ac7bc3a8
 @dataclass(frozen=True)
 class Estimate:
     "What a block will cost here."
@@ -235,6 +238,7 @@ class Estimate:
         took = ', '.join(f'{name} {1000*v:.3g}' for name,v in each.items())
         return f'{head}; {self.work}; {self.hours:.2g} h (ms: {took})'
 
+# %% ../../nbs/8_tiny/86_study.ipynb #91349339
 def estimate(
     study:Study,         # to be run
     pipelines:Pipelines, # that load its pipelines
@@ -299,6 +303,7 @@ def tiny_study(
     given = dict(seeds=tuple(seeds), batch_prompts=12, pictures=False, device='cpu')
     return Study(Path(out), blocks, {'checker':load_reward('checker'), **rewards}, guiding, **given|changes)
 
+# %% ../../nbs/8_tiny/86_study.ipynb #5502f367
 def build_table9(
     work='runs/tiny/table9',      # the study grows here; a second call goes on, a second process shares it
     out='llava_reward_nb/bundle', # its log/ gets table9.parquet: particles, table9.jsonl: how blocks began
