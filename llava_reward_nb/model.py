@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from . import __version__
-from .backbones import PassLock, evaluating, load_backbone, same_base
+from .backbones import PassLock, evaluating, same_base
+from .generic import load_backbone
 from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress,
     default_device, default_dtype, image_list, image_size, load_image)
 from .docments import document
