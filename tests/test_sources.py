@@ -261,3 +261,23 @@ def test_negatives_keep_the_image_and_change_the_words(homes):
     (homes['folder']/'metadata.csv').write_text('file_name,text,label\n0.png,two red signs,1\n1.png,,0\n')
     made = load_records(list(prompt_negatives(Source('folder', homes['folder']))))
     assert len(made) == 1 and made[0]['chosen_path'] == made[0]['reject_path'] and made[0]['prompt'][0] == 'two red signs' != made[0]['prompt'][1]
+
+
+def test_rankings_whose_images_are_inside(homes):
+    "ImageRewardDB's other form: a row for each prompt, with lists of pictures."
+    rows = [dict(prompt='p', image=[hub_image(c) for c in ('red','blue','lime')], rank=[2,1,3], fidelity_rating=[7,7,1], image_text_alignment_rating=[1,2,3])]
+    parquet(homes['imagereward']/'train-0.parquet', rows)
+    source = Source('imagereward', homes['imagereward']/'train-0.parquet')
+    assert told(source) == [('p','blue','red',1), ('p','red','lime',1), ('p','blue','lime',1)]
+    assert told(load_records(unpack(source, homes['imagereward']/'mine'))) == told(source)
+    assert told(Source('imagereward', homes['imagereward']/'train-0.parquet', perspective='fidelity', ties='drop')) == [('p','red','lime',1), ('p','blue','lime',1)]
+
+
+def test_images_elsewhere(homes, tmp_path):
+    (homes['hpdv3']/'images').rename(tmp_path/'other')
+    lost = Source('hpdv3', homes['hpdv3'])
+    assert list(lost) == [] and len(lost.faults) == 4 and 'pass images=' in lost.faults[0].reason
+    for r in (rows := json.loads((homes['hpdv3']/'train.json').read_text())):
+        for k in ('path1', 'path2'): r[k] = r[k].removeprefix('images/')
+    as_json(homes['hpdv3']/'train.json', rows)
+    assert told(Source('hpdv3', homes['hpdv3'], images=tmp_path/'other')) == WANTED['hpdv3']
