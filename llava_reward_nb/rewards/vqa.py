@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTION', 'STYLES', 'PAD_COLOR', 'MAX_TOKENS', 'REWARD_TOKEN', 'SLOT', 'PIXELS', 'answer_prob', 'AskReward', 'ask',
            't5_ids', 'pad_square', 'normalize', 'to_tensor', 'square_pixels', 'resize_pixels', 'pad_square_pixels',
-           'VQAScore', 'spellings', 'yes_prob', 'QwenProcessor', 'load_processor', 'PYes', 'published_instruction',
+           'VQAScore', 'spellings', 'yes_prob', 'PhiChat', 'PhiProcessor', 'PYes', 'published_instruction',
            'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3', 'hpsv3_name']
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #d40a72eb
@@ -13,6 +13,7 @@ import ast, json, math, re
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -26,13 +27,14 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
 
 from ..backbones import PassLock, evaluating
 from ..docments import document
+from ..generic import MistralProcessor, QwenProcessor, load_processor
 from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
     batch_progress, default_dtype, image_list, image_size, load_image)
 from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
-from ..phi3v import (CLIP_L14_336, check_vocabulary, config_facts, exact_patches,
-    load_tokenizer, plain_ids, read_config, tokenizer_hash)
-from ..weights import blame, read_json
+from ..phi3v import (CLIP_L14_336, Phi3VConfig, Phi3VModel, Phi3VProcessor, check_vocabulary,
+    config_facts, exact_patches, load_tokenizer, plain_ids, read_config, tokenizer_hash)
+from ..weights import blame
 from ..core import CLIP_MEAN, CLIP_STD
 from ..store import make_identity
 
@@ -386,52 +388,57 @@ def yes_prob(
     y,n = logp[:,yes].logsumexp(-1), logp[:,no].logsumexp(-1)
     return (y-n).sigmoid() if against_no else y.exp()
 
-# %% ../../nbs/4_rewards/42_vqa.ipynb #5f2dcfa7
-_QWEN = ('qwen2_vl', 'qwen2_5_vl', 'qwen3_vl', 'qwen3_vl_moe') # model types whose processor is rebuilt here
-
-class QwenProcessor:
-    "Image and text processing of the Qwen-VL family, for images only."
+# %% ../../nbs/4_rewards/42_vqa.ipynb #24fc8635
+class PhiChat(nn.Module):
+    "A `Phi3VModel` with tied embeddings that predicts the next token."
     def __init__(self,
-        tokenizer,       # fast, with a chat template
-        image_processor, # `Qwen2VLImageProcessorPil`
-    ): self.tokenizer,self.image_processor = tokenizer,image_processor
+        model:Phi3VModel, # Its configuration ties the embeddings
+    ):
+        super().__init__()
+        self.model = model
+    @property
+    def config(self)->Phi3VConfig: return self.model.config
+    def get_input_embeddings(self)->nn.Embedding:
+        "The table of token embeddings."
+        return self.model.language_model.embed_tokens
+    def forward(self,
+        input_ids:Tensor,            # (b, s) int64, negative where a visual token goes
+        attention_mask:Tensor,       # (b, s)
+        pixel_values:Tensor,         # Crops of all images
+        image_sizes:Tensor,          # (b, 2)
+        logits_to_keep=slice(None),  # Places whose predictions are wanted
+        use_cache:bool=False,        # Not read: nothing is generated
+    ): # With `logits` (b, places, vocabulary)
+        "Predictions for the token after each place."
+        features,_ = self.model.vision_features(pixel_values, image_sizes)
+        states = self.model(input_ids, attention_mask, self.model.project(features))
+        return SimpleNamespace(logits=states[:,logits_to_keep]@self.get_input_embeddings().weight.T)
 
-    def __call__(self,
-        text:list,   # b strings, each with one `<|image_pad|>`
-        images:list, # b images
-    )->dict: # input_ids, attention_mask, mm_token_type_ids (b,s), padded right; pixel_values, image_grid_thw
+class PhiProcessor:
+    "`Phi3VProcessor` with the face of a chat processor, for one turn with one image."
+    chat_template = '<|user|>\n<|image_1|>\n{}<|endoftext|>' # what `Phi3VProcessor` writes
+    def __init__(self,
+        inner:Phi3VProcessor, # Tokenizer and image processor
+    ):
+        self.inner,self.tokenizer = inner, inner.tokenizer
+    @property
+    def image_processor(self)->dict:
+        p = self.inner.image_processor
+        return dict(num_crops=p.num_crops, crop_size=p.crop_size, merged=p.merged, mean=p.mean, std=p.std)
+    def apply_chat_template(self,
+        turns:list, # For each row a list of one turn with an image and a text
+        **kwargs,   # Not read: rows are tokenized and padded in one way only
+    )->dict: # of tensors
         "Model input."
-        pix, pad = self.image_processor(images, return_tensors='pt'), '<|image_pad|>'
-        counts = (pix['image_grid_thw'].prod(-1)//self.image_processor.merge_size**2).tolist()
-        text = [t.replace(pad, pad*n) for t,n in zip(text, counts)]
-        out = self.tokenizer(text, padding=True, padding_side='right', return_tensors='pt')
-        kinds = (out['input_ids']==self.tokenizer.convert_tokens_to_ids(pad)).int()
-        return dict(input_ids=out['input_ids'], attention_mask=out['attention_mask'],
-                    mm_token_type_ids=kinds, **pix)
+        contents = [turn['content'] for (turn,) in turns]
+        return self.inner([image['image'] for image,_ in contents], [text['text'] for _,text in contents])
 
-# %% ../../nbs/4_rewards/42_vqa.ipynb #1b3ffdcc
-def load_processor(
-    folder:Path, # Model folder
-): # An object with a tokenizer and a chat template
-    "The processor of an image-text model; `CheckpointError` or `ImportError` name what is missing."
-    if read_config(folder/'config.json').get('model_type') in _QWEN:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-        tok = load_tokenizer(folder)
-        for f in ('chat_template.jinja', 'chat_template.json'):
-            if tok.chat_template or not (folder/f).is_file(): continue
-            with blame(folder/f):
-                if f.endswith('jinja'): tok.chat_template = (folder/f).read_text(encoding='utf-8')
-                else: tok.chat_template = read_json(folder/f)['chat_template']
-        with blame(folder/'preprocessor_config.json'):
-            return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
-    from transformers import AutoProcessor
-    try: return AutoProcessor.from_pretrained(folder)
-    except ImportError as e:
-        raise ImportError(f"{folder}: its processor needs a package that is missing, "
-                          f"most likely `pip install torchvision` ({e})") from None
-    except Exception as e:
-        raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); "
-                              "the folder must be a complete image-text model") from None
+def _load_phi(folder:Path, device, dtype)->tuple: # PhiChat, PhiProcessor
+    if not read_config(folder/'config.json').get('tie_word_embeddings'): raise CheckpointError(
+        f"{folder/'config.json'}: tie_word_embeddings is not true; P(yes) of a phi3_v needs an output layer, "
+        "and this package keeps only one that is tied to the embeddings; take another chat model")
+    processor = PhiProcessor(Phi3VProcessor.from_pretrained(folder))
+    return PhiChat(Phi3VModel.from_pretrained(folder, device, dtype)), processor
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #c2059b5e
 class PYes(AskReward):
@@ -446,7 +453,7 @@ class PYes(AskReward):
         super().__init__()
         ask(question, '')
         tok = processor.tokenizer
-        if model.config.is_encoder_decoder: raise CheckpointError(
+        if getattr(model.config, 'is_encoder_decoder', False): raise CheckpointError(
             f"{tok.name_or_path}: is an encoder-decoder; P(yes) needs a decoder-only chat model")
         if not (getattr(processor, 'chat_template', None) or tok.chat_template): raise CheckpointError(
             f"{tok.name_or_path}: has no chat template; take an instruction-tuned model")
@@ -471,12 +478,14 @@ def check(self:PYes,
     sizes:list,   # (width, height) of n images
     prompts:list, # n strings
 ):
-    "`InputError` for prompts with control strings."
+    "`InputError` for prompts with control strings, or too long where that is known before."
     for i,p in enumerate(prompts):
         bad = [t for t in self.commands if t in p]
         if bad:
             raise InputError(f"prompt {i}: contains {bad[0]!r}, which this model reads as a command; "
                              "leave it out")
+    if isinstance(self.processor, PhiProcessor):
+        self.processor.inner.token_counts(sizes, [ask(self.question, p) for p in prompts])
 
 @patch
 def encode(self:PYes,
@@ -488,7 +497,7 @@ def encode(self:PYes,
     for im,p in zip(images, prompts):
         content = [dict(type='image', image=im), dict(type='text', text=ask(self.question, p))]
         turns.append([dict(role='user', content=content)])
-    if isinstance(self.processor, QwenProcessor):
+    if isinstance(self.processor, (QwenProcessor,MistralProcessor)):
         tokenizer = self.processor.tokenizer
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return self.processor(texts, images)
@@ -518,14 +527,21 @@ def from_pretrained(cls:PYes,
     name,                   # Folder or hub id of an image-text chat model: 'Qwen/Qwen2.5-VL-7B-Instruct'
     device=None,            # Where to compute; None: the best there is
     dtype:torch.dtype=None, # Type of the weights; None: half precision on GPUs
-    question:str=QUESTION,  # Question, with {} where the prompt goes
+    question:str=None,      # Question, with {} where the prompt goes; None: what the model was taught
     against_no:bool=True,   # Relative to yes and no, see `yes_prob`
 )->PYes:
     "Load any `AutoModelForImageTextToText`, without code of its own; `CheckpointError` for faulty weights."
     folder = hub_folder(name, ('*.json', '*.jinja', '*.safetensors', '*.model', '*.txt'))
     device = device or default_device()
-    processor = load_processor(folder)
-    model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype or default_dtype(device))
+    dtype = dtype or default_dtype(device)
+    if read_config(folder/'config.json').get('model_type')=='phi3_v':
+        model,processor = _load_phi(folder, device, dtype)
+        usual = '{}' # a statement
+    else:
+        processor = load_processor(folder)
+        model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype)
+        usual = QUESTION
+    question = usual if question is None else question
     return cls(model.to(device).requires_grad_(False), processor, question, against_no)
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #a55f03b0
