@@ -29,7 +29,7 @@ from .core import CLIP_MEAN, CLIP_STD, CheckpointError, InputError, as_images, r
 from .docments import document
 from .engine import in_threads
 from .files import atomic_path
-from .weights import blame, load_weights, read_json, weight_files
+from .weights import blame, how_to_fetch, load_weights, read_json, weight_files
 from .store import text_hash
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #0f5a7685
@@ -448,7 +448,8 @@ def load_tokenizer(
     "A folder's tokenizer, from data alone; `CheckpointError` if it is missing, damaged, or lacks an EOS."
     folder = Path(folder)
     if not (folder/'tokenizer.json').is_file(): raise CheckpointError(
-        f"{folder/'tokenizer.json'}: no such file; the folder must hold the model's fast tokenizer")
+        f"{folder/'tokenizer.json'}: no such file, and it holds the tokenizer: "
+        f"{how_to_fetch(folder/'tokenizer.json')}")
     for f in ('tokenizer_config.json', 'special_tokens_map.json'):
         if (folder/f).is_file(): read_json(folder/f)
     with blame(folder/'tokenizer.json'):

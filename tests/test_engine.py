@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch.testing import assert_close
 
-from llava_reward_nb.backbones import load_backbone
+from llava_reward_nb.generic import load_backbone
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.rewards.llava import LLaVAReward
 
