@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARD_LABELS', 'MODEL_LABELS', 'SET_LABELS', 'TINY_TWINS', 'TINY_SETS', 'CALIBRATION', 'reward_label', 'tiny_twins',
            'tiny_pipelines', 'tiny_prompts', 'Block', 'Study', 'n_looks', 'begin', 'probe', 'remaining', 'Pipelines',
-           'Estimate', 'estimate', 'run_study', 'tiny_study', 'build_table9']
+           'duration', 'Estimate', 'estimate', 'run_study', 'tiny_study', 'build_table9']
 
 # %% ../../nbs/8_tiny/86_study.ipynb #cc3f6691
 import json, re
@@ -219,6 +219,15 @@ class Pipelines:
         return self.pipe
 
 # %% ../../nbs/8_tiny/86_study.ipynb #ac7bc3a8
+def duration(
+    hours:float, # at least 0
+)->str:
+    "Hours as people say them."
+    for unit,size in (('days',48.), ('h',2.), ('min',2/60)):
+        if hours>=size: return f"{hours/dict(days=24., h=1., min=1/60)[unit]:.2g} {unit}"
+    return f'{3600*hours:.0f} s'
+
+# %% ../../nbs/8_tiny/86_study.ipynb #12c04a85
 @dataclass(frozen=True)
 class Estimate:
     "What a block will cost here."
@@ -236,7 +245,7 @@ class Estimate:
         if not self.work.images: return f'{head}; all is there'
         each = dict(step=self.speed.step, decode=self.speed.decode, **self.speed.scores)
         took = ', '.join(f'{name} {1000*v:.3g}' for name,v in each.items())
-        return f'{head}; {self.work}; {self.hours:.2g} h (ms: {took})'
+        return f'{head}; {self.work}; {duration(self.hours)} (ms each: {took})'
 
 # %% ../../nbs/8_tiny/86_study.ipynb #91349339
 def estimate(
