@@ -427,6 +427,34 @@ SOURCES = dict(
         'a folder of images with one table (.csv or the like), or the table',
         (), (('prompt',), ('chosen_path','path')), _as_it_is))
 
+# %% ../nbs/3_paper/38_sources.ipynb #addc2b91
+IMAGE_FIELDS = ('chosen_path', 'reject_path', 'path') # of our records
+
+@dataclass(frozen=True)
+class _Look:
+    "What is known of a picture."
+    content:str    # hash of its file, bytes or pixels
+    size:tuple     # width, height; None if it is broken
+    error:str=None
+
+def _key(x)->object: # None for pictures that have no name
+    "What a picture is called, the same for one picture in all records."
+    if isinstance(x, (str, os.PathLike)): return str(x)
+    return x if isinstance(x, StoredImage) else None
+
+def _look_at(x)->_Look:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', TransparencyWarning)
+            check_image(x)
+            if isinstance(x, (str, os.PathLike)): return _Look(file_hash(x), image_size(x))
+            data = x.get('bytes') if isinstance(x, Mapping) else x
+            if isinstance(data, (bytes, bytearray)):
+                return _Look(hashlib.sha256(data).hexdigest()[:16], image_size(x))
+            im = load_image(x)
+            return _Look(pixels_hash(im), im.size)
+    except InputError as e: return _Look('', None, str(e))
+
 # %% ../nbs/3_paper/38_sources.ipynb #31e80925
 class Source:
     "Clean records of a data set, read when looped over; `faults`, `dropped` and `seen` are of the last loop."
@@ -517,7 +545,7 @@ def numbered(self:Source): # generator of (number, record)
             self.seen += 1
             continue
         for record in raw:
-            for name in ('chosen_path','reject_path','path'):
+            for name in IMAGE_FIELDS:
                 if name in record: record[name] = self._placed(record[name])
             record,wrong = clean_record(record, self.kind, self.folders[0])
             if not wrong and self.ties=='drop' and record.get('target')==.5:
@@ -541,6 +569,22 @@ def records(self:Source,
     good = list(islice(self.numbered(), limit))
     if not good and not self.faults: raise InputError(f"{self}: no records")
     return gather_records(good, self.faults, self.seen, self.kind, str(self), skip_bad, check_images)
+
+# %% ../nbs/3_paper/38_sources.ipynb #5ce632b0
+@patch
+def whole(self:Source): # generator of (number, record)
+    "Clean records whose images open, for those who write them elsewhere; others join `faults`."
+    known = {} # picture -> why it does not open, or None
+    def trouble(x):
+        if isinstance(x, (str, os.PathLike)) and str(x) in known: return known[str(x)]
+        why = _look_at(x).error
+        if isinstance(x, (str, os.PathLike)): known[str(x)] = why
+        return why
+    for n,record in self.numbered():
+        wrong = [(f, trouble(record[f])) for f in IMAGE_FIELDS if f in record]
+        found = [Fault(n, f, why) for f,why in wrong if why]
+        self.faults += found
+        if not found: yield n, record
 
 # %% ../nbs/3_paper/38_sources.ipynb #b44b61f0
 def open_source(
@@ -584,8 +628,6 @@ def _line(record:dict, place)->dict:
     row = {k:place(v) if k in IMAGE_FIELDS else v for k,v in record.items() if k!='target'}
     return {k:v for k,v in row.items() if not isinstance(v, (bytes, Mapping, Image.Image))}
 
-IMAGE_FIELDS = ('chosen_path', 'reject_path', 'path') # of our records
-
 def unpack(
     records,   # clean records: a `Source`, `RewardRecords`, or any iterable of them
     folder,    # made if needed; pictures go to images/ below it
@@ -601,32 +643,6 @@ def unpack(
                 n += 1
         if not n: raise InputError(f"{records}: no records to write")
     return folder/'records.jsonl'
-
-# %% ../nbs/3_paper/38_sources.ipynb #addc2b91
-@dataclass(frozen=True)
-class _Look:
-    "What is known of a picture."
-    content:str    # hash of its file, bytes or pixels
-    size:tuple     # width, height; None if it is broken
-    error:str=None
-
-def _key(x)->object: # None for pictures that have no name
-    "What a picture is called, the same for one picture in all records."
-    if isinstance(x, (str, os.PathLike)): return str(x)
-    return x if isinstance(x, StoredImage) else None
-
-def _look_at(x)->_Look:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', TransparencyWarning)
-            check_image(x)
-            if isinstance(x, (str, os.PathLike)): return _Look(file_hash(x), image_size(x))
-            data = x.get('bytes') if isinstance(x, Mapping) else x
-            if isinstance(data, (bytes, bytearray)):
-                return _Look(hashlib.sha256(data).hexdigest()[:16], image_size(x))
-            im = load_image(x)
-            return _Look(pixels_hash(im), im.size)
-    except InputError as e: return _Look('', None, str(e))
 
 # %% ../nbs/3_paper/38_sources.ipynb #249c00d0
 class _Tally:

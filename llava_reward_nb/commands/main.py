@@ -28,6 +28,7 @@ SUB_COMMANDS = dict( # in the order of the help
     compare=SubCommand('Judge images', 'commands.score', 'compare two images, or rank more'),
     rewards=SubCommand('Judge images', 'commands.evaluate', 'list the rewards and what they need'),
     train=SubCommand('Train a reward', 'commands.train', 'train a perspective on pairs or labels'),
+    data=SubCommand('Train a reward', 'commands.items', 'look at preference data, or unpack it'),
     steer=SubCommand('Generate better images', 'commands.steer', 'steer a diffusion model by a reward'),
     eval=SubCommand('Evaluate rewards', 'commands.evaluate', 'score a benchmark'),
     table=SubCommand('Evaluate rewards', 'commands.evaluate', 'make a table of what was scored'),

@@ -227,7 +227,7 @@ def duration(
         if hours>=size: return f"{hours/dict(days=24., h=1., min=1/60)[unit]:.2g} {unit}"
     return f'{3600*hours:.0f} s'
 
-# %% ../../nbs/8_tiny/86_study.ipynb #12c04a85
+# %% ../../nbs/8_tiny/86_study.ipynb #2e2a08c1
 @dataclass(frozen=True)
 class Estimate:
     "What a block will cost here."
