@@ -26,9 +26,9 @@ from ..steering.cost import Work
 from ..steering.hook import SteerConfig
 from ..steering.pipelines import PAPER, RECIPES
 from ..tiny.guidance import TINY_STEERING, paired
-from ..tiny.study import (MODEL_LABELS, REWARD_LABELS, SET_LABELS, TINY_SETS, TINY_TWINS, Block,
-                                        Pipelines, Study, duration, estimate, n_looks, reward_label,
-                                        run_study, tiny_pipelines, tiny_prompts, tiny_twins)
+from ..tiny.studies import (MODEL_LABELS, REWARD_LABELS, SET_LABELS, TINY_SETS, TINY_TWINS,
+                                          Block, Pipelines, Study, duration, estimate, n_looks, reward_label,
+                                          run_study, tiny_pipelines, tiny_prompts, tiny_twins)
 from ..tiny.table9 import power_table, replication_table
 
 # %% ../../nbs/9_doors/97_paper.ipynb #cce1d39f
@@ -178,8 +178,8 @@ def _further(frame, out:Path)->list: # tables that could be made
             made.append(table)
     return made
 
-_APART = ("Our rows are of the tiny world, the paper's of real images: compare what guidance does to each, not "
-          "the numbers.")
+_APART = ("Our rows are of the tiny world, the paper's of real images: compare what guidance does to each, "
+          "not the numbers.")
 
 def _report(frame, metrics:list, out:Path, published:bool, tiny:bool):
     "Write everything, and print what fits a terminal."
