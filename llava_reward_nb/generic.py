@@ -891,10 +891,23 @@ class QwenBackbone(ImageTextBackbone):
     text_class = QwenText
     causal = True
 
-class Qwen25Backbone(ImageTextBackbone):
+    @property
+    def pixels(self)->list:
+        "Least and most pixels to which an image is resized."
+        size = self.processor.image_processor.size
+        return [size['shortest_edge'], size['longest_edge']]
+
+    def resize_to(self,
+        pixels:list, # least and most
+    ):
+        "Resize images within other bounds."
+        p = self.processor.image_processor
+        p.size = type(p.size)(shortest_edge=pixels[0], longest_edge=pixels[1])
+        self.processor.frames.clear()
+
+class Qwen25Backbone(QwenBackbone):
     "Qwen2.5-VL, with the prompt and the two resizes of the published reward."
     text_class = Qwen25Text
-    causal = True
 
 class LlavaNextBackbone(ImageTextBackbone):
     "LLaVA-1.6 with the prompt of the published reward."
