@@ -15,8 +15,8 @@ from .core import CheckpointError, InputError, as_path
 from .docments import document
 from .files import check_writable
 from .weights import MODELS, hub_folder, hub_name, hub_reason, read_json, some_names
-from llava_reward_nb.model import (CARD, RewardModel, TrainingFacts, check_sums, moved_card, perspective_folders,
-    saved_config)
+from .model import (CARD, RewardModel, TrainingFacts, check_sums, moved_card,
+    perspective_folders, saved_config)
 
 # %% ../nbs/3_paper/36_published.ipynb #132995dd
 def _source_name(
@@ -48,12 +48,13 @@ def convert(
     folder = hub_folder(source, revision=revision)
     found = perspective_folders(folder, perspective)
     if not found: raise CheckpointError(
-        f"{source}: holds no perspective (a folder with lora/ and reward_config.yaml); pass the folder of one, "
-        "or one that holds several")
+        f"{source}: holds no perspective (a folder with lora/ and reward_config.yaml); "
+        "pass the folder of one, or one that holds several")
     model = RewardModel.from_pretrained(
         source, list(found), base, 'cpu', dtype, overrides=overrides, revision=revision)
     where = hub_name(source, revision) if not as_path(source).is_dir() and source not in MODELS else source
-    facts = TrainingFacts('the records of its authors, whose weights these are', {'converted from':_source_name(where)}, None)
+    origin = {'converted from':_source_name(where)}
+    facts = TrainingFacts('the records of its authors, whose weights these are', origin, None)
     is_one = list(found.values())==[folder]
     return [model.save_perspective(name, out if is_one else out/name, training=facts) for name in found]
 
@@ -64,7 +65,7 @@ def _public_base(
 )->str:
     "The base's name for strangers; `InputError` if nobody else could find it."
     if not (folder/'reward_config.json').is_file(): raise InputError(
-        f"{folder}: is in the authors' layout; write it in ours first, with `llava_reward_convert` or `convert`")
+        f"{folder}: is in the authors' layout; write it in ours first, with `llava_reward_convert`")
     name = base or saved_config(folder).base
     if name in MODELS: return name
     needed = "pass base= the hub id of its base, such as 'microsoft/Phi-3.5-vision-instruct'"
@@ -86,9 +87,10 @@ def _copy_for_hub(
     files = ('adapter_config.json', 'adapter_model.safetensors', 'head.safetensors')
     copy.mkdir(parents=True)
     for name in files: shutil.copyfile(folder/name, copy/name)
-    config = read_json(folder/'reward_config.json')
-    (copy/'reward_config.json').write_text(json.dumps({**config, 'base':base}, indent=1)+'\n', encoding='utf-8')
-    sums = {name:hashlib.sha256((copy/name).read_bytes()).hexdigest() for name in (*files, 'reward_config.json')}
+    config = {**read_json(folder/'reward_config.json'), 'base':base}
+    (copy/'reward_config.json').write_text(json.dumps(config, indent=1)+'\n', encoding='utf-8')
+    hashed = lambda name: hashlib.sha256((copy/name).read_bytes()).hexdigest()
+    sums = {name:hashed(name) for name in (*files, 'reward_config.json')}
     (copy/'checksums.json').write_text(json.dumps(sums, indent=1)+'\n', encoding='utf-8')
     card = moved_card(folder, where, base)
     if card is not None: (copy/CARD).write_text(card, encoding='utf-8')
@@ -113,8 +115,8 @@ library_name: llava_reward_nb
 ---
 # LLaVA-Reward perspectives
 
-Rewards for text-to-image generation ([arXiv 2507.21391](https://arxiv.org/abs/2507.21391)). Each folder is one perspective, with
-a card of its own.
+Rewards for text-to-image generation ([arXiv 2507.21391](https://arxiv.org/abs/2507.21391)). Each folder is
+one perspective, with a card of its own.
 
 | perspective | loss | base |
 |---|---|---|
@@ -155,7 +157,7 @@ def push_to_hub(
     private:bool=False, # whether a new repository is private
     message:str=None,   # of the commit; None: which perspectives they are
 )->str: # address of the commit
-    "Publish perspectives with their cards; `InputError` says what is missing, or why the hub did not take it."
+    "Publish perspectives with their cards; `InputError` says what is missing, or why the hub refused."
     where = hub_name(repo_id)
     if '/' not in where.repo: raise InputError(f"{repo_id}: name the owner too: 'owner/{repo_id}'")
     with tempfile.TemporaryDirectory() as tmp:

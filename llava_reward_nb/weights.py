@@ -228,7 +228,7 @@ def _origin(
 def folder_name(
     folder, # of a model
 )->str:
-    "What a folder is called: by its own name, or in the hub's cache, where that is a hash, by its repository's."
+    "The name of a folder; in the hub's cache, where that is a hash, the name of the repository."
     folder = Path(folder).resolve()
     source = _origin(folder) if folder.parent.name=='snapshots' else None
     return source.repo.split('/')[-1] if source else folder.name

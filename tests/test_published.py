@@ -6,7 +6,7 @@ from pathlib import Path
 
 import families, pytest, torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import llava_reward_nb
