@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from llava_reward_nb.core import InputError
 from llava_reward_nb.files import write_table
-from llava_reward_nb.data import (RewardCollator, RewardRecords, check_image, load_records, record_kind, split_by_prompt)
+from llava_reward_nb.data import (Mixture, RewardCollator, RewardRecords, check_image, drop_leaks, held_out, load_records, mix_records,
+                                  prompt_words, record_kind, split_by_prompt)
 
 FORMATS = ('json', 'jsonl', 'csv', 'parquet')
 
@@ -204,3 +205,73 @@ def test_identity_is_of_content_and_order(home, tmp_path):
     assert load_records([pair(chosen_path=(home/'red.png').read_bytes()), rows[1]], folder=home).identity() == was
     (tmp_path/'red.png').write_bytes((home/'green.png').read_bytes())
     assert load_records(rows, folder=tmp_path).identity() != was
+
+# votes, ratings, mixtures, leaks
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_votes_are_soft_targets_in_every_format(home, suffix):
+    votes = [[3,1], [2,2], [5,0]]
+    rows = [pair(choice_dist=json.dumps(v) if suffix == 'csv' else v) for v in votes]
+    recs = load_records(write_table(rows, home/f'votes.{suffix}'))
+    assert [r['target'] for r in recs] == [.75, .5, 1.]
+    assert RewardCollator(processor)(list(recs))['target'].tolist() == [.75, .5, 1.]
+    assert load_records(list(recs)).identity() == recs.identity() != load_records([pair()]*3, folder=home).identity()
+
+@pytest.mark.parametrize('votes', [[1,3], [0,0], [1], 'many', [-1,2], [None,2], ['x',1]])
+def test_votes_that_say_nothing_are_named(home, votes):
+    with pytest.raises(InputError, match='record 0, choice_dist: is'): load_records([pair(choice_dist=votes)], folder=home)
+
+def test_points_of_ratings_are_in_the_batch_on_demand(home):
+    recs = load_records([pair(c_rate=7, r_rate=1), pair(c_rate='3', r_rate='3')], folder=home)
+    assert RewardCollator(processor, points=True)(list(recs))['points'].tolist() == [6., 0.]
+    assert 'points' not in RewardCollator(processor)(list(recs))
+    bare = load_records([pair(c_rate=None, r_rate=None)], folder=home)
+    with pytest.raises(InputError, match='has no ratings'): RewardCollator(processor, points=True)(list(bare))
+    assert 'points' not in RewardCollator(processor, points=True)(list(load_records([label()], folder=home)))
+
+sizes = st.dictionaries(st.sampled_from('abcd'), st.integers(1, 12), min_size=1)
+@quick
+@given(sizes, st.integers(0, 99), st.sampled_from(['all', 'first']), st.data())
+def test_a_mixture_cut_anywhere_goes_on_as_if_it_had_not_been(sizes, seed, stop, data):
+    sources = {name: [f'{name}{i}' for i in range(n)] for name, n in sizes.items()}
+    weights = {name: data.draw(st.floats(.1, 9), name) for name in sources}
+    whole = list(Mixture(sources, weights, seed, stop))
+    cut = data.draw(st.integers(0, len(whole)), 'cut')
+    first, before = Mixture(sources, weights, seed, stop), []
+    for record in first:
+        if len(before) == cut: break
+        before.append(record)
+    stored = Mixture(sources, weights, seed, stop)
+    for _ in zip(range(cut), stored): pass
+    state = json.loads(json.dumps(stored.state()))
+    second = Mixture(sources, weights, seed, stop).resume(state)
+    assert before+list(second) == whole and sum(second.taken.values()) == len(whole)
+    if stop == 'all': assert set(whole) == {r for rows in sources.values() for r in rows}
+    for name, rows in sources.items(): # each pass in the order of the source
+        drawn = [r for r in whole if r[0] == name]
+        assert drawn == [rows[i % len(rows)] for i in range(len(drawn))]
+
+def test_a_mixture_is_the_same_everywhere():
+    "Numbers written down once: hashes do not depend on versions or machines."
+    drawn = list(Mixture(dict(x=range(100), y=range(100, 110)), dict(x=3, y=1), seed=7))
+    assert drawn[:12] == [0, 1, 2, 100, 3, 4, 5, 6, 7, 8, 9, 10] and (sum(r < 100 for r in drawn), sum(r >= 100 for r in drawn)) == (100, 26)
+
+def test_mixed_records_tell_their_shares(home):
+    two = {name: load_records([pair(prompt=f'{name} {i}') for i in range(n)], folder=home) for name, n in (('big', 40), ('small', 4))}
+    mixed = mix_records(two, dict(big=9, small=1), seed=3)
+    assert mixed.parts == {name: sum(r['prompt'].startswith(name) for r in mixed) for name in two}
+    assert mixed.name == ', '.join(f'{name} {n} ({n/len(mixed):.1%})' for name, n in mixed.parts.items())
+    assert mixed.identity() == mix_records(two, dict(big=9, small=1), seed=3).identity()
+
+@given(text)
+def test_words_of_a_prompt_do_not_change_twice(prompt):
+    words = prompt_words(prompt)
+    assert prompt_words(words) == words == prompt_words(f'  {prompt}... ') and words.strip() == words
+
+def test_leaks_by_prompt_and_by_pixels(home, tmp_path):
+    Image.open(home/'green.png').save(tmp_path/'same.bmp') # other bytes, the same picture
+    recs = load_records([pair(), pair(prompt=['x', 'THE Test prompt']), pair(prompt='y', reject_path='green.png'), pair(prompt='z')], folder=home)
+    screened = drop_leaks(recs, held_out('test', ['the test prompt?', ''], [tmp_path/'same.bmp']))
+    assert [r['prompt'] for r in screened.records] == ['a red wall', 'z'] and screened.leaks == dict(prompt=1, image=1)
+    assert str(screened) == '2 of 4 records dropped: 1 by their prompt, 1 by an image'
+    assert screened.records.places == [0, 3]

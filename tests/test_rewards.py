@@ -115,7 +115,7 @@ def test_llava_reward_specs(tmp_path):
 
 
 def test_short_names_are_specs():
-    for short, spec in SHORT.items(): assert spec.split(':')[0] in REWARDS and Path(spec.split(':', 1)[1]).name in (short.removeprefix('tiny-'), 'tiny')
+    for short, spec in SHORT.items(): assert spec.split(':')[0] in REWARDS and Path(spec.split(':', 1)[1]).name in (short.removeprefix('tiny-'), 'tiny', 'base')
 
 
 def test_callables_come_back_as_they_are():

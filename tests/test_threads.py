@@ -119,7 +119,7 @@ def test_training_forward_does_not_see_a_passing_perspective(rm, pairs):
         for f in noise: f.result()
 
 
-@pytest.mark.parametrize('name', ['tiny-clip', 'tiny-imagereward', 'tiny/alignment', 'checker'])
+@pytest.mark.parametrize('name', ['tiny-clip', 'tiny-imagereward', 'tiny-vqascore', 'tiny/alignment', 'checker'])
 def test_every_reward_of_the_bundle(name, pairs):
     r = load_reward(name, device='cpu')
     ims, texts = pairs

@@ -56,6 +56,7 @@ CARDS = {
     'tiny': Card('package', '6 MB and adapters', 'Apache-2.0'),
     'tiny-clip': Card('package', '3 MB', 'Apache-2.0'),
     'tiny-imagereward': Card('package', '4 MB', 'Apache-2.0'),
+    'tiny-vqascore': Card('package', '6 MB', 'Apache-2.0'),
 }
 
 # %% ../../nbs/4_rewards/49_cards.ipynb #f9ddbb2d
@@ -83,7 +84,8 @@ _RANGES = {'llava-reward':'unbounded', 'checker':'0 to 1'} # of these an instanc
 
 _SHORT_ABOUT = {'tiny':'the embedded LLaVA-Reward, which knows drawings of coloured shapes only',
                 'tiny-clip':'CLIPScore of the same world',
-                'tiny-imagereward':'ImageReward of the same world'}
+                'tiny-imagereward':'ImageReward of the same world',
+                'tiny-vqascore':"P(yes) of the embedded LLaVA-Reward's base"}
 
 def reward_rows(
     names=None, # which ones; None: all

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['shortest_side', 'crop_start', 'crop_image', 'to_floats', 'normalise', 'letterbox', 'crop_pixels', 'check_pixels',
            'clean_text', 'check_unicode', 'token_ids', 'clip_tokenizer', 'find_file', 'ClipReward', 'CLIPScore',
-           'opened_batches', 'load_clip_tokenizer', 'diversity', 'PickScore', 'openclip_state', 'openclip_config',
-           'HPSv2', 'reward_mlp', 'AestheticScore']
+           'opened_batches', 'load_clip_tokenizer', 'diversity', 'PickScore', 'openclip_state', 'to_openclip', 'Heads',
+           'openclip_config', 'openclip_facts', 'HPSv2', 'reward_mlp', 'AestheticScore']
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #7673e5b0
 import html, json, math, os, re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np, torch
@@ -426,6 +427,19 @@ _OPENCLIP = [ # pattern -> name in CLIPModel; the first which fits is taken
     (r'logit_scale', lambda m: 'logit_scale')]
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #9456fa2f
+def _our_names(published:str)->list: # one, or three where queries, keys and values are one tensor; [] if unknown
+    "The names in CLIPModel of a tensor of open_clip."
+    for pattern,rename in _OPENCLIP:
+        m = re.fullmatch(pattern, published)
+        if not m: continue
+        ours = rename(m)
+        if '.in_proj_' not in ours: return [ours]
+        block, kind = ours.split('.in_proj_')
+        return [f'{block}.{n}_proj.{kind}' for n in 'qkv']
+    return []
+
+_TRANSPOSED = ('visual.proj', 'text_projection')
+
 def openclip_state(
     tensors:dict, # Names of open_clip -> tensors
     where,        # Where they come from, for errors
@@ -433,27 +447,56 @@ def openclip_state(
     "Rename, transpose and split; `CheckpointError` for a name that open_clip's CLIP does not have."
     out = {}
     for k,v in tensors.items():
-        new = next((f(m) for p,f in _OPENCLIP if (m := re.fullmatch(p, k))), None)
-        if new is None: raise CheckpointError(f"{where}: holds the unknown {k}; is it an HPSv2 checkpoint?")
-        if k in ('visual.proj', 'text_projection'): v = v.T.contiguous()
-        if '.in_proj_' in new: # one matrix: queries, keys, values
-            base, kind = new.split('.in_proj_')
-            out |= {f'{base}.{n}_proj.{kind}':part.contiguous() for n,part in zip('qkv', v.chunk(3))}
-        else: out[new] = v
+        ours = _our_names(k)
+        if not ours: raise CheckpointError(f"{where}: holds the unknown {k}; is it an HPSv2 checkpoint?")
+        if k in _TRANSPOSED: v = v.T.contiguous()
+        for name,part in zip(ours, v.chunk(len(ours)) if len(ours)>1 else [v]): out[name] = part.contiguous()
+    return out
+
+# %% ../../nbs/4_rewards/40_clip.ipynb #a378804f
+def _openclip_names(vision_layers:int, text_layers:int)->list:
+    "All names of an open_clip model, in order."
+    parts = ('ln_1.weight', 'ln_1.bias', 'attn.in_proj_weight', 'attn.in_proj_bias', 'attn.out_proj.weight',
+             'attn.out_proj.bias', 'ln_2.weight', 'ln_2.bias', 'mlp.c_fc.weight', 'mlp.c_fc.bias',
+             'mlp.c_proj.weight', 'mlp.c_proj.bias')
+    blocks = lambda tower,n: [f'{tower}transformer.resblocks.{i}.{part}' for i in range(n) for part in parts]
+    return ['positional_embedding', 'text_projection', 'logit_scale', 'visual.class_embedding',
+            'visual.positional_embedding', 'visual.proj', 'visual.conv1.weight', 'visual.ln_pre.weight',
+            'visual.ln_pre.bias', *blocks('visual.', vision_layers), 'visual.ln_post.weight',
+            'visual.ln_post.bias', *blocks('', text_layers), 'token_embedding.weight', 'ln_final.weight',
+            'ln_final.bias']
+
+def to_openclip(
+    model:CLIPModel, # Any CLIP
+)->dict: # Names of open_clip -> tensors
+    "The tensors of a CLIP in the layout of open_clip; the inverse of `openclip_state`."
+    state, out, config = model.state_dict(), {}, model.config
+    for k in _openclip_names(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers):
+        parts = [state[name] for name in _our_names(k)]
+        v = torch.cat(parts) if len(parts)>1 else parts[0]
+        out[k] = (v.T if k in _TRANSPOSED else v).cpu().clone(memory_format=torch.contiguous_format)
     return out
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #adce4697
+@dataclass(frozen=True)
+class Heads:
+    "What the shapes of a CLIP's weights do not tell; the defaults are HPSv2's."
+    text:int=64            # Width of a head of the text tower
+    vision:int=80          # Width of a head of the vision tower
+    hidden_act:str='gelu'  # 'quick_gelu' as OpenAI's models, 'gelu' as those of LAION
+
 def openclip_config(
     t:dict, # Names of CLIPModel -> tensors
     where,  # Where they come from, for errors
+    heads:Heads=Heads(), # What shapes do not tell
 )->CLIPConfig:
     "The sizes of an HPSv2 model, from the shapes of its weights; `CheckpointError` if tensors are missing."
     def tower(p, head):
         first = f'{p}_model.encoder.layers.0.'
         numbers = (re.match(rf'{p}_model\.encoder\.layers\.(\d+)\.', k) for k in t)
         width = t[first+'layer_norm1.weight'].shape[0]
-        return dict(hidden_size=width, num_attention_heads=width//head, hidden_act='gelu', projection_dim=dim,
-            intermediate_size=t[first+'mlp.fc1.weight'].shape[0],
+        return dict(hidden_size=width, num_attention_heads=width//head, hidden_act=heads.hidden_act,
+            projection_dim=dim, intermediate_size=t[first+'mlp.fc1.weight'].shape[0],
             num_hidden_layers=1+max(int(m[1]) for m in numbers if m))
     try:
         dim = t['visual_projection.weight'].shape[0]
@@ -461,7 +504,7 @@ def openclip_config(
         grid = t['vision_model.embeddings.position_embedding.weight'].shape[0]
         context = t['text_model.embeddings.position_embedding.weight'].shape[0]
         vocab = t['text_model.embeddings.token_embedding.weight'].shape[0]
-        text, vision = tower('text', 64), tower('vision', 80)
+        text, vision = tower('text', heads.text), tower('vision', heads.vision)
     except KeyError as e:
         raise CheckpointError(f"{where}: lacks {e.args[0]}; it is not a whole HPSv2 checkpoint") from None
     text |= dict(vocab_size=vocab, max_position_embeddings=context,
@@ -469,8 +512,43 @@ def openclip_config(
     vision |= dict(patch_size=patch_size, image_size=patch_size*math.isqrt(grid-1))
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
 
+# %% ../../nbs/4_rewards/40_clip.ipynb #1992e9c1
+def openclip_facts(
+    config:CLIPConfig, # Sizes of a CLIP
+)->dict: # JSON-able
+    "What open_clip's `open_clip_config.json` says of a CLIP."
+    t, v = config.text_config, config.vision_config
+    vision = dict(image_size=v.image_size, layers=v.num_hidden_layers, width=v.hidden_size,
+                  head_width=v.hidden_size//v.num_attention_heads, mlp_ratio=v.intermediate_size/v.hidden_size,
+                  patch_size=v.patch_size)
+    text = dict(context_length=t.max_position_embeddings, vocab_size=t.vocab_size, width=t.hidden_size,
+                heads=t.num_attention_heads, layers=t.num_hidden_layers,
+                mlp_ratio=t.intermediate_size/t.hidden_size)
+    return dict(model_cfg=dict(embed_dim=config.projection_dim, quick_gelu=t.hidden_act=='quick_gelu',
+                               vision_cfg=vision, text_cfg=text))
+
+def _stated_heads(file:Path)->Heads:
+    "The heads that an `open_clip_config.json` states; HPSv2's if there is no such file."
+    if not file.is_file(): return Heads()
+    with blame(file):
+        said = read_config(file)['model_cfg']
+        text = said['text_cfg']
+        act = 'quick_gelu' if said.get('quick_gelu', False) else 'gelu'
+        return Heads(text['width']//text['heads'], said['vision_cfg'].get('head_width', 64), act)
+
+def _check_stated(file:Path, config:CLIPConfig):
+    "`CheckpointError` for the first size in an `open_clip_config.json` that is not that of the weights."
+    if not file.is_file(): return
+    said, ours = read_config(file)['model_cfg'], openclip_facts(config)['model_cfg']
+    pairs = [('embed_dim', said, ours)]
+    for tower in 'vision_cfg', 'text_cfg': pairs += [(k, said[tower], ours[tower]) for k in ours[tower]]
+    for k,stated,found in pairs:
+        if k!='mlp_ratio' and k in stated and stated[k]!=found[k]: raise CheckpointError(
+            f"{file}: {k} is {stated[k]}, the weights beside it have {found[k]}; "
+            "take both files from one model")
+
 # %% ../../nbs/4_rewards/40_clip.ipynb #69bb13e8
-_HPS_FILES = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}
+_HPS_FILES = {'2.0': 'HPS_v2_compressed', '2.1': 'HPS_v2.1_compressed'} # version -> name without .pt or .safetensors
 
 class HPSv2(ClipReward):
     "Human preference score v2 or v2.1 (Wu et al. 2023), a cosine without the factor 100 of its leaderboard."
@@ -498,11 +576,15 @@ def from_pretrained(cls:HPSv2,
 )->HPSv2:
     "Load the published open_clip layout strictly; `CheckpointError` names what is missing or wrong."
     if version not in _HPS_FILES: raise ValueError(f"version {version!r}; there are {', '.join(_HPS_FILES)}")
-    name = id_or_path or cls.default
-    path = as_path(name) if as_path(name).is_file() else find_file(name, _HPS_FILES[version])
+    name, file = id_or_path or cls.default, _HPS_FILES[version]
+    path = as_path(name)
+    if not path.is_file(): path = find_file(name, f'{file}.pt', f'{file}.safetensors')
+    stated = path.parent/'open_clip_config.json'
+    heads = _stated_heads(stated)
     with blame(path):
         state = openclip_state(dict(read_tensors(path)), path)
-        config = openclip_config(state, path)
+        config = openclip_config(state, path, heads)
+        _check_stated(stated, config)
         with torch.device('meta'): model = CLIPModel(config)
     load_weights(model, state, path, dtype=dtype or torch.float32)
     beside = path.parent/'tokenizer'
@@ -510,6 +592,21 @@ def from_pretrained(cls:HPSv2,
     self = cls(model, load_clip_tokenizer(tokenizer), device)
     self.name = 'hpsv2' if version=='2.0' else 'hpsv2.1'
     return self
+
+# %% ../../nbs/4_rewards/40_clip.ipynb #6431e2e3
+@patch
+def save_pretrained(self:HPSv2,
+    folder, # Model folder; made or replaced, whole or not at all
+)->Path:
+    "Write open_clip's layout: `HPS_v2….safetensors`, `open_clip_config.json` and `tokenizer/`."
+    file = _HPS_FILES['2.0' if self.name=='hpsv2' else '2.1']
+    with atomic_path(folder) as f:
+        f.mkdir(parents=True)
+        self.tokenizer.save_pretrained(f/'tokenizer')
+        save_file(to_openclip(self.model), f/f'{file}.safetensors', metadata={'format': 'pt'})
+        facts = json.dumps(openclip_facts(self.model.config), indent=1)
+        (f/'open_clip_config.json').write_text(facts+'\n')
+    return Path(folder)
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #e98be626
 def reward_mlp(

@@ -82,6 +82,7 @@ SHORT = { # name -> spec
     'tiny': 'llava-reward:tiny',
     'tiny-clip': f"clipscore:{MODELS['tiny']/'clip'}",
     'tiny-imagereward': f"imagereward:{MODELS['tiny']/'imagereward'}",
+    'tiny-vqascore': f"pyes:{MODELS['tiny']/'base'}",
 }
 
 # %% ../../nbs/4_rewards/45_registry.ipynb #beec89e1

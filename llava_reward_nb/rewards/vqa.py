@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['QUESTION', 'STYLES', 'PAD_COLOR', 'MAX_TOKENS', 'REWARD_TOKEN', 'SLOT', 'PIXELS', 'answer_prob', 'AskReward', 'ask',
            't5_ids', 'pad_square', 'normalize', 'to_tensor', 'square_pixels', 'resize_pixels', 'pad_square_pixels',
-           'VQAScore', 'spellings', 'yes_prob', 'QwenProcessor', 'load_processor', 'PYes', 'published_instruction',
-           'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3', 'hpsv3_name']
+           'VQAScore', 'spellings', 'yes_prob', 'QwenProcessor', 'load_processor', 'PhiChat', 'PhiProcessor', 'PYes',
+           'published_instruction', 'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3',
+           'hpsv3_name']
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #d40a72eb
 import ast, json, math, re
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -30,8 +32,8 @@ from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
     batch_progress, default_dtype, image_list, image_size, load_image)
 from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
-from ..phi3v import (CLIP_L14_336, check_vocabulary, config_facts, exact_patches,
-    load_tokenizer, plain_ids, read_config, tokenizer_hash)
+from ..phi3v import (CLIP_L14_336, Phi3VConfig, Phi3VModel, Phi3VProcessor, check_vocabulary,
+    config_facts, exact_patches, load_tokenizer, plain_ids, read_config, tokenizer_hash)
 from ..weights import blame, read_json
 from ..core import CLIP_MEAN, CLIP_STD
 from ..store import make_identity
@@ -433,6 +435,58 @@ def load_processor(
         raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); "
                               "the folder must be a complete image-text model") from None
 
+# %% ../../nbs/4_rewards/42_vqa.ipynb #24fc8635
+class PhiChat(nn.Module):
+    "A `Phi3VModel` with tied embeddings that predicts the next token."
+    def __init__(self,
+        model:Phi3VModel, # Its configuration ties the embeddings
+    ):
+        super().__init__()
+        self.model = model
+    @property
+    def config(self)->Phi3VConfig: return self.model.config
+    def get_input_embeddings(self)->nn.Embedding:
+        "The table of token embeddings."
+        return self.model.language_model.embed_tokens
+    def forward(self,
+        input_ids:Tensor,            # (b, s) int64, negative where a visual token goes
+        attention_mask:Tensor,       # (b, s)
+        pixel_values:Tensor,         # Crops of all images
+        image_sizes:Tensor,          # (b, 2)
+        logits_to_keep=slice(None),  # Places whose predictions are wanted
+        use_cache:bool=False,        # Not read: nothing is generated
+    ): # With `logits` (b, places, vocabulary)
+        "Predictions for the token after each place."
+        features,_ = self.model.vision_features(pixel_values, image_sizes)
+        states = self.model(input_ids, attention_mask, self.model.project(features))
+        return SimpleNamespace(logits=states[:,logits_to_keep]@self.get_input_embeddings().weight.T)
+
+class PhiProcessor:
+    "`Phi3VProcessor` with the face of a chat processor, for one turn with one image."
+    chat_template = '<|user|>\n<|image_1|>\n{}<|endoftext|>' # what `Phi3VProcessor` writes
+    def __init__(self,
+        inner:Phi3VProcessor, # Tokenizer and image processor
+    ):
+        self.inner,self.tokenizer = inner, inner.tokenizer
+    @property
+    def image_processor(self)->dict:
+        p = self.inner.image_processor
+        return dict(num_crops=p.num_crops, crop_size=p.crop_size, merged=p.merged, mean=p.mean, std=p.std)
+    def apply_chat_template(self,
+        turns:list, # For each row a list of one turn with an image and a text
+        **kwargs,   # Not read: rows are tokenized and padded in one way only
+    )->dict: # of tensors
+        "Model input."
+        contents = [turn['content'] for (turn,) in turns]
+        return self.inner([image['image'] for image,_ in contents], [text['text'] for _,text in contents])
+
+def _load_phi(folder:Path, device, dtype)->tuple: # PhiChat, PhiProcessor
+    if not read_config(folder/'config.json').get('tie_word_embeddings'): raise CheckpointError(
+        f"{folder/'config.json'}: tie_word_embeddings is not true; P(yes) of a phi3_v needs an output layer, "
+        "and this package keeps only one that is tied to the embeddings; take another chat model")
+    processor = PhiProcessor(Phi3VProcessor.from_pretrained(folder))
+    return PhiChat(Phi3VModel.from_pretrained(folder, device, dtype)), processor
+
 # %% ../../nbs/4_rewards/42_vqa.ipynb #c2059b5e
 class PYes(AskReward):
     "P(yes) by any image-text chat model of transformers."
@@ -446,7 +500,7 @@ class PYes(AskReward):
         super().__init__()
         ask(question, '')
         tok = processor.tokenizer
-        if model.config.is_encoder_decoder: raise CheckpointError(
+        if getattr(model.config, 'is_encoder_decoder', False): raise CheckpointError(
             f"{tok.name_or_path}: is an encoder-decoder; P(yes) needs a decoder-only chat model")
         if not (getattr(processor, 'chat_template', None) or tok.chat_template): raise CheckpointError(
             f"{tok.name_or_path}: has no chat template; take an instruction-tuned model")
@@ -471,12 +525,14 @@ def check(self:PYes,
     sizes:list,   # (width, height) of n images
     prompts:list, # n strings
 ):
-    "`InputError` for prompts with control strings."
+    "`InputError` for prompts with control strings, or too long where that is known before."
     for i,p in enumerate(prompts):
         bad = [t for t in self.commands if t in p]
         if bad:
             raise InputError(f"prompt {i}: contains {bad[0]!r}, which this model reads as a command; "
                              "leave it out")
+    if isinstance(self.processor, PhiProcessor):
+        self.processor.inner.check(sizes, [ask(self.question, p) for p in prompts])
 
 @patch
 def encode(self:PYes,
@@ -518,14 +574,21 @@ def from_pretrained(cls:PYes,
     name,                   # Folder or hub id of an image-text chat model: 'Qwen/Qwen2.5-VL-7B-Instruct'
     device=None,            # Where to compute; None: the best there is
     dtype:torch.dtype=None, # Type of the weights; None: half precision on GPUs
-    question:str=QUESTION,  # Question, with {} where the prompt goes
+    question:str=None,      # Question, with {} where the prompt goes; None: what the model was taught
     against_no:bool=True,   # Relative to yes and no, see `yes_prob`
 )->PYes:
     "Load any `AutoModelForImageTextToText`, without code of its own; `CheckpointError` for faulty weights."
     folder = hub_folder(name, ('*.json', '*.jinja', '*.safetensors', '*.model', '*.txt'))
     device = device or default_device()
-    processor = load_processor(folder)
-    model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype or default_dtype(device))
+    dtype = dtype or default_dtype(device)
+    if read_config(folder/'config.json').get('model_type')=='phi3_v':
+        model,processor = _load_phi(folder, device, dtype)
+        usual = '{}' # a statement
+    else:
+        processor = load_processor(folder)
+        model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype)
+        usual = QUESTION
+    question = usual if question is None else question
     return cls(model.to(device).requires_grad_(False), processor, question, against_no)
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #a55f03b0

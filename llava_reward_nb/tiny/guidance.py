@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'RIVALS', 'TINY_STEERING', 'Guidance', 'guidances', 'matched_lam', 'pipeline_identity', 'open_comparison',
-           'compare_guidance', 'paired', 'rises', 'guidance_prompts', 'calibrated', 'build_guidance', 'demo_steering']
+           'compare_guidance', 'paired', 'prompts_needed', 'rises', 'guidance_prompts', 'calibrated', 'build_guidance',
+           'demo_steering']
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #618286b8
-import json, re, secrets, warnings, zlib
+import json, math, re, secrets, time, warnings, zlib
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +32,13 @@ from ..rewards.combine import score_all
 from ..shapes.prompts import CATEGORIES
 from ..shapes.scenes import sample_prompt
 from ..steering.pipelines import fk_steer, load_pipeline
-from ..store import folder_lock, identity, make_identity, pixels_hash, tensors_hash, text_hash
+from ..store import (file_lock, folder_lock, identity, make_identity, pixels_hash, tensors_hash,
+                                   text_hash)
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #73daa839
 # way -> what a table calls it
-WAYS = {'none':'none', 'best-of-n':'best-of-n by {}', 'fk':'FK by {}', 'beam':'beam by {}'}
+WAYS = {'none':'none', 'best-of-n':'best-of-n by {}', 'equal-compute':'best-of-n by {} at equal compute',
+        'fk':'FK by {}', 'beam':'beam by {}'}
 
 class Guidance(NamedTuple):
     "One row of a comparison."
@@ -56,14 +60,16 @@ def guidances(
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #7a4b8395
 def _is_unsteered(name:str)->bool:
-    "Whether the particles of a guidance are unsteered ones: those of none, from which best-of-n chooses"
+    "Whether the particles of a guidance are unsteered ones: none's, or those from which best-of-n chooses"
     return name=='none' or name.startswith('best-of-n')
 
 def _samplings(todo:list)->dict:
     "(way, name of the reward) that must be sampled -> the guidances that these particles serve"
     out = {}
     for g in todo:
-        how = ('none',None) if _is_unsteered(g.name) else (g.way,g.reward)
+        how = (g.way,g.reward)
+        if g.way in ('none','best-of-n'): how = ('none',None)
+        if g.way=='equal-compute': how = ('equal-compute',None)
         out.setdefault(how, []).append(g)
     return out
 
@@ -185,7 +191,8 @@ def _silent(images, prompts): return torch.zeros(len(prompts))
 
 def _sample(pipe, prompts:list, way:str, reward, seed:int, kwargs:dict)->list: # p*k PIL images
     "Finished particles of some prompts"
-    if way=='none': how = dict(method='best-of-n', decode=lambda z: z) # nothing to look at on the way
+    unsteered = way in ('none','equal-compute')
+    if unsteered: how = dict(method='best-of-n', decode=lambda z: z) # nothing to look at on the way
     else: how = dict(method=way)
     res = fk_steer(pipe, prompts, reward or _silent, seed=seed, **{**kwargs, **how, 'thumbnail':0})
     return [im for group in res.images for im in group]
@@ -201,6 +208,15 @@ def _image_names(prompts:list, k:int, seed:int, label:str)->list: # p*k file nam
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #e78256e5
 _LISTS = ('steps','timesteps','sigmas') # arguments that are lists and not one value for each prompt
+
+def _check_equal(equal:dict, rewards:dict, ways):
+    "Reject numbers of particles that are none, or missing"
+    if 'equal-compute' not in ways: return
+    for name in rewards:
+        n = equal.get(name)
+        if not isinstance(n, int) or n<2: raise SteeringError(
+            f"equal[{name!r}] is {n!r}; give each reward the unsteered particles that cost as much as its "
+            "steered ones, at least 2 (see equal_compute)")
 
 def _check_comparison(prompts, rewards:dict, metrics:dict, ways, lam, kwargs:dict)->dict: # name -> lam
     "Reject what cannot be compared, before anything is sampled"
@@ -263,7 +279,7 @@ def _saved(images:list, out:Path, prompts:list, seed:int, label:str)->dict: # pa
     paths = [str(out.resolve()/'images'/n) for n in names]
     return dict(image=paths, pixels=[pixels_hash(im) for im in images])
 
-def _add(out:Path, head:dict, served:list, prompts:list, images:list, scores, pictures:bool):
+def _add(out:Path, head:dict, served:list, prompts:list, images:list, scores, pictures:bool, take:dict):
     "Add the particles of some prompts to the table, under each `Guidance` that they serve"
     import pandas as pd
     names = [g.name for g in served]
@@ -279,11 +295,48 @@ def _add(out:Path, head:dict, served:list, prompts:list, images:list, scores, pi
         files = _saved([images[i] for i in at], out, mine, seed, names[0]) if pictures else {}
         scores = scores.iloc[at].reset_index(drop=True)
         rows = [_particle_rows(head, g.name, g.reward, mine, scores, files) for g in served]
+        rows = [r[r.particle<take.get(g.name, k)] for r,g in zip(rows, served)]
         if frame is not None: # all that share the new images are replaced
             rows = [frame[~_asked(frame, mine, [seed], names)], *rows]
         write_table(pd.concat([r for r in rows if len(r)], ignore_index=True), out/'scores.parquet')
 
+# %% ../../nbs/8_tiny/83_guidance.ipynb #41132c4c
+@contextmanager
+def _taken(out:Path, things:list): # yields those that are ours now
+    "Hold some things (strings) alone among all processes; what others hold is left out"
+    folder = out/'.taken'
+    folder.mkdir(exist_ok=True)
+    files = {}
+    with ExitStack() as held:
+        for thing in things:
+            file = folder/text_hash(thing)
+            opened = held.enter_context(open(file, 'ab'))
+            with suppress(BlockingIOError):
+                held.enter_context(file_lock(opened, wait=False))
+                files[thing] = file
+        yield list(files)
+        for file in files.values():
+            with suppress(OSError): file.unlink() # an open file cannot be deleted everywhere
+
 # %% ../../nbs/8_tiny/83_guidance.ipynb #8cbb298a
+def _shared_out(units:list, run, out:Path, bar)->list: # what `run` returned, in one list
+    "Run all units; those that another process is at wait until it has finished them, or has ended."
+    found = []
+    while units:
+        later = []
+        for unit in units:
+            seed,part,(way,reward),served = unit
+            named = {f'{seed} {way} {reward} {p}':p for p in part}
+            with _taken(out, list(named)) as mine:
+                found += run(seed, [named[t] for t in mine], way, reward, served)
+            bar.update(len(mine))
+            left = [p for t,p in named.items() if t not in mine]
+            if left: later.append((seed, left, (way,reward), served))
+        if len(later)==len(units): time.sleep(.2) # others are at all that is left
+        units = later
+    return found
+
+# %% ../../nbs/8_tiny/83_guidance.ipynb #1a07dcc7
 def compare_guidance(
     pipe,                   # a diffusers pipeline
     prompts:list,           # strings, each once
@@ -297,16 +350,21 @@ def compare_guidance(
     lam=10.,                # a number, or reward name -> number (see `matched_lam`)
     batch_prompts:int=8,    # prompts in the pipeline at once
     pictures:bool=True,     # save the images of all particles, for `panels`
+    equal:dict=None,        # reward name -> particles of 'equal-compute', see `equal_compute`
     **kwargs,               # as for `fk_steer`
 ): # DataFrame, a row for each particle: `PARTICLE_FIELDS`, a column for each metric, and `image` (paths)
     "Compare guiding rewards on the same prompts and noise (LLaVA-Reward, Table 9), or go on with it."
     out,metrics = Path(out),metrics or {}
     judges = {**metrics, **rewards}
     lams = _check_comparison(prompts, rewards, metrics, ways, lam, kwargs)
-    settings = _settings(pipe, prompt_set, model, rewards, judges, lams, dict(kwargs, pictures=pictures))
+    _check_equal(equal or {}, rewards, ways)
+    more = dict(equal=equal) if 'equal-compute' in ways else {}
+    how = dict(kwargs, pictures=pictures, **more)
+    settings = _settings(pipe, prompt_set, model, rewards, judges, lams, how)
     frame = open_comparison(out, settings)
     todo = guidances(ways, rewards)
     names = [g.name for g in todo]
+    take = {g.name:equal[g.reward] for g in todo if g.way=='equal-compute'}
     health = {n:Health(n, 0 if frame is None else int(frame[n].notna().sum())) for n in judges}
     _without_changed(out, frame, None if frame is None else _asked(frame, prompts, seeds, names))
 
@@ -314,22 +372,19 @@ def compare_guidance(
         done = _done(_stored(out))
         lack = [p for p in part if any((seed,p,g.name) not in done for g in served)]
         if not lack: return []
-        how = dict(kwargs, lam=lams[reward]) if reward else kwargs
+        how = dict(kwargs, lam=lams[reward]) if reward else dict(kwargs)
+        if way=='equal-compute': how['n_particles'] = max(take[g.name] for g in served)
         images = _sample(pipe, lack, way, rewards.get(reward), seed, how)
         each = [p for p in lack for _ in range(len(images)//len(lack))]
         scores,gaps = _judged(judges, health, images, each)
         head = dict(prompt_set=prompt_set, model=model, seed=seed)
-        _add(out, head, served, lack, images, scores, pictures)
+        _add(out, head, served, lack, images, scores, pictures, take)
         return gaps
 
     parts = [prompts[i:i+batch_prompts] for i in range(0, len(prompts), batch_prompts)]
-    samplings = _samplings(todo)
-    gaps = []
-    with progress(None, len(seeds)*len(prompts)*len(samplings), 'comparing guidance', 'prompt') as bar:
-        for seed,part in product(seeds, parts):
-            for (way,reward),served in samplings.items():
-                gaps += run(seed, part, way, reward, served)
-                bar.update(len(part))
+    units = [(s,part,*how) for s,part in product(seeds, parts) for how in _samplings(todo).items()]
+    with progress(None, sum(len(part) for _,part,*_ in units), 'comparing guidance', 'prompt') as bar:
+        gaps = _shared_out(units, run, out, bar)
     for h in health.values(): h.check()
     if gaps: warnings.warn(f"{out}: {len(gaps)} scores are missing (first: {gaps[0]})", stacklevel=2)
     return _in_order(_stored(out), prompts, seeds, names)
@@ -358,7 +413,7 @@ def paired(
     metrics:list=None,   # columns; default: all metrics
     summary:str='best',  # of a prompt's particles: 'best' or 'mean'
     m:int=2000,          # exchanges tried, see `paired_p`
-): # DataFrame: guidance, minus, metric, difference, low, high, p, prompts
+): # DataFrame: guidance, minus, metric, difference, low, high, p, prompts, spread
     "Mean difference over prompts, 95 % interval, two-sided p; `InputError` if two guidances share no prompt."
     import pandas as pd
     frame = particle_frame(frame)
@@ -374,9 +429,23 @@ def paired(
                 raise InputError(f"no prompt with {metric} for both {a!r} and {b!r}; there are {there}")
             low,high = stats.interval(stats.mean, x-y)
             p = stats.paired_p(weighted_mean, x, y, None, m=m)
-            out.append(dict(guidance=a, minus=b, metric=metric, difference=(x-y).mean(),
-                            low=low, high=high, p=p, prompts=len(x)))
+            spread = (x-y).std(ddof=1) if len(x)>1 else np.nan
+            out.append(dict(guidance=a, minus=b, metric=metric, difference=(x-y).mean(), low=low, high=high,
+                            p=p, prompts=len(x), spread=spread))
     return pd.DataFrame(out)
+
+# %% ../../nbs/8_tiny/83_guidance.ipynb #4ba19675
+_POWER = 1.959964+.841621 # quantiles of the normal distribution: 5 % level, two-sided, and 80 % power
+
+def prompts_needed(
+    spread:float,     # standard deviation of a prompt's difference between two ways
+    difference:float, # to be found, other than 0
+)->int: # at least `stats.FEWEST`
+    "Prompts that find a mean difference at the 5 % level with probability 0.8 (normal approximation)."
+    if not (spread>=0 and abs(difference)>0 and math.isfinite(spread/difference)):
+        raise InputError(f"spread {spread}, difference {difference}; needed: a finite spread of at least 0 "
+                         "and a difference other than 0")
+    return max(stats.FEWEST, math.ceil((_POWER*spread/abs(difference))**2))
 
 # %% ../../nbs/8_tiny/83_guidance.ipynb #88f095b4
 def rises(
