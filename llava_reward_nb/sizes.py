@@ -25,10 +25,14 @@ def _rope(half:int)->dict: # half of a head's width
     near,far = [1+i/40 for i in range(half)], [1+1.3*i for i in range(half)]
     return dict(type='su', short_factor=near, long_factor=far)
 
+def _mid(**clip)->Phi3VConfig:
+    return Phi3VConfig(hidden_size=512, intermediate_size=1365, num_hidden_layers=8, num_attention_heads=8,
+                       vocab_size=2048, rope_scaling=_rope(32), clip=dict(num_hidden_layers=6, **clip))
+
 SIZES = { # name -> sizes
     'full': Phi3VConfig(rope_scaling=_rope(48)),
-    'mid': Phi3VConfig(hidden_size=512, intermediate_size=1365, num_hidden_layers=8, num_attention_heads=8,
-                       vocab_size=2048, rope_scaling=_rope(32), clip=dict(num_hidden_layers=6)),
+    'mid': _mid(),
+    'small': _mid(image_size=112),
     'tiny': Phi3VConfig(hidden_size=96, intermediate_size=224, num_hidden_layers=3, num_attention_heads=6,
                         vocab_size=2048, rope_scaling=_rope(8),
                         clip=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, image_size=56,
