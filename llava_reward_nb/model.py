@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from . import __version__
-from .backbones import PassLock, evaluating, load_backbone, same_base
+from .backbones import PassLock, evaluating, same_base
+from .generic import load_backbone
 from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress,
     default_device, default_dtype, image_list, image_size, load_image)
 from .docments import document
@@ -28,7 +29,7 @@ from .losses import make_loss
 from .layouts import check_origin, origin_of, our_modules, published_config, read_published
 from .skipca import ValueHead
 from .store import make_identity, text_hash
-from .weights import MODELS, hub_folder, read_json, read_weights, tensor_shapes
+from .weights import MODELS, hub_folder, hub_name, read_json, read_weights, tensor_shapes
 
 # %% ../nbs/3_paper/35_model.ipynb #e9bb9c79
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -929,9 +930,11 @@ def _remembered_base(said:str, near:Path):
     path = as_path(said)
     for p in path, near/path, near.parent/path, near.parent/path.name, near.parent.parent/path.name:
         if p.is_dir(): return p
-    if path.is_absolute() or said.startswith('.') or said.count('/')!=1: raise CheckpointError(
-        f"{near}: belongs to the base {said!r}, and there is no such folder; pass base= where it lies now")
-    return said
+    if said.count('/')==1 and not said.startswith(('.','/')): return said
+    try: return hub_folder(said) # a folder in a repository, or a path of another machine
+    except CheckpointError as e: raise CheckpointError(
+        f"{near}: belongs to the base {said!r}, and there is no such folder; "
+        f"pass base= where it lies now ({e})") from None
 
 def _find_base(
     name,        # what the user named
@@ -961,9 +964,11 @@ def from_pretrained(cls:RewardModel,
     dtype:torch.dtype=None, # of the base; None: bfloat16 on a GPU that has it, float32 on a CPU
     num_crops:int=None,     # crops an image is cut into; None: as in training
     overrides:dict=None,    # fields of `PerspectiveConfig` that a published folder lacks: dict(loss='cls')
+    revision:str=None,      # of a hub id: branch, tag or commit; None: the one in its name, or the newest
 )->RewardModel: # in eval mode; active: the first perspective
     "Load a reward model; `CheckpointError` names the file or tensor at fault and the remedy."
-    folder = hub_folder(name)
+    folder = hub_folder(name, revision=revision)
+    if revision: name = hub_name(name, revision) # what perspectives remember
     device = device or default_device()
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)

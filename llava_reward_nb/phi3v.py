@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Mode
 from .core import CLIP_MEAN, CLIP_STD, CheckpointError, InputError, as_images, reward_inputs
 from .docments import document
 from .files import atomic_path
-from .weights import blame, load_weights, read_json, weight_files
+from .weights import blame, how_to_fetch, load_weights, read_json, weight_files
 from .store import text_hash
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #0f5a7685
@@ -446,7 +446,8 @@ def load_tokenizer(
     "A folder's tokenizer, from data alone; `CheckpointError` if it is missing, damaged, or lacks an EOS."
     folder = Path(folder)
     if not (folder/'tokenizer.json').is_file(): raise CheckpointError(
-        f"{folder/'tokenizer.json'}: no such file; the folder must hold the model's fast tokenizer")
+        f"{folder/'tokenizer.json'}: no such file, and it holds the tokenizer: "
+        f"{how_to_fetch(folder/'tokenizer.json')}")
     for f in ('tokenizer_config.json', 'special_tokens_map.json'):
         if (folder/f).is_file(): read_json(folder/f)
     with blame(folder/'tokenizer.json'):
@@ -725,6 +726,37 @@ def _causal_mask(
     least = torch.finfo(x.dtype).min
     return torch.zeros(s, s, device=x.device, dtype=x.dtype).masked_fill(~seen, least)[None,None]
 
+def _at(x:Tensor, place:Tensor)->Tensor: # x (b, s, d), one place in each row (b,) -> (b, 1, d)
+    return x.gather(1, place[:,None,None].expand(-1, -1, x.shape[-1]))
+
+def _rotated(x:Tensor, angles:tuple)->Tensor: # x (b, heads, s, head_dim), cosines and sines (b, s, head_dim)
+    cos,sin = angles
+    a,b = x.chunk(2, -1)
+    return x*cos[:,None]+torch.cat([-b,a], -1)*sin[:,None]
+
+def _last_token(
+    layer:nn.Module, # of the decoder
+    x:Tensor, # (b, s, hidden), its input
+    place:Tensor, # (b,) int64, the token that is read in each row
+    angles:tuple, # cosines and sines (b, s, head_dim)
+)->Tensor: # (b, hidden)
+    "What a decoder layer makes of one token in each row."
+    attention = layer.self_attn
+    few = attention.num_key_value_heads
+    heads = attention.qkv_proj(layer.input_layernorm(x)).unflatten(-1, (-1, attention.head_dim))
+    heads = heads.transpose(1,2) # (b, all heads, s, head_dim)
+    q,k,v = heads.split([heads.shape[1]-2*few, few, few], 1)
+    q = q.gather(2, place[:,None,None,None].expand(-1, q.shape[1], -1, q.shape[3]))
+    back = place[:,None]-torch.arange(x.shape[1], device=x.device) # how far before the token a key stands
+    seen = (back>=0) & (back<(attention.config.sliding_window or x.shape[1]))
+    mixed = F.scaled_dot_product_attention(
+        _rotated(q, [_at(t, place) for t in angles]), _rotated(k, angles), v, attn_mask=seen[:,None,None],
+        dropout_p=attention.attention_dropout if attention.training else 0.,
+        scale=attention.scaling, enable_gqa=few!=q.shape[1])
+    x = _at(x, place)+layer.resid_attn_dropout(attention.o_proj(mixed.transpose(1,2).flatten(2)))
+    return (x+layer.resid_mlp_dropout(layer.mlp(layer.post_attention_layernorm(x))))[:,0]
+
+# %% ../nbs/3_paper/32_phi3v.ipynb #3fed0f9d
 @patch
 def forward(self:Phi3VModel,
     input_ids:Tensor, # (b, s) int64, negative where a visual token goes
@@ -740,14 +772,13 @@ def forward(self:Phi3VModel,
     states = self.embed(input_ids, visual)
     depth = len(decoder.layers) if layer is None else layer
     position_ids = (attention_mask.long().cumsum(-1)-1).clamp(min=0)
-    shared = dict(position_embeddings=decoder.rotary_emb(states, position_ids),
-                  attention_mask=_causal_mask(decoder.config, states))
-    for block in decoder.layers[:depth]: states = block(states, **shared)
-    if last: states = _at(states, position_ids[:,-1])
+    angles = decoder.rotary_emb(states, position_ids)
+    shared = dict(position_embeddings=angles, attention_mask=_causal_mask(decoder.config, states))
+    alone = last and depth>0 # the last layer is computed for one token in each row
+    for block in decoder.layers[:depth-alone]: states = block(states, **shared)
+    if alone: states = _last_token(decoder.layers[depth-1], states, position_ids[:,-1], angles)
+    elif last: states = _at(states, position_ids[:,-1])[:,0]
     return decoder.norm(states) if depth==len(decoder.layers) else states
-
-def _at(x:Tensor, place:Tensor)->Tensor: # x (b, s, d), one place in each row (b,) -> (b, d)
-    return x.gather(1, place[:,None,None].expand(-1, -1, x.shape[-1]))[:,0]
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #94a923f3
 _IMG = 'model.vision_embed_tokens.'

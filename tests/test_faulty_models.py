@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from llava_reward_nb.backbones import load_backbone
+from llava_reward_nb.generic import load_backbone
 from llava_reward_nb.core import CheckpointError, InputError, load_image
 from llava_reward_nb.weights import MODELS
 from llava_reward_nb.model import PerspectiveConfig, RewardModel, model_card, name_fault

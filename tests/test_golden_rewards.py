@@ -4,7 +4,7 @@ import json
 import pytest, torch
 from torch.testing import assert_close
 
-from llava_reward_nb.backbones import load_backbone
+from llava_reward_nb.generic import load_backbone
 from llava_reward_nb.core import default_device
 from llava_reward_nb.losses import make_loss
 from llava_reward_nb.model import RewardModel

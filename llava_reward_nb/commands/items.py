@@ -6,26 +6,30 @@
 __all__ = ['PAIR_COLUMNS', 'DTYPES', 'JudgeItem', 'image_suffixes', 'find_images', 'image_items', 'table_items', 'as_unicode',
            'check_items', 'placed', 'stop_if_bad', 'say_left_out', 'perspective_kinds', 'scorable',
            'mark_empty_prompts', 'tiny_doubts', 'reward_names', 'check_names', 'check_settings', 'clear_columns',
-           'result_rows', 'check_rows', 'kept_scores']
+           'result_rows', 'check_rows', 'kept_scores', 'held_out_sets', 'FilteredSource', 'write_data',
+           'llava_reward_data']
 
 # %% ../../nbs/9_doors/91_items.ipynb #2500c1e0
-import os, re, shutil, tempfile, warnings
+import json, os, re, shutil, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from .terminal import UsageError, did_you_mean, image_name, note, shorten
+from .terminal import (UsageError, command, did_you_mean, image_name, note, shorten,
+                                               waiting)
 from ..core import (CheckpointError, InputError, TransparencyWarning, as_path, image_key,
     image_size, open_image, progress)
 from ..docments import document
-from ..files import (IMAGE_COLUMNS, PROMPT_COLUMNS, check_writable, find_column, read_table,
-    table_kind, write_table)
-from ..weights import MODELS
+from ..files import (IMAGE_COLUMNS, PROMPT_COLUMNS, atomic_path, check_writable, find_column,
+    read_table, table_kind, write_table)
+from ..sources import known_number
 from ..store import ScoreStore, folder_lock
+from ..weights import MODELS
 
 # %% ../../nbs/9_doors/91_items.ipynb #50d6411a
 @dataclass
@@ -472,6 +476,185 @@ def kept_scores(
             raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
         finally:
             if not any(folder.glob('*.parquet')): shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../../nbs/9_doors/91_items.ipynb #f8d01084
+def held_out_sets(
+    specs, # 'NAME:DATA' of a benchmark (see `load_benchmark`), or a .txt or table of prompts; None: none
+): # `HeldOut`, or None
+    "What training must not see; `InputError` for what cannot be read."
+    from llava_reward_nb.data import held_out
+    from llava_reward_nb.evaluation.benchmarks import SPECS, load_benchmark, load_prompts
+    held = None
+    for spec in specs or ():
+        name,colon,data = spec.partition(':')
+        if name in SPECS and not colon and not as_path(spec).exists(): raise InputError(
+            f"{spec}: say where it is: {name}:PATH, {name}:hub or {name}:tiny")
+        if name in SPECS and colon:
+            items = load_benchmark(name, data).items.values()
+            found = held_out(spec, [i.prompt for i in items], [i.image for i in items])
+        else: found = held_out(spec, [r['prompt'] for r in load_prompts('drawbench', spec)])
+        held = found if held is None else held|found
+    return held
+
+# %% ../../nbs/9_doors/91_items.ipynb #24946101
+class FilteredSource:
+    "Records that open and do not leak; `leaks`, `faults` and `dropped` ties are of the first whole pass."
+    def __init__(self,
+        source,         # see `Source`
+        held=None,      # `HeldOut`, or None
+        limit:int=None, # records of the source, from the start
+    ):
+        self.source = source
+        self.held = held
+        self.limit = limit
+        self.leaks = Counter()
+        self.faults = []
+        self.dropped = 0
+        self.passed = False
+
+    def __iter__(self):
+        leaks = Counter()
+        for _,record in islice(self.source.whole(), self.limit):
+            leak = self.held and self.held.leak(record)
+            if leak: leaks[leak] += 1
+            else: yield record
+        if not self.passed:
+            self.leaks = leaks
+            self.faults = list(self.source.faults)
+            self.dropped = self.source.dropped
+            self.passed = True
+
+def _strict(filtered:list, records, skip_bad:bool): # generator of records
+    "Records; an error at their end if there were faults and none may be left out."
+    yield from records
+    faults = [(f.source, fault) for f in filtered for fault in f.faults]
+    if not faults or skip_bad: return
+    said = [f'{source}: {fault}' for source,fault in faults[:5]]
+    more = [f'… and {len(faults)-5} more'] if len(faults)>5 else []
+    listed = '\n  '.join(['some records cannot be used:', *said, *more])
+    raise InputError(listed+'\nmend them, or pass skip_bad=True')
+
+# %% ../../nbs/9_doors/91_items.ipynb #f41978fc
+def write_data(
+    sources:list,        # of `Source`, all of one kind
+    folder,              # records.jsonl, images/ and about.json go there
+    weights:list=None,   # of the sources in a mixture; None: one source after the other
+    held=None,           # `HeldOut`: what training must not see
+    limit:int=None,      # records of each source, from the start
+    seed:int=42,         # of the mixture
+    skip_bad:bool=False, # leave faulty records out instead of stopping
+)->dict: # what was written and left out, as in about.json
+    "Records of public data sets as files to train on; `InputError` if some cannot be used or none is left."
+    from llava_reward_nb.data import Mixture, shares
+    from llava_reward_nb.sources import unpack
+    if len({s.kind for s in sources})>1: raise InputError(
+        "the sources hold pairs and labels; write them apart")
+    parts = {str(s):FilteredSource(s, held, limit) for s in sources}
+    if len(parts)<len(sources): raise InputError("a source is named twice; name it once, with its weight")
+    mixture = Mixture(parts, dict(zip(parts, weights)), seed) if weights else None
+    records = mixture if mixture else chain.from_iterable(parts.values())
+    written = Counter()
+    def counted():
+        for record in _strict(list(parts.values()), records, skip_bad):
+            written['records'] += 1
+            yield record
+    where = unpack(counted(), folder)
+    about = {name:dict(leaks=dict(p.leaks), ties_dropped=p.dropped, faults=[str(f) for f in p.faults])
+             for name,p in parts.items()}
+    done = dict(kind=sources[0].kind, records=written['records'], sources=about, without=held and held.name)
+    if mixture:
+        taken = mixture.taken
+        done |= dict(seed=seed, weights=mixture.weights, drawn=taken, shares=shares(taken))
+    with atomic_path(where.parent/'about.json') as path: path.write_text(json.dumps(done, indent=1))
+    return done
+
+# %% ../../nbs/9_doors/91_items.ipynb #97dc44b3
+_DATA_EXAMPLES = '''  llava_reward_data report pairs.jsonl
+  llava_reward_data report hpdv3:~/HPDv3 pickapic:~/pickapic_v2 --limit 2000 --out report.html
+  llava_reward_data write imagereward:~/ImageRewardDB --perspective fidelity --ties drop --out data/fidelity
+  llava_reward_data write hpdv3:~/HPDv3 hpdv2:~/HPDv2 --weights 3 1 --without mjbench:~/MJ-Bench \\
+    --out data/mix
+  llava_reward_train data/fidelity/records.jsonl --name fidelity --out runs/fidelity
+
+A source is NAME:PATH of a public data set that lies on this disk (imagereward, pickapic, hpdv2, hpdv3,
+unsafebench, llava), or the path of a table of your own, or of a folder of images with a table in it.'''
+
+def _opened(specs:list, prompt_column, image_column, **options)->list: # of `Source`
+    "The sources of the command line; UsageError for none."
+    from llava_reward_nb.sources import open_source
+    if not specs: raise UsageError("name at least one source, such as pairs.jsonl or hpdv3:PATH")
+    columns = {k:v for k,v in dict(prompt=prompt_column, path=image_column).items() if v}
+    return [open_source(s, columns=columns, **options) for s in specs]
+
+def _report_data(sources:list, out, limit, seed, base):
+    "Print reports, or write them."
+    from llava_reward_nb.sources import html_report, report_data
+    tokens = None
+    if base:
+        from llava_reward_nb.model import RewardModel
+        waiting(f'loading {base}')
+        tokens = RewardModel.from_pretrained(base, []).backbone.token_counts
+    reports = [report_data(s, limit, seed=seed, tokens=tokens) for s in sources]
+    text = '\n\n'.join(map(str, reports))
+    print(text)
+    if not out: return
+    page = html_report(reports) if as_path(out).suffix.lower() in ('.html','.htm') else text+'\n'
+    with atomic_path(out) as path: path.write_text(page, encoding='utf-8')
+    print(f'written to {out}')
+
+def _say_written(done:dict, out):
+    "What was written, what was left out, and what to do next."
+    print(f"{done['records']} {done['kind']}s in {as_path(out)/'records.jsonl'}")
+    if 'shares' in done: print(f"drawn: {done['shares']}")
+    for name,about in done['sources'].items():
+        faults = about['faults']
+        if faults: print(f"left out: {len(faults)} faults of {name}; the first: {faults[0]}")
+        if about['ties_dropped']: print(f"dropped: {about['ties_dropped']} ties of {name}")
+        leaks = about['leaks']
+        if leaks: print(f"dropped: {leaks.get('prompt', 0)} records of {name} by their prompt, "
+                        f"{leaks.get('image', 0)} by an image, which {done['without']} has too")
+    print(f"train on it: llava_reward_train {as_path(out)/'records.jsonl'} --name NAME --out RUN")
+
+# %% ../../nbs/9_doors/91_items.ipynb #29a80064
+@command(_DATA_EXAMPLES, words=lambda: dict(action=('report','write'), ties=('keep','drop'),
+                                            perspective=('overall','alignment','fidelity')))
+def llava_reward_data(
+    action:str, # report: what records are like; write: records and image files to train on
+    sources:list[str], # NAME:PATH, or the path of a table or of a folder with one
+    out:str=None, # report: a page (.html) or a text; write: the folder (needed)
+    split:str='train', # part of the data set, as its files are called
+    perspective:str='overall', # of imagereward: overall, alignment or fidelity
+    ties:str='keep', # keep or drop
+    majority:bool=False, # votes of hpdv3: the majority wins outright, not by its share
+    images:str=None, # folder of the images, if they are elsewhere
+    limit:int=None, # records of each source, from the start
+    weights:list[str]=None, # write: mix the sources, one weight for each
+    without:list[str]=None, # write: test sets to keep out: BENCHMARK:DATA, or a .txt or table of prompts
+    base:str=None, # report: count tokens as this model does: a folder, a hub id, or 'tiny'
+    seed:int=42, # of the mixture, and of the records shown
+    skip_bad:bool=False, # write: leave faulty records out instead of stopping
+    prompt_column:str=None, # of a table of your own, where its name does not tell
+    image_column:str=None, # the same for labelled images
+):
+    "Look at preference data, or turn public data sets into records to train on."
+    actions = ('report','write')
+    if action not in actions: raise UsageError(f"{action!r}: report or write{did_you_mean(action, actions)}")
+    only = dict(weights=weights, without=without, skip_bad=skip_bad) if action=='report' else dict(base=base)
+    misplaced = [name for name,value in only.items() if value]
+    if misplaced: raise UsageError(f"--{misplaced[0].replace('_','-')} is not of {action}")
+    if limit is not None and limit<1: raise UsageError(f"--limit {limit}: must be 1 or more")
+    if action=='write' and not out: raise UsageError("name the folder to write with --out")
+    options = dict(split=split, perspective=perspective, ties=ties, soft=not majority, images=images)
+    opened = _opened(sources, prompt_column, image_column, **options)
+    if action=='report':
+        if out: check_writable(out)
+        return _report_data(opened, out, limit, seed, base)
+    check_writable(out, folder=True)
+    if weights and len(weights)!=len(opened): raise UsageError(
+        f"--weights: {len(weights)} for {len(opened)} sources; give one for each")
+    shares = [known_number(w) for w in weights or ()]
+    if None in shares: raise UsageError(f"--weights {' '.join(weights)}: must be numbers")
+    _say_written(write_data(opened, out, shares, held_out_sets(without), limit, seed, skip_bad), out)
 
 # %% ../../nbs/9_doors/91_items.ipynb #a62f450e
 document(__name__)

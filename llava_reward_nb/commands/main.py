@@ -27,6 +27,7 @@ SUB_COMMANDS = dict( # in the order of the help
     score=SubCommand('Judge images', 'commands.score', 'score images for prompts'),
     compare=SubCommand('Judge images', 'commands.score', 'compare two images, or rank more'),
     rewards=SubCommand('Judge images', 'commands.listing', 'list the rewards and what they need'),
+    data=SubCommand('Train a reward', 'commands.items', 'look at preference data, or unpack it'),
     train=SubCommand('Train a reward', 'commands.train', 'train a perspective on pairs or labels'),
     steer=SubCommand('Generate better images', 'commands.steer', 'steer a diffusion model by a reward'),
     eval=SubCommand('Evaluate rewards', 'commands.evaluate', 'score a benchmark'),

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTION', 'STYLES', 'PAD_COLOR', 'MAX_TOKENS', 'REWARD_TOKEN', 'SLOT', 'PIXELS', 'answer_prob', 'AskReward', 'ask',
            't5_ids', 'pad_square', 'normalize', 'to_tensor', 'square_pixels', 'resize_pixels', 'pad_square_pixels',
-           'VQAScore', 'spellings', 'yes_prob', 'QwenProcessor', 'load_processor', 'PhiChat', 'PhiProcessor', 'PYes',
-           'published_instruction', 'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3',
-           'hpsv3_name']
+           'VQAScore', 'spellings', 'yes_prob', 'PhiChat', 'PhiProcessor', 'PYes', 'published_instruction',
+           'load_instruction', 'qwen_size', 'qwen_patches', 'qwen_pixels', 'HPSv3', 'hpsv3_name']
 
 # %% ../../nbs/4_rewards/42_vqa.ipynb #d40a72eb
 import ast, json, math, re
@@ -28,13 +27,14 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, CLIPVis
 
 from ..backbones import PassLock, evaluating
 from ..docments import document
+from ..generic import MistralProcessor, QwenProcessor, load_processor
 from .clip import check_pixels
 from ..core import (CheckpointError, InputError, as_path, as_prompts, default_device,
     batch_progress, default_dtype, image_list, image_size, load_image)
 from ..weights import hub_folder, load_pretrained, load_weights, tensor_shapes, weight_files
 from ..phi3v import (CLIP_L14_336, Phi3VConfig, Phi3VModel, Phi3VProcessor, check_vocabulary,
     config_facts, exact_patches, load_tokenizer, plain_ids, read_config, tokenizer_hash)
-from ..weights import blame, read_json
+from ..weights import blame
 from ..core import CLIP_MEAN, CLIP_STD
 from ..store import make_identity
 
@@ -388,53 +388,6 @@ def yes_prob(
     y,n = logp[:,yes].logsumexp(-1), logp[:,no].logsumexp(-1)
     return (y-n).sigmoid() if against_no else y.exp()
 
-# %% ../../nbs/4_rewards/42_vqa.ipynb #5f2dcfa7
-_QWEN = ('qwen2_vl', 'qwen2_5_vl', 'qwen3_vl', 'qwen3_vl_moe') # model types whose processor is rebuilt here
-
-class QwenProcessor:
-    "Image and text processing of the Qwen-VL family, for images only."
-    def __init__(self,
-        tokenizer,       # fast, with a chat template
-        image_processor, # `Qwen2VLImageProcessorPil`
-    ): self.tokenizer,self.image_processor = tokenizer,image_processor
-
-    def __call__(self,
-        text:list,   # b strings, each with one `<|image_pad|>`
-        images:list, # b images
-    )->dict: # input_ids, attention_mask, mm_token_type_ids (b,s), padded right; pixel_values, image_grid_thw
-        "Model input."
-        pix, pad = self.image_processor(images, return_tensors='pt'), '<|image_pad|>'
-        counts = (pix['image_grid_thw'].prod(-1)//self.image_processor.merge_size**2).tolist()
-        text = [t.replace(pad, pad*n) for t,n in zip(text, counts)]
-        out = self.tokenizer(text, padding=True, padding_side='right', return_tensors='pt')
-        kinds = (out['input_ids']==self.tokenizer.convert_tokens_to_ids(pad)).int()
-        return dict(input_ids=out['input_ids'], attention_mask=out['attention_mask'],
-                    mm_token_type_ids=kinds, **pix)
-
-# %% ../../nbs/4_rewards/42_vqa.ipynb #1b3ffdcc
-def load_processor(
-    folder:Path, # Model folder
-): # An object with a tokenizer and a chat template
-    "The processor of an image-text model; `CheckpointError` or `ImportError` name what is missing."
-    if read_config(folder/'config.json').get('model_type') in _QWEN:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-        tok = load_tokenizer(folder)
-        for f in ('chat_template.jinja', 'chat_template.json'):
-            if tok.chat_template or not (folder/f).is_file(): continue
-            with blame(folder/f):
-                if f.endswith('jinja'): tok.chat_template = (folder/f).read_text(encoding='utf-8')
-                else: tok.chat_template = read_json(folder/f)['chat_template']
-        with blame(folder/'preprocessor_config.json'):
-            return QwenProcessor(tok, Qwen2VLImageProcessorPil.from_pretrained(folder))
-    from transformers import AutoProcessor
-    try: return AutoProcessor.from_pretrained(folder)
-    except ImportError as e:
-        raise ImportError(f"{folder}: its processor needs a package that is missing, "
-                          f"most likely `pip install torchvision` ({e})") from None
-    except Exception as e:
-        raise CheckpointError(f"{folder}: its processor cannot be loaded ({e}); "
-                              "the folder must be a complete image-text model") from None
-
 # %% ../../nbs/4_rewards/42_vqa.ipynb #24fc8635
 class PhiChat(nn.Module):
     "A `Phi3VModel` with tied embeddings that predicts the next token."
@@ -532,7 +485,7 @@ def check(self:PYes,
             raise InputError(f"prompt {i}: contains {bad[0]!r}, which this model reads as a command; "
                              "leave it out")
     if isinstance(self.processor, PhiProcessor):
-        self.processor.inner.check(sizes, [ask(self.question, p) for p in prompts])
+        self.processor.inner.token_counts(sizes, [ask(self.question, p) for p in prompts])
 
 @patch
 def encode(self:PYes,
@@ -544,7 +497,7 @@ def encode(self:PYes,
     for im,p in zip(images, prompts):
         content = [dict(type='image', image=im), dict(type='text', text=ask(self.question, p))]
         turns.append([dict(role='user', content=content)])
-    if isinstance(self.processor, QwenProcessor):
+    if isinstance(self.processor, (QwenProcessor,MistralProcessor)):
         tokenizer = self.processor.tokenizer
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return self.processor(texts, images)

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from torch import nn, Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..backbones import load_backbone
+from ..generic import load_backbone
 from ..core import batch_progress, progress
 from ..docments import document
 from ..files import atomic_path, write_table
