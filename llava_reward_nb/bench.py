@@ -93,8 +93,9 @@ def our_way(
     rm = _ready(rm, case)
     backbone = rm.backbone
     def watch(clock):
-        for name,stage in ('encode','preprocessing'), ('vision','tower'), ('forward','language'):
-            clock.wrap(backbone, name, stage)
+        clock.wrap(backbone, 'encode', 'preprocessing', waits=False) # it may run in a thread, one batch ahead
+        clock.wrap(backbone, 'vision', 'tower')
+        clock.wrap(backbone, 'forward', 'language')
         for path in backbone.projectors:
             clock.wrap(backbone.model.get_submodule(path), 'forward', 'projector')
         for head in rm.heads.values(): clock.wrap(head, 'forward', 'head')

@@ -25,25 +25,28 @@ class Clock:
         self.lock = threading.Lock()
         self.inside = threading.local() # seconds of stages inside the one that runs, for each thread
 
-    def now(self)->float: # seconds
+    def now(self,
+        waits:bool=True, # for the device to finish
+    )->float: # seconds
         "The time when all work queued so far is done."
-        if self.device.type=='cuda': torch.cuda.synchronize(self.device)
+        if waits and self.device.type=='cuda': torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def wrap(self,
         obj,        # has the function as an attribute
         name:str,   # of the function
         stage:str,  # what its time counts as
+        waits:bool=True, # for the device; False for work on the CPU beside it
     ):
         "Time every call of a function."
         f = getattr(obj, name)
         def timed(*args, **kwargs):
             outer = getattr(self.inside, 'seconds', 0.)
             self.inside.seconds = 0.
-            start = self.now()
+            start = self.now(waits)
             try: return f(*args, **kwargs)
             finally:
-                took = self.now()-start
+                took = self.now(waits)-start
                 with self.lock: self.seconds[stage] = self.seconds.get(stage, 0.)+took-self.inside.seconds
                 self.inside.seconds = outer+took
         setattr(obj, name, timed)

@@ -9,15 +9,18 @@ cd "$(dirname "$0")/.."
 out=${1:-gpu_bench}; mkdir -p "$out"
 limit=${SECONDS_IN_ALL:-470}; begin=$(date +%s); failed=0
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=5 PYTORCH_ALLOC_CONF=expandable_segments:True
-where=(--size full --device cuda); batch=16; big=32; base=bfloat16
-if [ -n "${DRY:-}" ]; then where=(--size tiny --device cpu --repeats 1 --threads 1); batch=2; big=3; base=float32; fi
+where=(--size full --device cuda); batch=16; big=32; base=bfloat16; eight=fp8
+if [ -n "${DRY:-}" ]; then where=(--size tiny --device cpu --repeats 1 --threads 1); batch=2; big=3; base=float32; eight=int8; fi
+
+command='from llava_reward_nb.bench import llava_reward_bench; llava_reward_bench.main(name="llava_reward_bench")'
+torchao() { "${PYTHON:-python3}" -c 'import torchao' 2>/dev/null || { echo "== $1: left out, torchao is not installed"; false; }; }
 
 bench() { # NAME, options
   name=$1; shift
   left=$((limit-$(date +%s)+begin))
   if [ "$left" -lt 20 ]; then echo "== $name: left out, $left s left"; return; fi
   echo "== $name"
-  timeout -k 5 "$left" "${PYTHON:-python3}" -m llava_reward_nb.bench "${where[@]}" --out "$out/$name.json" "$@" || { echo "== $name failed or was stopped"; failed=1; }
+  timeout -k 5 "$left" "${PYTHON:-python3}" -c "$command" "${where[@]}" --out "$out/$name.json" "$@" || { echo "== $name failed or was stopped"; failed=1; }
 }
 
 # in the order of what they tell; a later one is missing when time is short
@@ -25,9 +28,9 @@ bench square   --precision $base --batch $batch --against reference-like
 bench mixed    --precision $base --batch $batch --image-size mixed --against reference-like
 bench compiled --precision $base --batch $batch --image-size mixed --compiled
 bench four     --precision $base --batch $((batch/2)) --perspectives 4
-bench fp8      --precision fp8 --batch $batch --drift 100
+torchao fp8 && bench fp8      --precision $eight --batch $batch --drift 100
 bench unmerged --precision $base --batch $batch --unmerged
 bench crops4   --precision $base --batch $big --crops 4 --against reference-like
-bench int8     --precision int8-dynamic --batch $batch
+torchao int8 && bench int8     --precision int8-dynamic --batch $batch
 echo "== $(($(date +%s)-begin)) s; written to $out"
 exit $failed
