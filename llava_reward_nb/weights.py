@@ -136,7 +136,8 @@ def _download_command(name:HubName, data:bool=False)->str: # for a terminal
     "What fetches all that a name stands for into a folder `DIR`."
     include = f" --include '{name.folder}/*'" if name.folder else ''
     version = f' --revision {name.revision}' if name.revision else ''
-    return f"hf download {name.repo}{' --repo-type dataset' if data else ''}{version}{include} --local-dir DIR"
+    kind = ' --repo-type dataset' if data else ''
+    return f"hf download {name.repo}{kind}{version}{include} --local-dir DIR"
 
 # %% ../nbs/1_foundations/13_weights.ipynb #cc309540
 def some_names(
@@ -160,10 +161,12 @@ def _inside(
     try: files = HfApi().list_repo_files(name.repo, revision=name.revision, repo_type=kind)
     except Exception: files = [] # offline; the error below is enough
     have = {parent.as_posix() for f in files for parent in Path(f).parents}-{'.'}
+    if name.folder in have: return folder # without the files that were asked for
     leaf = Path(name.folder).name
-    like = [path for path in sorted(have) if Path(path).name==leaf] or get_close_matches(name.folder, have) or have
-    raise CheckpointError(f"{name}: the repository has no folder {name.folder!r}"+
-                          (f"; it has {some_names(like)}" if like else '; look at its files on the hub'))
+    of_that_name = [path for path in sorted(have) if Path(path).name==leaf]
+    like = of_that_name or get_close_matches(name.folder, have) or have
+    instead = f'it has {some_names(like)}' if like else 'look at its files on the hub'
+    raise CheckpointError(f"{name}: the repository has no folder {name.folder!r}; {instead}")
 
 def hub_folder(
     name,               # short name, folder, or hub id, see `hub_name`
@@ -187,7 +190,9 @@ def hub_folder(
         allow_patterns=wanted, ignore_patterns=None if patterns else ['*.py','*.md','*.png']))
     except Exception as e: why = hub_reason(e, asked, data)
     else: return _inside(root, asked, data)
-    raise (InputError if data else CheckpointError)(f"{name}: {why}. Or pass a local copy: {local}")
+    is_doubtful = asked.folder or as_path(asked.repo.split('/')[0]).is_dir() # perhaps a path was meant
+    here = 'no such folder here; as a hub id: ' if is_doubtful and not data else ''
+    raise (InputError if data else CheckpointError)(f"{name}: {here}{why}. Or pass a local copy: {local}")
 
 # %% ../nbs/1_foundations/13_weights.ipynb #68180521
 def hub_arguments(
@@ -210,9 +215,11 @@ def _origin(
         owner_and_name = re.fullmatch(r'(?:models|datasets)--([\w.-]+?)--([\w.-]+)', parent.name)
         inside = folder.relative_to(parent).parts
         if owner_and_name and inside[:1]==('snapshots',) and len(inside)>1:
+            commit = inside[1]
             main = parent/'refs'/'main'
-            is_newest = main.is_file() and main.read_text().strip()==inside[1]
-            return HubName('/'.join(owner_and_name.groups()), '/'.join(inside[2:]), None if is_newest else inside[1])
+            is_newest = main.is_file() and main.read_text().strip()==commit
+            repo = '/'.join(owner_and_name.groups())
+            return HubName(repo, '/'.join(inside[2:]), None if is_newest else commit)
     try: said = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('_name_or_path')
     except (OSError, ValueError, AttributeError, RecursionError): return None
     is_id = isinstance(said, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', said) and not as_path(said).is_dir()
@@ -224,11 +231,12 @@ def how_to_fetch(
     "What brings a missing file of a model: the command for the hub."
     path = Path(path)
     source = _origin(path.parent)
-    if source is None: return f"copy it again, or run `hf download OWNER/NAME {path.name} --local-dir {path.parent}`"
+    place = f' --local-dir {path.parent}'
+    if source is None: return f"copy it again, or run `hf download OWNER/NAME {path.name}{place}`"
     inside = f'{source.folder}/{path.name}' if source.folder else path.name
     version = f' --revision {source.revision}' if source.revision else ''
-    is_cached = 'snapshots' in path.parts
-    return f"run `hf download {source.repo} {inside}{version}{'' if is_cached else f' --local-dir {path.parent}'}`"
+    if 'snapshots' in path.parts: place = '' # the cache is where it goes anyway
+    return f"run `hf download {source.repo} {inside}{version}{place}`"
 
 # %% ../nbs/1_foundations/13_weights.ipynb #f3eac73b
 @contextmanager
@@ -514,8 +522,9 @@ def load_pretrained(
         where, output_loading_info=True, ignore_mismatched_sizes=True, **part, **kwargs)
     except (CheckpointError, ImportError, MemoryError): raise
     except Exception as e:
-        is_hub = not os.path.isdir(where) and (e.__cause__ or e).__class__.__module__.startswith('huggingface_hub')
-        if is_hub: raise CheckpointError(f"{name}: {hub_reason(e.__cause__ or e, hub_name(name))}") from None
+        cause = e.__cause__ or e
+        is_hub = type(cause).__module__.startswith('huggingface_hub') and not os.path.isdir(where)
+        if is_hub: raise CheckpointError(f"{name}: {hub_reason(cause, hub_name(name))}") from None
         said = (str(e).strip() or repr(e)).splitlines()[0]
         raise CheckpointError(
             f"{name}: cannot be loaded ({said:.300}); pass a folder with config.json and weights, "

@@ -17,7 +17,7 @@ from .terminal import UsageError, command, did_you_mean, report, waiting
 from ..core import CheckpointError, InputError, as_path
 from ..docments import document
 from ..files import check_writable
-from ..weights import hub_folder
+from ..weights import MODELS, hub_folder
 
 # %% ../../nbs/9_doors/93_train.ipynb #48db8b42
 @dataclass
@@ -45,9 +45,9 @@ def _starting_point(
 )->_Start:
     "The perspective that --from names; `CheckpointError` if it is not clear which."
     from llava_reward_nb.model import perspective_folders
-    model = spec
-    one = None
-    if '/' in spec and not as_path(spec).is_dir(): model,_,one = spec.rpartition('/')
+    parent,_,tail = spec.rpartition('/')
+    is_inside = not as_path(spec).is_dir() and parent and (parent in MODELS or as_path(parent).is_dir())
+    model,one = (parent,tail) if is_inside else (spec,None)
     folder = hub_folder(model)
     found = perspective_folders(folder, one)
     if len(found)!=1:

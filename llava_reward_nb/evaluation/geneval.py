@@ -26,7 +26,7 @@ from ..rewards.clip import crop_image, normalise, to_floats
 from ..core import (CheckpointError, InputError, as_images, as_path, default_device, image_list,
     load_image, progress)
 from ..files import atomic_path, read_table
-from ..weights import load_pretrained, resolve_model
+from ..weights import hub_arguments, load_pretrained
 from ..shapes.world import COLORS, SHAPES, SIZE
 from ..shapes.prompts import CATEGORIES, Prompt
 from ..shapes.checker import MIN_IOU, Checker
@@ -423,7 +423,8 @@ def from_pretrained(cls:MaskDetector,
     from transformers import Mask2FormerForUniversalSegmentation
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
     model = load_pretrained(Mask2FormerForUniversalSegmentation, name)
-    return cls(model, Mask2FormerImageProcessorPil.from_pretrained(str(resolve_model(name))), device)
+    where,part = hub_arguments(name)
+    return cls(model, Mask2FormerImageProcessorPil.from_pretrained(where, **part), device)
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #96e3292a
 COLOR_NAMES = ('red','orange','yellow','green','blue','purple','pink','brown','black','white')
@@ -506,7 +507,8 @@ def from_pretrained(cls:ColorClassifier,
     "Load CLIP strictly; `CheckpointError` if it is not there or does not fit."
     from transformers import AutoTokenizer, CLIPModel
     model = load_pretrained(CLIPModel, name)
-    return cls(model, AutoTokenizer.from_pretrained(str(resolve_model(name))), device)
+    where,part = hub_arguments(name)
+    return cls(model, AutoTokenizer.from_pretrained(where, **part), device)
 
 # %% ../../nbs/6_evaluation/60_geneval.ipynb #81d370f6
 class GenEval:

@@ -26,7 +26,7 @@ from ..core import (CLIP_MEAN, CLIP_STD, CheckpointError, InputError, MAX_PIXELS
     as_prompts, default_device, image_list, image_size, open_image)
 from ..docments import document
 from ..files import atomic_path
-from ..weights import hub_folder, load_weights, read_tensors, resolve_model
+from ..weights import hub_arguments, hub_folder, load_weights, read_tensors
 from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from ..weights import blame
 from ..store import make_identity
@@ -326,7 +326,8 @@ def load_clip_tokenizer(
     "The tokenizer of a CLIP folder; `CheckpointError` if it is not there or damaged."
     find_file(name, 'tokenizer.json', 'vocab.json')
     with blame(f'{name}, its tokenizer'):
-        tokenizer = CLIPTokenizer.from_pretrained(resolve_model(name))
+        where,part = hub_arguments(name)
+        tokenizer = CLIPTokenizer.from_pretrained(where, **part)
         token_ids(tokenizer, ['a b'], 8)
         return tokenizer
 

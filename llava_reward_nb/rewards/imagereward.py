@@ -21,7 +21,7 @@ from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_fi
     normalise, opened_batches, reward_mlp, to_floats)
 from ..core import CheckpointError, as_prompts, default_device, image_list
 from ..files import atomic_path
-from ..weights import load_weights, resolve_model, tensor_shapes
+from ..weights import hub_arguments, load_weights, tensor_shapes
 from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from ..weights import blame
 from ..store import make_identity
@@ -254,7 +254,8 @@ def load_bert_tokenizer(
     "The tokenizer of a BERT folder; `CheckpointError` if it is not there or damaged."
     find_file(name, 'tokenizer.json', 'vocab.txt')
     with blame(f'{name}, its tokenizer'):
-        tokenizer = BertTokenizer.from_pretrained(resolve_model(name))
+        where,part = hub_arguments(name)
+        tokenizer = BertTokenizer.from_pretrained(where, **part)
         prompt_ids(tokenizer, ['a b'])
         return tokenizer
 

@@ -57,24 +57,22 @@ class LLaVAReward:
 TINY = 'overall_bt' # the embedded bundle's perspective that 'tiny' alone means
 
 def split_perspective(
-    spec:str, # 'tiny', 'tiny/alignment', a folder, a hub id, or a hub id and a perspective
+    spec:str, # 'tiny', 'tiny/alignment', a folder or a hub id
 )->tuple: # (model, perspective or None)
     "Split the perspective off the name of a model."
     if as_path(spec).is_dir(): return spec,None
     head,_,tail = str(spec).rpartition('/')
     if head in MODELS: return head,tail
-    parts = str(spec).split('/')
-    hub = len(parts)>2 and parts[0] not in ('', '.', '..', '~') # 'owner/name/…/perspective'
-    if hub: return '/'.join(parts[:2]),parts[-1]
     return str(spec),None
 
 # %% ../../nbs/4_rewards/44_llava.ipynb #56ab4b11
 def _only_perspective(
-    name, # 'tiny', a folder or a hub id
+    name,              # 'tiny', a folder or a hub id
+    revision:str=None, # of a hub id; None: the one in its name, or the newest
 )->str: # None: the folder is itself a perspective
     "The one perspective of a model; ValueError naming them if there are several."
     if name=='tiny': return TINY
-    folder = hub_folder(name)
+    folder = hub_folder(name, revision=revision)
     found = perspective_folders(folder)
     if list(found.values())==[folder]: return None
     if not found: raise ValueError(
@@ -91,11 +89,11 @@ def from_pretrained(cls:LLaVAReward,
     device:str=None,                   # where it runs; None: the best device there is
     dtype:torch.dtype=None,            # of the base; None: chosen by the device
     perspective:str=None,              # which one, if the name does not tell
-    **kw,                              # base, num_crops, overrides: see `RewardModel.from_pretrained`
+    **kw,                              # base, num_crops, overrides, revision: see `RewardModel.from_pretrained`
 )->LLaVAReward:
     "Load one perspective; ValueError if it is not clear which, `CheckpointError` if it cannot be loaded."
     name,named = split_perspective(str(id_or_path))
-    perspective = perspective or named or _only_perspective(name)
+    perspective = perspective or named or _only_perspective(name, kw.get('revision'))
     return cls(RewardModel.from_pretrained(name, perspective, device=device, dtype=dtype, **kw))
 
 # %% ../../nbs/4_rewards/44_llava.ipynb #f814c5fe

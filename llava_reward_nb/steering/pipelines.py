@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from ..core import CheckpointError, default_device, progress
 from ..docments import document
-from ..weights import MODELS, resolve_model
+from ..weights import MODELS, hub_arguments, hub_folder, resolve_model
 from .particles import SteeringError, resample_steps, whole
 from .schedulers import stochastic
 from .traces import Trace, merge_traces
@@ -142,10 +142,12 @@ def _read_pipeline(name, dtype):
     if is_folder and not (path/'model_index.json').is_file(): raise CheckpointError(
         f"{path}: has no model_index.json, so it is no diffusers pipeline; "
         "pass the folder of a pipeline or a hub id such as 'owner/name'")
+    where,part = hub_arguments(path)
+    if 'subfolder' in part: where,part = str(hub_folder(path)),{} # diffusers takes whole repositories only
     try:
         with warnings.catch_warnings(), _quiet(bars=name not in MODELS): # newer versions call it dtype
             warnings.simplefilter('ignore', FutureWarning)
-            return diffusers.DiffusionPipeline.from_pretrained(str(path), torch_dtype=dtype)
+            return diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, **part)
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).splitlines()[0]
         raise CheckpointError(f"{name}: cannot be loaded as a diffusers pipeline ({reason:.150})") from e
