@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'CARD', 'PerspectiveConfig', 'RewardModel', 'name_fault', 'usable_name', 'check_batch_size', 'check_sums',
-           'TrainingFacts', 'model_card', 'saved_config', 'perspective_folders']
+           'TrainingFacts', 'model_card', 'moved_card', 'saved_config', 'perspective_folders']
 
 # %% ../nbs/3_paper/35_model.ipynb #1d61ba19
 import hashlib, json, math, re, shlex, shutil
@@ -29,7 +29,8 @@ from .losses import make_loss
 from .layouts import check_origin, origin_of, our_modules, published_config, read_published
 from .skipca import ValueHead
 from .store import make_identity, text_hash
-from .weights import MODELS, hub_folder, hub_name, read_json, read_weights, tensor_shapes
+from llava_reward_nb.weights import (MODELS, folder_name, hub_folder, hub_name, read_json, read_weights,
+    tensor_shapes)
 
 # %% ../nbs/3_paper/35_model.ipynb #e9bb9c79
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -496,20 +497,22 @@ class TrainingFacts:
     "What a model card tells of a training; see `RewardTrainer.facts`."
     records:str   # what the perspective learnt from: files, number, kind and hash
     settings:dict # name -> value: what decides which weights come out
-    metrics:dict  # name -> value, and on which records it was measured
+    metrics:dict  # name -> value, and on which records it was measured; None: not known
 
 # %% ../nbs/3_paper/35_model.ipynb #7b9b8c38
 def _usage(
     config:PerspectiveConfig, # of the perspective
-    where:str,                # name of its folder
+    where:str,                # name of its folder, or hub id
 )->str: # Markdown
     "Three lines of Python and one of the terminal that use a perspective."
+    is_on_hub = '/' in where
+    go = '' if is_on_hub else f', go to the folder that holds `{where}`'
     base = '' if config.base else ", base='folder or hub id of the base'"
     option = '' if config.base else ' --base "folder or hub id of the base"'
     pair = config.loss=='gpm'
     call = "model.compare('a.png', 'b.png', 'a red circle')" if pair else "model('a.png', 'a red circle')"
     command = 'llava_reward_compare a.png b.png' if pair else 'llava_reward_score a.png'
-    return f"""Install the package `llava_reward_nb`, go to the folder that holds `{where}`, and run:
+    return f"""Install the package `llava_reward_nb`{go} and run:
 
 ```python
 from llava_reward_nb import RewardModel
@@ -542,6 +545,7 @@ def _training(facts:TrainingFacts)->str: # Markdown
     "What is known of a training."
     if facts is None: return 'How these weights were trained was not recorded when they were saved.'
     learnt = f'Learnt from {_cell(facts.records)}.\n\n{_table(facts.settings)}'
+    if facts.metrics is None: return learnt
     if not facts.metrics: return f'{learnt}\n\nNothing was measured on these weights.'
     return f'{learnt}\n\nMeasured on these weights:\n\n{_table(facts.metrics)}'
 
@@ -624,6 +628,29 @@ def write_card(self:RewardModel,
 @patch
 def _check_unmerged(self:RewardModel):
     if self.merged: raise ValueError(f"{self.active!r} is merged into the base; save it before merging")
+
+# %% ../nbs/3_paper/35_model.ipynb #82d485b9
+def moved_card(
+    folder,          # a saved perspective
+    where:str,       # its new address: the name of a folder, or a hub id
+    base:str=None,   # the base by its new name; None: as it is
+)->str: # Markdown; None: there is no card
+    "The model card of a saved perspective for another place; one that somebody edited is as it was."
+    import yaml
+    path = as_path(folder)/CARD
+    if not path.is_file(): return None
+    card = path.read_text(encoding='utf-8', errors='replace')
+    if not _untouched(path): return card
+    config = saved_config(path.parent)
+    moved = replace(config, base=base or config.base)
+    card = _MARKER.sub('', card, count=1)
+    card = card.replace(_usage(config, path.absolute().parent.name), _usage(moved, where))
+    row = lambda name: f"| base | {_cell(name or 'not named')} |"
+    card = card.replace(row(config.base), row(moved.base))
+    _,front,body = card.split('---\n', 2)
+    front = {**yaml.safe_load(front), 'base_model':moved.base}
+    if moved.base is None or '/' not in moved.base: del front['base_model']
+    return _marked(f'---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}')
 
 # %% ../nbs/3_paper/35_model.ipynb #41a4631c
 @patch
@@ -813,7 +840,7 @@ def load_perspective(self:RewardModel,
 )->RewardModel: # self, with that perspective active
     "Add a saved perspective; `CheckpointError` for missing or damaged files, NaN, or another base."
     folder = Path(folder)
-    name = name or usable_name(folder.resolve().name)
+    name = name or usable_name(folder_name(folder))
     config = saved_config(folder, overrides)
     with self.lock:
         self.check_base(config, folder)
@@ -910,7 +937,7 @@ def perspective_folders(
     if _holds_reward(folder):
         if names and len(names)>1: raise ValueError(
             f"{folder} is one perspective, {len(names)} names were given; pass one")
-        return {names[0] if names else usable_name(folder.resolve().name): folder}
+        return {names[0] if names else usable_name(folder_name(folder)): folder}
     below = _below(folder)
     found = {usable_name(n):f for n,f in below.items()}
     if len(found)<len(below): raise CheckpointError(

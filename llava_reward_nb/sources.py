@@ -551,7 +551,9 @@ def numbered(self:Source): # generator of (number, record)
             if not wrong and self.ties=='drop' and record.get('target')==.5:
                 self.dropped += 1
                 continue
-            self.faults += [Fault(self.seen, name, f'{why} ({place})') for name,why in wrong]
+            for name,why in wrong:
+                why = why.replace('pass folder=', 'pass images=')
+                self.faults.append(Fault(self.seen, name, f'{why} ({place})'))
             self.seen += 1
             if not wrong: yield self.seen-1, record
 
@@ -595,6 +597,7 @@ def open_source(
     name,colon,path = str(spec).partition(':')
     if colon and name in SOURCES: return Source(name, path, **options)
     is_path = as_path(spec).exists()
+    if name in SOURCES and not is_path: raise InputError(f"{name}: say where it is, as in {name}:PATH")
     if colon and not is_path and len(name)>1 and name.isidentifier(): # C: is a disk
         raise InputError(f"source {name!r}; use one of {', '.join(SOURCES)}, as in hpdv3:{path}")
     return Source('folder', spec, **options)

@@ -10,8 +10,8 @@ from llava_reward_nb.shapes.checker import Checker
 from llava_reward_nb.shapes.edits import ARTIFACTS, add_artifact, hard_negative, negative_kinds
 from llava_reward_nb.shapes.prompts import CATEGORIES, PREFIXES, VOCAB, make_prompt, parse_prompt
 from llava_reward_nb.shapes.records import alignment_pairs, fidelity_pairs, overall_pairs, safety_labels
-from llava_reward_nb.shapes.scenes import GAP, describe, sample_prompt, sample_scene, scene_for, statements, worded
-from llava_reward_nb.shapes.world import COLORS, EXTENT, HELD_OUT, LOOKALIKES, SHAPES, SIZE, SPLITS, Sign, render
+from llava_reward_nb.shapes.scenes import FREE_KINDS, GAP, describe, free_prompts, sample_free, sample_prompt, sample_scene, scene_for, statements, worded
+from llava_reward_nb.shapes.world import COLORS, EXTENT, HELD_OUT, LOOKALIKES, SHAPES, SIZE, SPLITS, Obj, Sign, render
 
 steady = settings(max_examples=60)
 
@@ -234,3 +234,39 @@ def test_a_seed_gives_what_it_always_gave():
     "The bundle's models and logs rest on these samples; whoever changes them has to train again."
     assert drawn(0)[0][0]=='a photo of a triangle'
     assert hashlib.sha256(repr([drawn(seed) for seed in range(5)]).encode()).hexdigest()[:16]=='6d23e5773eb599d5'
+
+
+# --- Freer prompts
+
+def test_checker_decides_freer_prompts_as_the_scene_does():
+    "Of each prompt's own scene, and of that of another prompt of its kind."
+    rng, check, decided = np.random.default_rng(8), Checker(), []
+    texts = free_prompts(72, 5)
+    scenes = [scene_for(parse_prompt(t), rng, 'all') for t in texts]
+    for text, own, other in zip(texts, scenes, scenes[len(FREE_KINDS):]+scenes[:len(FREE_KINDS)]):
+        assert check(render(own), text) > .95, text
+        for drawn in own, other:
+            seen = check.objects(render(drawn))
+            decided += [(fact.holds(seen) == fact.holds(drawn)) for fact in parse_prompt(text).facts]
+    assert np.mean(decided) > .99
+
+
+@pytest.mark.parametrize('kind', FREE_KINDS)
+def test_freer_prompts_can_be_read_drawn_and_broken(kind):
+    rng = np.random.default_rng(3)
+    for _ in range(6):
+        p = sample_free(rng, kind)
+        assert parse_prompt(p.text) == p and len(p.text.split()) <= 14 and set(p.text.split()) <= set(VOCAB)
+        scene = scene_for(p, rng, 'all', sign='ring' if sum(t.n for t in p.terms) < 4 else '')
+        assert p.holds(scene)
+        gone = [o for o in scene.objects if o.shape != p.terms[0].shape]
+        assert p.broken(gone) and not p.holds(gone)
+
+
+def test_every_one_of_a_number_stands_there():
+    p = parse_prompt('two red squares left of a blue star')
+    square, star = lambda x: Obj('square', 'red', x, 32, 7), Obj('star', 'blue', 32, 32, 7)
+    assert p.holds([square(10), square(12), star])
+    assert [f.kind for f in p.broken([square(10), square(54), star])] == ['relation']
+    assert [f.kind for f in p.broken([square(10), star])] == ['count']  # not the relation, which rests on it
+    assert parse_prompt('a red square left of a blue star').holds([square(10), square(54), star])  # one is enough here

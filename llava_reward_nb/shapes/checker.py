@@ -262,11 +262,11 @@ def nearness(
     like = [[_like(seen,*item) for seen in pieces] for item in fact.items]
     if fact.kind=='count': return max(0., 1-abs(sum(like[0])-fact.n)/fact.n)
     if fact.kind!='relation': return sum(max(row, default=0.) for row in like)/len(like)
-    best = 0.
+    pairs = []
     for a,like_a in zip(pieces, like[0]):
         for b,like_b in zip(pieces, like[1]):
-            if a is not b: best = max(best, like_a*like_b*_beside(a,b,fact.relation))
-    return best
+            if a is not b: pairs.append(like_a*like_b*_beside(a,b,fact.relation))
+    return sum(sorted(pairs)[-fact.n:])/fact.n
 
 # %% ../../nbs/2_shapes/25_checker.ipynb #33d7ae31
 def _grade(pieces:list, facts:tuple)->float:

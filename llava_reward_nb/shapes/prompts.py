@@ -46,7 +46,7 @@ class Fact:
     "One claim about a scene."
     kind:str         # 'object', 'color', 'count', 'relation' or 'attribute'
     items:tuple      # (shape, color) pairs it speaks of; color '' where it does not matter
-    n:int=1          # of a count
+    n:int=1          # of a count: how many; of a relation: how many pairs of objects stand so
     relation:str=''  # of a relation: where the first item lies, seen from the second
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #eacc0ebe
@@ -62,6 +62,7 @@ def __str__(self:Fact)->str:
     names = [_name(*item) for item in self.items]
     if self.kind=='object': return f'there is a {names[0]}'
     if self.kind=='count': return f'there are exactly {_noun(self.n, *self.items[0])}'
+    if self.kind=='relation' and self.n>1: return f'{self.n} times a {names[0]} is {self.relation} a {names[1]}'
     if self.kind=='relation': return f'the {names[0]} is {self.relation} the {names[1]}'
     return ' and '.join(f'the {shape} is {color}' for shape,color in self.items)
 
@@ -84,7 +85,8 @@ def holds(self:Fact,
     found = [such(*item) for item in self.items]
     if self.kind=='count': return len(found[0])==self.n
     if self.kind=='relation':
-        return any(relation_of(a, b, gap=8, ratio=1)==self.relation for a in found[0] for b in found[1])
+        pairs = [relation_of(a, b, gap=8, ratio=1) for a in found[0] for b in found[1]]
+        return pairs.count(self.relation)>=self.n
     return all(found)
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #83b7fc35
@@ -95,7 +97,7 @@ def rests_on(self:Fact,
     "Can this fact only hold if `other` does?"
     shapes = [shape for shape,_ in self.items]
     if other.kind=='object': return self.kind!='object' and other.items[0][0] in shapes
-    return self.kind=='relation' and other.kind in ('color','attribute')
+    return self.kind=='relation' and other.kind in ('color','attribute','count')
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #6496e00a
 CATEGORIES = ( # GenEval's six
@@ -126,7 +128,7 @@ def _facts(terms:tuple, relation:str)->tuple:
     bound = tuple((shape,color) for n,shape,color in terms if n==1 and color)
     if bound: facts.append(Fact('color' if len(bound)==1 else 'attribute', bound))
     items = tuple((shape,color) for _,shape,color in terms)
-    if relation: facts.append(Fact('relation', items, relation=relation))
+    if relation: facts.append(Fact('relation', items, terms[0].n*terms[1].n, relation))
     return tuple(facts)
 
 def _category(terms:tuple, relation:str)->str:
@@ -143,9 +145,8 @@ def _check_terms(terms:tuple, relation:str):
         if not known: raise InputError(
             f"{tuple(term)} has no words; use a number of 1 to 4, a shape ({', '.join(SHAPES)}) "
             f"and a color ({', '.join(COLORS)}, '' for any)")
-    if relation and (relation not in RELATIONS or [term.n for term in terms]!=[1,1]): raise InputError(
-        f"relation {relation!r} of {len(terms)} terms; use one of {', '.join(RELATIONS)}, "
-        f"between two single objects")
+    if relation and (relation not in RELATIONS or len(terms)!=2): raise InputError(
+        f"relation {relation!r} of {len(terms)} terms; use one of {', '.join(RELATIONS)}, between two terms")
     for a,b in combinations(terms, 2):
         if a.shape==b.shape and (a.color==b.color or '' in (a.color,b.color)): raise InputError(
             f"prompt names {_noun(1,a.shape,a.color)} and {_noun(1,b.shape,b.color)}, "
@@ -196,8 +197,6 @@ def parse_prompt(
     relation = _first_in(body, RELATIONS)
     parts = body.split(f' {relation} ' if relation else ' and ')
     terms = [_read_term(part, text) for part in parts]
-    if relation and [term.n for term in terms]!=[1,1]: raise InputError(
-        f"prompt {text!r}: a relation joins two single objects, as in 'a circle {relation} a star'")
     return make_prompt(terms, relation, prefix)
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #5f894c84
