@@ -349,8 +349,8 @@ def suite(
     quick:bool=False, # small crops, fewer images
 )->list: # of `Case`
     "What is measured when nothing is asked for."
-    if quick: return [Case('small, 512×512, 16 crops', 'small', singles=1.),
-                      Case('small, mixed, 4 crops', 'small', image_size='mixed', crops=4, images=8)]
+    if quick: return [Case('small, 512×512, 16 crops', 'small', repeats=1),
+                      Case('small, mixed, 4 crops', 'small', image_size='mixed', crops=4, images=4, repeats=1)]
     return [Case('tiny', '', 'tiny', '64x64', 1, images=64, batch=16, repeats=5, singles=3.),
             Case('tiny, 4 perspectives', '', 'tiny', '64x64', 1, images=64, batch=16, perspectives=4),
             Case('mid, 512×512, 4 crops', crops=4, images=2, batch=2, singles=10.),
