@@ -481,6 +481,7 @@ def _qwen_resize(
     height,width = smart_resize(height, width, factor, least, most)
     return width, height
 
+# %% ../nbs/3_paper/34_generic.ipynb #a1c04ae3
 class QwenText(ImageText):
     "Images and captions for Qwen2-VL, Qwen3-VL and Qwen3.5."
     twice = False # resize images before the processor does
