@@ -887,7 +887,11 @@ def _drop(self:RewardModel, name:str):
     del self.configs[name], self.heads[name]
     self.peft.delete_adapter(name)
     self.active = None
-    if self.configs: self.set_perspective(next(iter(self.configs)))
+    if self.configs: return self.set_perspective(next(iter(self.configs)))
+    b = self.backbone
+    for path in b.projectors: b.model.set_submodule(path, b.model.get_submodule(path).original_module)
+    b.model = self.peft.unload() # PEFT cannot add an adapter where none is left
+    self.__dict__['peft'] = None
 
 @patch
 def check_base(self:RewardModel,
@@ -1018,17 +1022,17 @@ def from_pretrained(cls:RewardModel,
     device = device or default_device()
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
-    if num_crops is None: num_crops = _trained_crops(found)
+    if num_crops is None: num_crops = _trained_crops(found, overrides)
     self = cls(load_backbone(where, device, dtype or default_dtype(device), num_crops), said)
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
 
 # %% ../nbs/3_paper/35_model.ipynb #6b077de4
-def _trained_crops(found:dict)->int:
+def _trained_crops(found:dict, overrides:dict)->int:
     "The one num_crops of several perspectives; `CheckpointError` if they differ; None without any."
     crops = {}
-    for n,f in found.items(): crops.setdefault(saved_config(f).num_crops, n)
+    for n,f in found.items(): crops.setdefault(saved_config(f, overrides).num_crops, n)
     kinds = ', '.join(f'{n}: {c}' for c,n in crops.items())
     if len(crops)>1: raise CheckpointError(
         f"perspectives were trained with different num_crops ({kinds}); "
