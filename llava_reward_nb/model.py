@@ -36,7 +36,8 @@ from llava_reward_nb.weights import (MODELS, folder_name, hub_folder, hub_name, 
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
 def _is_whole(n, least:int)->bool: return isinstance(n, int) and not isinstance(n, bool) and n>=least
 
-def _are_bounds(x)->bool: return isinstance(x, list) and len(x)==2 and _is_whole(x[0], 1) and _is_whole(x[1], x[0])
+def _are_bounds(x)->bool:
+    return isinstance(x, list) and len(x)==2 and _is_whole(x[0], 1) and _is_whole(x[1], x[0])
 
 def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, what is needed)
     mark = c.fingerprint
@@ -49,7 +50,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
                 num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number, or none'),
-                pixels=(c.pixels is None or _are_bounds(c.pixels), 'two whole numbers, the smaller first, or none'),
+                pixels=(c.pixels is None or _are_bounds(c.pixels), 'two ascending whole numbers, or none'),
                 base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
                 fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
