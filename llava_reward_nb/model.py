@@ -36,7 +36,8 @@ from llava_reward_nb.weights import (MODELS, folder_name, hub_folder, hub_name, 
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
 def _is_whole(n, least:int)->bool: return isinstance(n, int) and not isinstance(n, bool) and n>=least
 
-def _are_bounds(x)->bool: return isinstance(x, list) and len(x)==2 and _is_whole(x[0], 1) and _is_whole(x[1], x[0])
+def _are_bounds(x)->bool:
+    return isinstance(x, list) and len(x)==2 and _is_whole(x[0], 1) and _is_whole(x[1], x[0])
 
 def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, what is needed)
     mark = c.fingerprint
@@ -49,7 +50,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
                 num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number, or none'),
-                pixels=(c.pixels is None or _are_bounds(c.pixels), 'two whole numbers, the smaller first, or none'),
+                pixels=(c.pixels is None or _are_bounds(c.pixels), 'two ascending whole numbers, or none'),
                 base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
                 fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
@@ -886,7 +887,11 @@ def _drop(self:RewardModel, name:str):
     del self.configs[name], self.heads[name]
     self.peft.delete_adapter(name)
     self.active = None
-    if self.configs: self.set_perspective(next(iter(self.configs)))
+    if self.configs: return self.set_perspective(next(iter(self.configs)))
+    b = self.backbone
+    for path in b.projectors: b.model.set_submodule(path, b.model.get_submodule(path).original_module)
+    b.model = self.peft.unload() # PEFT cannot add an adapter where none is left
+    self.__dict__['peft'] = None
 
 @patch
 def check_base(self:RewardModel,
@@ -1017,17 +1022,17 @@ def from_pretrained(cls:RewardModel,
     device = device or default_device()
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
-    if num_crops is None: num_crops = _trained_crops(found)
+    if num_crops is None: num_crops = _trained_crops(found, overrides)
     self = cls(load_backbone(where, device, dtype or default_dtype(device), num_crops), said)
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
 
 # %% ../nbs/3_paper/35_model.ipynb #6b077de4
-def _trained_crops(found:dict)->int:
+def _trained_crops(found:dict, overrides:dict)->int:
     "The one num_crops of several perspectives; `CheckpointError` if they differ; None without any."
     crops = {}
-    for n,f in found.items(): crops.setdefault(saved_config(f).num_crops, n)
+    for n,f in found.items(): crops.setdefault(saved_config(f, overrides).num_crops, n)
     kinds = ', '.join(f'{n}: {c}' for c,n in crops.items())
     if len(crops)>1: raise CheckpointError(
         f"perspectives were trained with different num_crops ({kinds}); "

@@ -228,10 +228,10 @@ def _origin(
 def folder_name(
     folder, # of a model
 )->str:
-    "What a folder is called: by its own name, or in the hub's cache, where that is a hash, by its repository's."
+    "The name of a folder; in the hub's cache, where that is a hash, the name of the repository."
     folder = Path(folder).resolve()
-    is_root = folder.parent.name=='snapshots'
-    return _origin(folder).repo.split('/')[-1] if is_root and _origin(folder) else folder.name
+    source = _origin(folder) if folder.parent.name=='snapshots' else None
+    return source.repo.split('/')[-1] if source else folder.name
 
 def how_to_fetch(
     path, # of a file that a model folder lacks, or that is damaged

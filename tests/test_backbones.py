@@ -317,3 +317,18 @@ def test_perspectives_of_other_bounds_do_not_share_a_model(folder, tmp_path):
     with pytest.raises(CheckpointError, match='images of 1024 to 16384 pixels.*1024 to 4096; load them one at a time'):
         rm.load_perspective(tmp_path/'small')
     assert list(rm.configs)==['tiny'] and rm.backbone.pixels==[1024, 4096]
+
+
+@pytest.mark.parametrize('name', ['qwen2_5_vl', 'qwen3_vl', 'llava_next'])
+def test_pixels_with_gradients(folder, name):
+    from llava_reward_nb.rewards.llava import LLaVAReward
+    rm = RewardModel(load_backbone(folder(name)), 'base').add_perspective('a', lora_rank=4, lora_alpha=8)
+    randomize(rm, 'a')
+    reward = LLaVAReward(rm.eval())
+    image = noise((7, 5), 0).resize((70, 50))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 50, 70, 3).permute(0, 3, 1, 2).float()/255
+    pixels.requires_grad_()
+    score = reward.score_pixels(pixels, 'a red circle')
+    assert_close(score.detach(), reward(image, 'a red circle'), atol=.05, rtol=.05)
+    grad, = torch.autograd.grad(score.sum(), pixels)
+    assert grad.isfinite().all() and grad.abs().sum()>0
