@@ -294,13 +294,15 @@ def _figure_specs(tiny:bool, grader:str, metrics:list)->tuple: # (label -> spec,
     return specs,lost
 
 # %% ../../nbs/9_doors/97_paper.ipynb #056e35b5
+def _figure_words()->dict: return {k:v for k,v in _words().items() if k in ('model','metrics')}
+
 @command('''  llava_reward_figures --model tiny --out mine
   llava_reward_figures --model sdxl --out figures
   llava_reward_figures --model sdxl --grader gpt-4o --out figures
   llava_reward_figures --model sdxl --prompts "a photo of a cat and a dog" --out figures
 
 A run that was interrupted goes on when the same command is given again.''',
-interrupted='the same command goes on', words=_words)
+interrupted='the same command goes on', words=_figure_words)
 def llava_reward_figures(
     model:str='sdxl', # pipeline: sdxl, sd21, tiny, a folder or a hub id
     prompts:list[str]=None, # other prompts, or files of them [default: the six of the paper that are known]
