@@ -22,13 +22,14 @@ _NAMES = {  # name: the module that defines it
 __all__ = ['__version__', *sorted(_NAMES)]
 
 _MOVED = {  # where modules of the time before 0.1.0 went
-    'cli': 'commands', 'listing': 'commands.listing', 'main': 'commands.main', 'cards': 'rewards.cards',
+    'cli': 'commands', 'listing': 'commands.evaluate', 'commands.listing': 'commands.evaluate',
+    'main': 'commands.main', 'cards': 'rewards.cards',
     **{n: f'rewards.{n}' for n in ('clip', 'imagereward', 'vqa', 'grader', 'ocr', 'real')},
     **{n: f'steering.{n}' for n in ('particles', 'schedulers', 'traces')},
     **{n: f'evaluation.{n}' for n in ('geneval', 'benchmarks', 'tables', 'signs')},
     'tiny_diffusion': 'tiny.diffusion', 'tiny_metrics': 'tiny.metrics', 'guidance': 'tiny.guidance',
 }
-_DIVIDED = {'core': ['files', 'weights'], 'backbones': ['generic']}  # modules of the time before 0.1.0, and those that took over some of their names
+_DIVIDED = {'core': ['files', 'weights']}  # modules of the time before 0.1.0, and those that took over some of their names
 
 
 def _public(path):
@@ -66,11 +67,11 @@ def __dir__(): return sorted({*globals(), *_NAMES})
 class _Moved(MetaPathFinder, Loader):
     "Imports a module by its old name, with a warning that tells the new one."
     def find_spec(self, fullname, path=None, target=None):
-        package, _, name = fullname.rpartition('.')
-        if package == __name__ and name in _MOVED: return ModuleSpec(fullname, self)
+        name = fullname.removeprefix(f'{__name__}.')
+        if name != fullname and name in _MOVED: return ModuleSpec(fullname, self)
 
     def create_module(self, spec):
-        new = f"{__name__}.{_MOVED[spec.name.rpartition('.')[2]]}"
+        new = f"{__name__}.{_MOVED[spec.name.removeprefix(f'{__name__}.')]}"
         warnings.warn(f'{spec.name} is now {new}; the old name goes in version 0.2', DeprecationWarning, stacklevel=3)
         self.new, module = new, import_module(new)
         self.spec = module.__spec__

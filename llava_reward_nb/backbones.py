@@ -75,6 +75,7 @@ class Backbone(nn.Module):
     projectors = () # paths of the modules in `model` that are trained whole, together with LoRA
     sizes = () # keys of a batch that stay on the CPU
     num_crops = None # most crops of an image; None: images are not cut into a chosen number of crops
+    pixels = None # least and most pixels of an image [n, n], where that can be chosen; None: it cannot
     def __init__(self,
         model:nn.Module,      # the multimodal LLM without its lm_head
         processor,            # makes a batch of images and prompts, and can be pickled without the model

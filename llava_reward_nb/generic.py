@@ -7,16 +7,16 @@ __all__ = ['CAPTION', 'BACKBONES', 'framed_ids', 'Frame', 'make_frame', 'QwenPro
            'load_chat_tokenizer', 'load_image_processor', 'load_processor', 'ImageText', 'QwenText', 'Qwen25Text',
            'LlavaNextText', 'tower_blocks', 'instead', 'TowerPass', 'record_calls', 'replay_calls', 'unread_outputs',
            'without_unread', 'find_projectors', 'decoder_linears', 'ImageTextBackbone', 'QwenBackbone',
-           'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class', 'load_backbone']
+           'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class', 'load_backbone', 'resized']
 
 # %% ../nbs/3_paper/34_generic.ipynb #bbc8f879
-import copy, importlib.util, inspect, json, re, threading
+import copy, importlib.util, inspect, json, math, re, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
@@ -481,6 +481,7 @@ def _qwen_resize(
     height,width = smart_resize(height, width, factor, least, most)
     return width, height
 
+# %% ../nbs/3_paper/34_generic.ipynb #a1c04ae3
 class QwenText(ImageText):
     "Images and captions for Qwen2-VL, Qwen3-VL and Qwen3.5."
     twice = False # resize images before the processor does
@@ -500,14 +501,20 @@ class QwenText(ImageText):
         "Size before the processor's own resize."
         return _qwen_resize(*size, 28, *_FIRST_PIXELS) if self.twice else tuple(size)
 
+    def last_size(self,
+        size:tuple, # (width, height) of an image, pixels
+    )->tuple:
+        "Size in which the tower sees it."
+        p = self.image_processor
+        bounds = p.size['shortest_edge'],p.size['longest_edge']
+        return _qwen_resize(*self.first_size(size), p.patch_size*p.merge_size, *bounds)
+
     def expanded(self,
         size:tuple, # (width, height) of an image, pixels
     )->str:
         "The prompt with its image tokens written out."
-        p = self.image_processor
-        cell = p.patch_size*p.merge_size
-        bounds = p.size['shortest_edge'],p.size['longest_edge']
-        width,height = _qwen_resize(*self.first_size(size), cell, *bounds)
+        cell = self.image_processor.patch_size*self.image_processor.merge_size
+        width,height = self.last_size(size)
         return self.template.replace('<|image_pad|>', '<|image_pad|>'*(width//cell*(height//cell)))
 
     def pixels(self,
@@ -891,10 +898,23 @@ class QwenBackbone(ImageTextBackbone):
     text_class = QwenText
     causal = True
 
-class Qwen25Backbone(ImageTextBackbone):
+    @property
+    def pixels(self)->list:
+        "Least and most pixels to which an image is resized."
+        size = self.processor.image_processor.size
+        return [size['shortest_edge'], size['longest_edge']]
+
+    def resize_to(self,
+        pixels:list, # least and most
+    ):
+        "Resize images within other bounds."
+        p = self.processor.image_processor
+        p.size = type(p.size)(shortest_edge=pixels[0], longest_edge=pixels[1])
+        self.processor.frames.clear()
+
+class Qwen25Backbone(QwenBackbone):
     "Qwen2.5-VL, with the prompt and the two resizes of the published reward."
     text_class = Qwen25Text
-    causal = True
 
 class LlavaNextBackbone(ImageTextBackbone):
     "LLaVA-1.6 with the prompt of the published reward."
@@ -994,6 +1014,61 @@ def load_backbone(
             f"LLM; {how_to_fetch(folder/'config.json')}")
     with blame(folder): backbone = backbone_class(folder).load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()
+
+# %% ../nbs/3_paper/34_generic.ipynb #c4b88f3f
+def resized(
+    x:Tensor,   # (n,3,h,w) float in [0,1]
+    size:tuple, # (width, height)
+)->Tensor: # (n,3,height,width) in [0,1]
+    "Pillow's bicubic resize of float tensors; differentiable."
+    if tuple(x.shape[:1:-1])==tuple(size): return x
+    return F.interpolate(x, size=size[::-1], mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+
+def _normalized(x:Tensor, settings)->Tensor: # of an image processor
+    mean,std = (x.new_tensor(v)[:,None,None] for v in (settings.image_mean, settings.image_std))
+    return (x-mean)/std
+
+@patch
+def encode_pixels(self:QwenBackbone,
+    pixels:Tensor, # images, (n,3,h,w), float in [0,1]
+    prompts:list,  # n strings
+)->dict: # as `encode`, with gradient from pixel_values to pixels
+    "Model input for a tensor of images; errors as `encode`."
+    text,p = self.processor,self.processor.image_processor
+    size = tuple(pixels.shape[:1:-1])
+    rows = text.rows([size]*len(pixels), prompts)
+    x = _normalized(resized(resized(pixels, text.first_size(size)), text.last_size(size)), p)
+    n,c,h,w = x.shape
+    k,m,frames = p.patch_size,p.merge_size,p.temporal_patch_size
+    x = x.view(n, c, h//k//m, m, k, w//k//m, m, k).permute(0,2,5,3,6,1,4,7)[...,None,:,:]
+    x = x.expand(*x.shape[:6], frames, k, k).reshape(-1, c*frames*k*k)
+    grid = torch.tensor([[1, h//k, w//k]]*n)
+    words = self.to_device(text.pad(rows, [size]*n, grid), pixels.device)
+    return dict(**words, pixel_values=x, image_grid_thw=grid)
+
+# %% ../nbs/3_paper/34_generic.ipynb #f403516d
+@patch
+def encode_pixels(self:LlavaNextBackbone,
+    pixels:Tensor, # images, (n,3,h,w), float in [0,1]
+    prompts:list,  # n strings
+)->dict: # as `encode`, with gradient from pixel_values to pixels
+    "Model input for a tensor of images; errors as `encode`."
+    from transformers.image_processing_utils import select_best_resolution
+    text,p = self.processor,self.processor.image_processor
+    width,height = size = tuple(pixels.shape[:1:-1])
+    rows = text.rows([size]*len(pixels), prompts)
+    H,W = select_best_resolution((height, width), p.image_grid_pinpoints)
+    scale = min(W/width, H/height)
+    w,h = min(math.ceil(width*scale), W), min(math.ceil(height*scale), H)
+    if W/width<H/height: w = W # whatever the rounding
+    else: h = H
+    left,top = (W-w)//2,(H-h)//2
+    whole = F.pad(resized(pixels, (w, h)), (left, W-w-left, top, H-h-top))
+    k = p.crop_size['height']
+    tiles = whole.unfold(2, k, k).unfold(3, k, k).permute(0,2,3,1,4,5).flatten(1, 2)
+    x = _normalized(torch.cat([resized(pixels, (k, k))[:,None], tiles], 1), p)
+    words = self.to_device(text.pad(rows, [size]*len(pixels)), pixels.device)
+    return dict(**words, pixel_values=x, image_sizes=torch.tensor([[height, width]]*len(pixels)))
 
 # %% ../nbs/3_paper/34_generic.ipynb #9675b02b
 document(__name__)

@@ -157,6 +157,7 @@ def read_published(
 # %% ../nbs/1_foundations/17_layouts.ipynb #0e4ba23a
 _LAST_LAYER = 32   # layer_id in published files that means: the last, after the final norm
 _PAPER_CROPS = 16  # into how many crops the authors cut an image for Phi-3.5-vision
+_PAPER_PIXELS = [256*28*28, 1280*28*28] # least and most pixels to which they resize one for Qwen2.5-VL
 
 def _read_yaml(
     path:Path, # of fields with values
@@ -184,7 +185,9 @@ def published_config(
             f"{path}: {field} is {given[field]!r}; needed: true or false; copy it again")
     gpm = bool(given.get('is_general_preference'))
     layer = given.get('layer_id')
-    is_phi = origin_of(path.parent).projector=='img_projection'
+    projector = origin_of(path.parent).projector
+    is_phi = projector=='img_projection'
+    pixels = dict(pixels=_PAPER_PIXELS) if projector=='merger' else {}
     return dict(loss='gpm' if gpm else 'bt',
                 dim=given.get('value_head_dim', 2) if gpm else 1,
                 tau=given.get('general_preference_tau', .1),
@@ -192,7 +195,7 @@ def published_config(
                 pooling='mean' if given.get('mean_hidden_state') else 'last',
                 layer=None if layer==_LAST_LAYER else layer,
                 num_crops=given.get('num_crops', _PAPER_CROPS if is_phi else None),
-                base=given.get('base_model'))
+                base=given.get('base_model'), **pixels)
 
 # %% ../nbs/1_foundations/17_layouts.ipynb #bb9ffb44
 document(__name__)

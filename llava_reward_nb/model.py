@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'CARD', 'PerspectiveConfig', 'RewardModel', 'name_fault', 'usable_name', 'check_batch_size', 'check_sums',
-           'TrainingFacts', 'model_card', 'saved_config', 'perspective_folders']
+           'TrainingFacts', 'model_card', 'moved_card', 'saved_config', 'perspective_folders']
 
 # %% ../nbs/3_paper/35_model.ipynb #1d61ba19
 import hashlib, json, math, re, shlex, shutil
@@ -29,11 +29,15 @@ from .losses import make_loss
 from .layouts import check_origin, origin_of, our_modules, published_config, read_published
 from .skipca import ValueHead
 from .store import make_identity, text_hash
-from .weights import MODELS, hub_folder, hub_name, read_json, read_weights, tensor_shapes
+from llava_reward_nb.weights import (MODELS, folder_name, hub_folder, hub_name, read_json, read_weights,
+    tensor_shapes)
 
 # %% ../nbs/3_paper/35_model.ipynb #e9bb9c79
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
 def _is_whole(n, least:int)->bool: return isinstance(n, int) and not isinstance(n, bool) and n>=least
+
+def _are_bounds(x)->bool:
+    return isinstance(x, list) and len(x)==2 and _is_whole(x[0], 1) and _is_whole(x[1], x[0])
 
 def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, what is needed)
     mark = c.fingerprint
@@ -46,6 +50,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
                 num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number, or none'),
+                pixels=(c.pixels is None or _are_bounds(c.pixels), 'two ascending whole numbers, or none'),
                 base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
                 fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
@@ -64,6 +69,7 @@ class PerspectiveConfig:
     base:str=None           # the base as the user named it
     fingerprint:list=None   # a few weights of the base, to notice a wrong one
     version:str=__version__ # version of the package that wrote it
+    pixels:list=None        # least and most pixels of an image in training (Qwen-VL); None: other bases
 
     def __post_init__(self):
         for name,(ok,need) in _field_needs(self).items():
@@ -238,7 +244,8 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     self.heads[name] = head
     for m in set(self.modules())-before: m.training = self.training
     base = config.base or self.base
-    self.configs[name] = replace(config, num_crops=b.num_crops, base=base, fingerprint=b.fingerprint())
+    self.configs[name] = replace(config, num_crops=b.num_crops, pixels=b.pixels, base=base,
+                                 fingerprint=b.fingerprint())
     return self.set_perspective(name)
 
 # %% ../nbs/3_paper/35_model.ipynb #ae34447c
@@ -496,20 +503,22 @@ class TrainingFacts:
     "What a model card tells of a training; see `RewardTrainer.facts`."
     records:str   # what the perspective learnt from: files, number, kind and hash
     settings:dict # name -> value: what decides which weights come out
-    metrics:dict  # name -> value, and on which records it was measured
+    metrics:dict  # name -> value, and on which records it was measured; None: not known
 
 # %% ../nbs/3_paper/35_model.ipynb #7b9b8c38
 def _usage(
     config:PerspectiveConfig, # of the perspective
-    where:str,                # name of its folder
+    where:str,                # name of its folder, or hub id
 )->str: # Markdown
     "Three lines of Python and one of the terminal that use a perspective."
+    is_on_hub = '/' in where
+    go = '' if is_on_hub else f', go to the folder that holds `{where}`'
     base = '' if config.base else ", base='folder or hub id of the base'"
     option = '' if config.base else ' --base "folder or hub id of the base"'
     pair = config.loss=='gpm'
     call = "model.compare('a.png', 'b.png', 'a red circle')" if pair else "model('a.png', 'a red circle')"
     command = 'llava_reward_compare a.png b.png' if pair else 'llava_reward_score a.png'
-    return f"""Install the package `llava_reward_nb`, go to the folder that holds `{where}`, and run:
+    return f"""Install the package `llava_reward_nb`{go} and run:
 
 ```python
 from llava_reward_nb import RewardModel
@@ -542,6 +551,7 @@ def _training(facts:TrainingFacts)->str: # Markdown
     "What is known of a training."
     if facts is None: return 'How these weights were trained was not recorded when they were saved.'
     learnt = f'Learnt from {_cell(facts.records)}.\n\n{_table(facts.settings)}'
+    if facts.metrics is None: return learnt
     if not facts.metrics: return f'{learnt}\n\nNothing was measured on these weights.'
     return f'{learnt}\n\nMeasured on these weights:\n\n{_table(facts.metrics)}'
 
@@ -558,9 +568,10 @@ def model_card(
     front = dict(library_name='llava_reward_nb', base_model=config.base,
                  tags=['reward-model', 'text-to-image', 'llava-reward', 'lora', config.loss])
     front = yaml.safe_dump({k:v for k,v in front.items() if v}, sort_keys=False, allow_unicode=True)
+    bounds = config.pixels and f'{config.pixels[0]} to {config.pixels[1]} an image'
     facts = dict(perspective=name, loss=_LOSSES[config.loss], dimension=config.dim, temperature=config.tau,
                  SkipCA=config.skipca, gate=config.gate, pooling=config.pooling, layer=config.layer,
-                 crops=config.num_crops, base=config.base or 'not named',
+                 crops=config.num_crops, pixels=bounds, base=config.base or 'not named',
                  LoRA=f'rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}',
                  package=f'llava_reward_nb {config.version}')
     return f"""---
@@ -624,6 +635,29 @@ def write_card(self:RewardModel,
 @patch
 def _check_unmerged(self:RewardModel):
     if self.merged: raise ValueError(f"{self.active!r} is merged into the base; save it before merging")
+
+# %% ../nbs/3_paper/35_model.ipynb #82d485b9
+def moved_card(
+    folder,          # a saved perspective
+    where:str,       # its new address: the name of a folder, or a hub id
+    base:str=None,   # the base by its new name; None: as it is
+)->str: # Markdown; None: there is no card
+    "The model card of a saved perspective for another place; one that somebody edited is as it was."
+    import yaml
+    path = as_path(folder)/CARD
+    if not path.is_file(): return None
+    card = path.read_text(encoding='utf-8', errors='replace')
+    if not _untouched(path): return card
+    config = saved_config(path.parent)
+    moved = replace(config, base=base or config.base)
+    card = _MARKER.sub('', card, count=1)
+    card = card.replace(_usage(config, path.absolute().parent.name), _usage(moved, where))
+    row = lambda name: f"| base | {_cell(name or 'not named')} |"
+    card = card.replace(row(config.base), row(moved.base))
+    _,front,body = card.split('---\n', 2)
+    front = {**yaml.safe_load(front), 'base_model':moved.base}
+    if moved.base is None or '/' not in moved.base: del front['base_model']
+    return _marked(f'---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}')
 
 # %% ../nbs/3_paper/35_model.ipynb #41a4631c
 @patch
@@ -792,12 +826,24 @@ def _adapter_options(
     except ValueError as e: raise CheckpointError(f"{path}: {e}; copy it again") from None
     return options
 
+# %% ../nbs/3_paper/35_model.ipynb #64a4fc78
+@patch
+def _read_images_as(self:RewardModel, config:PerspectiveConfig, where:Path):
+    "Resize images as a saved perspective did; `CheckpointError` if others of this model do it otherwise."
+    here = self.backbone.pixels
+    if None in (config.pixels, here) or config.pixels==here: return
+    if self.configs: raise CheckpointError(
+        f"{where}: was trained on images of {config.pixels[0]} to {config.pixels[1]} pixels, "
+        f"{next(iter(self.configs))!r} of this model on {here[0]} to {here[1]}; load them one at a time")
+    self.backbone.resize_to(config.pixels)
+
 # %% ../nbs/3_paper/35_model.ipynb #409a1b5d
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."
     options = _adapter_options(adapter_config, self.backbone.projectors)
     self._check_name(name)
+    self._read_images_as(config, adapter_config)
     try: return self._add(name, config, options)
     except CheckpointError: raise
     except Exception as e: raise CheckpointError(
@@ -813,7 +859,7 @@ def load_perspective(self:RewardModel,
 )->RewardModel: # self, with that perspective active
     "Add a saved perspective; `CheckpointError` for missing or damaged files, NaN, or another base."
     folder = Path(folder)
-    name = name or usable_name(folder.resolve().name)
+    name = name or usable_name(folder_name(folder))
     config = saved_config(folder, overrides)
     with self.lock:
         self.check_base(config, folder)
@@ -841,7 +887,11 @@ def _drop(self:RewardModel, name:str):
     del self.configs[name], self.heads[name]
     self.peft.delete_adapter(name)
     self.active = None
-    if self.configs: self.set_perspective(next(iter(self.configs)))
+    if self.configs: return self.set_perspective(next(iter(self.configs)))
+    b = self.backbone
+    for path in b.projectors: b.model.set_submodule(path, b.model.get_submodule(path).original_module)
+    b.model = self.peft.unload() # PEFT cannot add an adapter where none is left
+    self.__dict__['peft'] = None
 
 @patch
 def check_base(self:RewardModel,
@@ -910,7 +960,7 @@ def perspective_folders(
     if _holds_reward(folder):
         if names and len(names)>1: raise ValueError(
             f"{folder} is one perspective, {len(names)} names were given; pass one")
-        return {names[0] if names else usable_name(folder.resolve().name): folder}
+        return {names[0] if names else usable_name(folder_name(folder)): folder}
     below = _below(folder)
     found = {usable_name(n):f for n,f in below.items()}
     if len(found)<len(below): raise CheckpointError(
@@ -972,17 +1022,17 @@ def from_pretrained(cls:RewardModel,
     device = device or default_device()
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
-    if num_crops is None: num_crops = _trained_crops(found)
+    if num_crops is None: num_crops = _trained_crops(found, overrides)
     self = cls(load_backbone(where, device, dtype or default_dtype(device), num_crops), said)
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
 
 # %% ../nbs/3_paper/35_model.ipynb #6b077de4
-def _trained_crops(found:dict)->int:
+def _trained_crops(found:dict, overrides:dict)->int:
     "The one num_crops of several perspectives; `CheckpointError` if they differ; None without any."
     crops = {}
-    for n,f in found.items(): crops.setdefault(saved_config(f).num_crops, n)
+    for n,f in found.items(): crops.setdefault(saved_config(f, overrides).num_crops, n)
     kinds = ', '.join(f'{n}: {c}' for c,n in crops.items())
     if len(crops)>1: raise CheckpointError(
         f"perspectives were trained with different num_crops ({kinds}); "

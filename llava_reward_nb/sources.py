@@ -551,7 +551,9 @@ def numbered(self:Source): # generator of (number, record)
             if not wrong and self.ties=='drop' and record.get('target')==.5:
                 self.dropped += 1
                 continue
-            self.faults += [Fault(self.seen, name, f'{why} ({place})') for name,why in wrong]
+            for name,why in wrong:
+                why = why.replace('pass folder=', 'pass images=')
+                self.faults.append(Fault(self.seen, name, f'{why} ({place})'))
             self.seen += 1
             if not wrong: yield self.seen-1, record
 
@@ -595,6 +597,7 @@ def open_source(
     name,colon,path = str(spec).partition(':')
     if colon and name in SOURCES: return Source(name, path, **options)
     is_path = as_path(spec).exists()
+    if name in SOURCES and not is_path: raise InputError(f"{name}: say where it is, as in {name}:PATH")
     if colon and not is_path and len(name)>1 and name.isidentifier(): # C: is a disk
         raise InputError(f"source {name!r}; use one of {', '.join(SOURCES)}, as in hpdv3:{path}")
     return Source('folder', spec, **options)
@@ -702,13 +705,14 @@ def _whole(self:_Tally, record:dict, prompts:list, looks:list):
     verdict = record['label'] if self.kind=='label' else .5 if record['target']==.5 else contents[0]
     told = self.said.setdefault(key, set())
     if verdict in told: self.counts['repeated records'] += 1
-    elif told: self.counts['contradictions'] += 1
+    elif verdict!=.5 and told-{.5}: self.counts['contradictions'] += 1 # a tie contradicts nobody
     told.add(verdict)
     if not self.count_tokens: return
     both = prompts*len(looks) if len(prompts)==1 else prompts
     try: self.tokens.extend(self.count_tokens([look.size for look in looks], both))
     except InputError: self.counts['too long or too thin for the model'] += 1
 
+# %% ../nbs/3_paper/38_sources.ipynb #ee373158
 def _spread(values, unit:str='')->str:
     "Smallest, middle, 95th percentile and largest of numbers."
     if not len(values): return 'none'
@@ -833,14 +837,6 @@ _CLOSED = {'a','an','the','and','or','but','of','in','on','at','to','with','by',
 _RELATIONS = {'to the left of':'to the right of', 'on the left of':'on the right of', 'left of':'right of',
               'above':'below', 'in front of':'behind', 'inside':'outside', 'on top of':'under'}
 
-@dataclass(frozen=True)
-class PromptEdit:
-    "A prompt that says something else."
-    prompt:str # the new one
-    kind:str   # one of `EDIT_KINDS`
-    old:str    # words that were there
-    new:str    # words in their place
-
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 def _nouns_follow(words:list, i:int)->bool:
@@ -858,6 +854,14 @@ def _is_name(words:list, i:int)->bool:
     return (upper or named) and not text.isupper()
 
 # %% ../nbs/3_paper/38_sources.ipynb #1110c9b4
+@dataclass(frozen=True)
+class PromptEdit:
+    "A prompt that says something else."
+    prompt:str # the new one
+    kind:str   # one of `EDIT_KINDS`
+    old:str    # words that were there
+    new:str    # words in their place
+
 def _as_written(new:str, old:str)->str: return new.capitalize() if old[:1].isupper() else new
 
 def _replaced(text:str, spans:list)->str:
@@ -872,6 +876,7 @@ def _replaced(text:str, spans:list)->str:
         out = before+new+out[end:]
     return out
 
+# %% ../nbs/3_paper/38_sources.ipynb #1a42229d
 def _edit_attribute(text:str, rng):
     words = list(_WORD.finditer(text))
     colors = [i for i,w in enumerate(words) if w[0].lower() in _COLORS]
@@ -890,6 +895,7 @@ def _edit_attribute(text:str, rng):
     new = _as_written(rng.choice(free), first[0])
     return PromptEdit(_replaced(text, [(first.start(), first.end(), new)]), 'attribute', first[0], new)
 
+# %% ../nbs/3_paper/38_sources.ipynb #f3f32ecc
 def _edit_count(text:str, rng):
     words = list(_WORD.finditer(text))
     def counts(i):
@@ -908,6 +914,7 @@ def _edit_count(text:str, rng):
     new = str(chosen) if digits else _as_written(_NUMBERS[chosen-2], word[0])
     return PromptEdit(_replaced(text, [(word.start(), word.end(), new)]), 'count', word[0], new)
 
+# %% ../nbs/3_paper/38_sources.ipynb #1dbbd173
 def _edit_relation(text:str, rng):
     both = _RELATIONS | {new:old for old,new in _RELATIONS.items() if new!='under'} # under a blue sky
     longest_first = sorted(both, key=len, reverse=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'HubName', 'hub_name', 'resolve_model', 'hub_reason', 'some_names', 'hub_folder', 'hub_arguments',
-           'how_to_fetch', 'blame', 'read_json', 'weight_files', 'read_tensors', 'tensor_shapes', 'read_weights',
-           'load_weights', 'check_loaded', 'load_pretrained']
+           'folder_name', 'how_to_fetch', 'blame', 'read_json', 'weight_files', 'read_tensors', 'tensor_shapes',
+           'read_weights', 'load_weights', 'check_loaded', 'load_pretrained']
 
 # %% ../nbs/1_foundations/13_weights.ipynb #87966c70
 import errno, json, os, re
@@ -224,6 +224,14 @@ def _origin(
     except (OSError, ValueError, AttributeError, RecursionError): return None
     is_id = isinstance(said, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', said) and not as_path(said).is_dir()
     return HubName(said) if is_id else None
+
+def folder_name(
+    folder, # of a model
+)->str:
+    "The name of a folder; in the hub's cache, where that is a hash, the name of the repository."
+    folder = Path(folder).resolve()
+    source = _origin(folder) if folder.parent.name=='snapshots' else None
+    return source.repo.split('/')[-1] if source else folder.name
 
 def how_to_fetch(
     path, # of a file that a model folder lacks, or that is damaged

@@ -260,3 +260,75 @@ def test_commands_steering_and_evaluation(folder, records, name, tmp_path):
     assert_close(steered.rewards[0].float(), reward(steered.images[0], 'a red circle'), atol=1e-4, rtol=0)
     bench = run_benchmark('mjbench', {'mine': reward}, data='tiny', out=tmp_path/'bench', limit=3)
     assert bench.rewards==['mine']
+
+
+PAPER_PIXELS = [256*784, 1280*784]
+
+
+def write_published(rm, name, folder):
+    "A perspective in the authors' layout, names as their trainer writes them."
+    import yaml
+    lora, rest = {}, {'value_head.weight': rm.heads[name].value_head.weight.detach()}
+    for key, p in rm._tensors(name).items():
+        key = key.removeprefix('base_model.model.')
+        if 'lora_' in key: lora[key.replace('language_model.', 'model.')] = p.detach()
+        else: rest[f'model.{key}'] = p.detach()
+    (folder/'lora').mkdir(parents=True)
+    torch.save(lora, folder/'lora'/'adapter_model.bin')
+    torch.save(rest, folder/'pytorch_model.bin')
+    targets = sorted({k.split('.lora_')[0] for k in lora})
+    (folder/'lora'/'adapter_config.json').write_text(json.dumps(dict(peft_type='LORA', r=4, lora_alpha=8, target_modules=targets, bias='none')))
+    (folder/'reward_config.yaml').write_text(yaml.safe_dump(dict(
+        general_preference_tau=.1, value_head_dim=2, add_cross_attention=False, is_general_preference=False)))
+    return folder
+
+
+@pytest.mark.parametrize('name', ['qwen2_5_vl', 'llava_next'])
+def test_published_adapters(folder, name, tmp_path):
+    "Strictly loaded, read with the bounds of the authors' scripts, and the same in our layout afterwards."
+    rm = RewardModel(load_backbone(folder(name)), 'base')
+    rm.add_perspective('theirs', PerspectiveConfig(skipca=False), lora_rank=4, lora_alpha=8)
+    randomize(rm, 'theirs')
+    published = write_published(rm, 'theirs', tmp_path/'alignment'/'theirs')
+    is_qwen = name=='qwen2_5_vl'
+    if is_qwen: rm.backbone.resize_to(PAPER_PIXELS)
+    want = rm.eval().embed(IMAGES, CAPTIONS)
+
+    got = RewardModel.from_pretrained(published, base=folder(name))
+    assert got.backbone.pixels==got.config.pixels==(PAPER_PIXELS if is_qwen else None)
+    same(got.embed(IMAGES, CAPTIONS), want)
+    got.save_perspective('theirs', tmp_path/'ours')
+    same(RewardModel.from_pretrained(tmp_path/'ours', base=folder(name)).embed(IMAGES, CAPTIONS), want)
+
+    theirs = torch.load(published/'pytorch_model.bin')
+    lost = theirs.pop(next(k for k in theirs if 'value_head' not in k))
+    torch.save(theirs, published/'pytorch_model.bin')
+    with pytest.raises(CheckpointError, match='lacks'): RewardModel.from_pretrained(published, base=folder(name))
+    assert lost.ndim
+
+
+def test_perspectives_of_other_bounds_do_not_share_a_model(folder, tmp_path):
+    rm = RewardModel(load_backbone(folder('qwen3_vl')), 'base')
+    rm.add_perspective('small', lora_rank=2)
+    rm.save_perspective('small', tmp_path/'small')
+    rm = RewardModel(load_backbone(folder('qwen3_vl')), 'base')
+    rm.backbone.resize_to([1024, 4096])
+    rm.add_perspective('tiny', lora_rank=2)
+    with pytest.raises(CheckpointError, match='images of 1024 to 16384 pixels.*1024 to 4096; load them one at a time'):
+        rm.load_perspective(tmp_path/'small')
+    assert list(rm.configs)==['tiny'] and rm.backbone.pixels==[1024, 4096]
+
+
+@pytest.mark.parametrize('name', ['qwen2_5_vl', 'qwen3_vl', 'llava_next'])
+def test_pixels_with_gradients(folder, name):
+    from llava_reward_nb.rewards.llava import LLaVAReward
+    rm = RewardModel(load_backbone(folder(name)), 'base').add_perspective('a', lora_rank=4, lora_alpha=8)
+    randomize(rm, 'a')
+    reward = LLaVAReward(rm.eval())
+    image = noise((7, 5), 0).resize((70, 50))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 50, 70, 3).permute(0, 3, 1, 2).float()/255
+    pixels.requires_grad_()
+    score = reward.score_pixels(pixels, 'a red circle')
+    assert_close(score.detach(), reward(image, 'a red circle'), atol=.05, rtol=.05)
+    grad, = torch.autograd.grad(score.sum(), pixels)
+    assert grad.isfinite().all() and grad.abs().sum()>0

@@ -7,7 +7,7 @@ from PIL import Image
 
 from llava_reward_nb.commands import score
 
-from llava_reward_nb.commands import listing
+from llava_reward_nb.commands import evaluate
 from llava_reward_nb.core import InputError
 from llava_reward_nb.files import write_table
 from llava_reward_nb.evaluation.runs import run_benchmark
@@ -141,7 +141,7 @@ def test_names():
 
 
 def test_list_of_rewards(capsys):
-    listing.llava_reward_rewards([])
+    evaluate.llava_reward_rewards([])
     printed = capsys.readouterr().out
     for name in 'ocr', 'nudenet', 'jpeg', 'hpsv3', 'tiny-clip': assert name in printed
 

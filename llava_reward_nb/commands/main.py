@@ -26,14 +26,16 @@ class SubCommand:
 SUB_COMMANDS = dict( # in the order of the help
     score=SubCommand('Judge images', 'commands.score', 'score images for prompts'),
     compare=SubCommand('Judge images', 'commands.score', 'compare two images, or rank more'),
-    rewards=SubCommand('Judge images', 'commands.listing', 'list the rewards and what they need'),
-    data=SubCommand('Train a reward', 'commands.items', 'look at preference data, or unpack it'),
+    rewards=SubCommand('Judge images', 'commands.evaluate', 'list the rewards and what they need'),
     train=SubCommand('Train a reward', 'commands.train', 'train a perspective on pairs or labels'),
+    data=SubCommand('Train a reward', 'commands.items', 'look at preference data, or unpack it'),
     steer=SubCommand('Generate better images', 'commands.steer', 'steer a diffusion model by a reward'),
     eval=SubCommand('Evaluate rewards', 'commands.evaluate', 'score a benchmark'),
     table=SubCommand('Evaluate rewards', 'commands.evaluate', 'make a table of what was scored'),
     latency=SubCommand('Evaluate rewards', 'commands.evaluate', 'measure seconds per sample'),
     bench=SubCommand('Evaluate rewards', 'bench', 'see where the time goes'),
+    table9=SubCommand('Reproduce the paper', 'commands.paper', "make the paper's table of guidance"),
+    figures=SubCommand('Reproduce the paper', 'commands.paper', "make the paper's figures of guidance"),
     demo=SubCommand('Look around', 'commands.demo', 'see everything once'),
     completion=SubCommand('Look around', 'commands.main', 'complete these names in bash, zsh or fish'),
 )

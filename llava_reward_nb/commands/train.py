@@ -77,6 +77,8 @@ def _new_head(
 ): # PerspectiveConfig
     "The configuration of a new perspective."
     from llava_reward_nb.model import PerspectiveConfig
+    if loss in ('gauss','pl'): raise InputError(
+        f"--loss {loss}: can be computed but not trained by this command yet; use bt, gpm or cls")
     loss = loss or ('bt' if kind=='pair' else 'cls')
     return PerspectiveConfig(loss, dim or (2 if loss=='gpm' else 1), .1 if tau is None else tau)
 

@@ -89,7 +89,7 @@ def from_pretrained(cls:LLaVAReward,
     device:str=None,                   # where it runs; None: the best device there is
     dtype:torch.dtype=None,            # of the base; None: chosen by the device
     perspective:str=None,              # which one, if the name does not tell
-    **kw,                              # base, num_crops, overrides, revision: see `RewardModel.from_pretrained`
+    **kw,                              # base, num_crops, overrides, revision of `RewardModel.from_pretrained`
 )->LLaVAReward:
     "Load one perspective; ValueError if it is not clear which, `CheckpointError` if it cannot be loaded."
     name,named = split_perspective(str(id_or_path))
