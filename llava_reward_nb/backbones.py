@@ -317,7 +317,8 @@ def _folded_class()->type:
     "PEFT's LoRA layer with that forward; made when it is needed, since PEFT is slow to import."
     from peft.tuners.lora.layer import Linear
     def reduced(layer, protocol): return _blank_folded, (), layer.__getstate__() # for pickle and copy
-    return type('FoldedLoRA', (Linear,), dict(forward=_folded_forward, __reduce_ex__=reduced, __module__=__name__))
+    parts = dict(forward=_folded_forward, __reduce_ex__=reduced, __module__=__name__)
+    return type('FoldedLoRA', (Linear,), parts)
 
 def _blank_folded()->nn.Module: return _folded_class().__new__(_folded_class())
 

@@ -37,6 +37,9 @@ from llava_reward_nb.weights import (MODELS, folder_name, hub_folder, hub_name, 
 def _is_number(x)->bool: return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
 def _is_whole(n, least:int)->bool: return isinstance(n, int) and not isinstance(n, bool) and n>=least
 
+def _are_bounds(x)->bool:
+    return isinstance(x, list) and len(x)==2 and _is_whole(x[0], 1) and _is_whole(x[1], x[0])
+
 def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, what is needed)
     mark = c.fingerprint
     marked = isinstance(mark, list) and len(mark)>=16 and all(map(_is_number, mark))
@@ -48,6 +51,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
                 num_crops=(c.num_crops is None or _is_whole(c.num_crops, 1), 'a whole number, or none'),
+                pixels=(c.pixels is None or _are_bounds(c.pixels), 'two ascending whole numbers, or none'),
                 base=(c.base is None or isinstance(c.base, str), 'a text, or none'),
                 fingerprint=(mark is None or marked, '16 numbers or more, or none'))
 
@@ -66,6 +70,7 @@ class PerspectiveConfig:
     base:str=None           # the base as the user named it
     fingerprint:list=None   # a few weights of the base, to notice a wrong one
     version:str=__version__ # version of the package that wrote it
+    pixels:list=None        # least and most pixels of an image in training (Qwen-VL); None: other bases
 
     def __post_init__(self):
         for name,(ok,need) in _field_needs(self).items():
@@ -242,7 +247,8 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     self.heads[name] = head
     for m in set(self.modules())-before: m.training = self.training
     base = config.base or self.base
-    self.configs[name] = replace(config, num_crops=b.num_crops, base=base, fingerprint=b.fingerprint())
+    self.configs[name] = replace(config, num_crops=b.num_crops, pixels=b.pixels, base=base,
+                                 fingerprint=b.fingerprint())
     return self.set_perspective(name)
 
 # %% ../nbs/3_paper/35_model.ipynb #ae34447c
@@ -606,9 +612,10 @@ def model_card(
     front = dict(library_name='llava_reward_nb', base_model=config.base,
                  tags=['reward-model', 'text-to-image', 'llava-reward', 'lora', config.loss])
     front = yaml.safe_dump({k:v for k,v in front.items() if v}, sort_keys=False, allow_unicode=True)
+    bounds = config.pixels and f'{config.pixels[0]} to {config.pixels[1]} an image'
     facts = dict(perspective=name, loss=_LOSSES[config.loss], dimension=config.dim, temperature=config.tau,
                  SkipCA=config.skipca, gate=config.gate, pooling=config.pooling, layer=config.layer,
-                 crops=config.num_crops, base=config.base or 'not named',
+                 crops=config.num_crops, pixels=bounds, base=config.base or 'not named',
                  LoRA=f'rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}',
                  package=f'llava_reward_nb {config.version}')
     return f"""---
@@ -863,12 +870,24 @@ def _adapter_options(
     except ValueError as e: raise CheckpointError(f"{path}: {e}; copy it again") from None
     return options
 
+# %% ../nbs/3_paper/35_model.ipynb #64a4fc78
+@patch
+def _read_images_as(self:RewardModel, config:PerspectiveConfig, where:Path):
+    "Resize images as a saved perspective did; `CheckpointError` if others of this model do it otherwise."
+    here = self.backbone.pixels
+    if None in (config.pixels, here) or config.pixels==here: return
+    if self.configs: raise CheckpointError(
+        f"{where}: was trained on images of {config.pixels[0]} to {config.pixels[1]} pixels, "
+        f"{next(iter(self.configs))!r} of this model on {here[0]} to {here[1]}; load them one at a time")
+    self.backbone.resize_to(config.pixels)
+
 # %% ../nbs/3_paper/35_model.ipynb #409a1b5d
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."
     options = _adapter_options(adapter_config, self.backbone.projectors)
     self._check_name(name)
+    self._read_images_as(config, adapter_config)
     try: return self._add(name, config, options)
     except CheckpointError: raise
     except Exception as e: raise CheckpointError(
@@ -912,7 +931,11 @@ def _drop(self:RewardModel, name:str):
     del self.configs[name], self.heads[name]
     self.peft.delete_adapter(name)
     self.active = None
-    if self.configs: self.set_perspective(next(iter(self.configs)))
+    if self.configs: return self.set_perspective(next(iter(self.configs)))
+    b = self.backbone
+    for path in b.projectors: b.model.set_submodule(path, b.model.get_submodule(path).original_module)
+    b.model = self.peft.unload() # PEFT cannot add an adapter where none is left
+    self.__dict__['peft'] = None
 
 @patch
 def check_base(self:RewardModel,
@@ -1043,17 +1066,17 @@ def from_pretrained(cls:RewardModel,
     device = device or default_device()
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
-    if num_crops is None: num_crops = _trained_crops(found)
+    if num_crops is None: num_crops = _trained_crops(found, overrides)
     self = cls(load_backbone(where, device, dtype, num_crops), said)
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
 
 # %% ../nbs/3_paper/35_model.ipynb #6b077de4
-def _trained_crops(found:dict)->int:
+def _trained_crops(found:dict, overrides:dict)->int:
     "The one num_crops of several perspectives; `CheckpointError` if they differ; None without any."
     crops = {}
-    for n,f in found.items(): crops.setdefault(saved_config(f).num_crops, n)
+    for n,f in found.items(): crops.setdefault(saved_config(f, overrides).num_crops, n)
     kinds = ', '.join(f'{n}: {c}' for c,n in crops.items())
     if len(crops)>1: raise CheckpointError(
         f"perspectives were trained with different num_crops ({kinds}); "
