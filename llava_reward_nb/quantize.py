@@ -121,7 +121,7 @@ def quantize(
 
 def _frozen(rm:RewardModel): # (module, path) -> bool
     "Whether a layer is a linear one of the frozen base."
-    own = tuple(getattr(rm.backbone, 'projectors', ()) or (rm.backbone.projector,))
+    own = tuple(rm.backbone.projectors)
     def chosen(module, path):
         return isinstance(module, nn.Linear) and 'lora_' not in path and not path.startswith(own)
     return chosen

@@ -1,0 +1,105 @@
+"The benchmark of speed: its yardstick against golden rewards, any backbone, drift of half precision, the command, and the script for a GPU."
+import json, os, shlex, subprocess
+from dataclasses import replace
+
+import families, pytest, torch
+from project import ROOT
+from torch.testing import assert_close
+
+from llava_reward_nb.bench import STAGES, Case, llava_reward_bench, measure_case, measure_drift
+from llava_reward_nb.model import RewardModel
+from llava_reward_nb.quantize import drift
+from llava_reward_nb.reference import ReferenceLike
+from llava_reward_nb.shapes.records import alignment_pairs
+
+TOL = dict(atol=2e-5, rtol=0)
+
+
+@pytest.fixture(scope='module')
+def yardstick(toy):
+    "Function from an adapter and crops to `ReferenceLike`; models are loaded once."
+    made = {}
+    def get(adapter, num_crops, attention='eager', **reading):
+        if adapter not in made: made[adapter] = RewardModel.from_pretrained(toy/adapter, base=toy/'base', device='cpu', dtype=torch.float32)
+        rm = made[adapter]
+        rm.backbone.processor.image_processor.num_crops = num_crops
+        reference = ReferenceLike(rm, attention=attention)
+        reference.reading = replace(reference.reading, **reading)
+        return reference
+    return get
+
+
+def test_the_yardstick_gives_the_golden_rewards(golden, yardstick, image):
+    "It does the public code's work, so it gives the public code's numbers."
+    cases = [c for c in golden['forward'] if c['lora'] and not c['options'] and c['adapter'] in ('adapter', 'adapter_gpm2')]
+    assert len(cases) >= 20
+    for case in cases:
+        reading = {'pooling': 'mean'} if case['mean_hidden_state'] else {} if case['layer_id'] == 32 else {'layer': case['layer_id']}
+        got = yardstick(case['adapter'], case['num_crops'], **reading)(image(case['image']), golden['prompts'][case['prompt']])[0]
+        assert_close(got, torch.tensor(case['reward']), **TOL, msg=lambda m: f"{case['name']}: {m}")
+
+
+@pytest.mark.parametrize('attention', ['eager', 'flash'])
+def test_the_yardstick_in_mixed_batches(golden, yardstick, image, attention):
+    "Padding of batch mates changes nothing, unlike in the public code."
+    for case in golden['batch_mixed_size_reference_quirk']['cases']:
+        images, prompts = zip(*[(image(i), golden['prompts'][p]) for i, p in case['rows']])
+        got = yardstick('adapter_flatca', case['num_crops'], attention)(list(images), list(prompts))
+        assert_close(got, torch.tensor(case['adapter_flatca']['alone']), **TOL)
+
+
+@pytest.mark.parametrize('name', ['qwen2_5_vl', 'llava_next'])
+def test_any_backbone_is_measured(name, tmp_path):
+    "A base without perspectives gets a random one; what it needs is counted by PyTorch."
+    folder = families.FAMILIES[name](tmp_path)
+    case = Case(name, '', str(folder), image_size='64x48', images=3, batch=2, repeats=1)
+    m = measure_case(case, 'ours', threads=1)
+    assert set(STAGES) >= set(m.stages) >= {'preprocessing', 'tower', 'language', 'head'}
+    assert m.work > 0 and m.ceiling > 0 and len(m.vectors['p0']) == 3
+    with pytest.raises(ValueError, match="known for Phi-3.5-vision.*this base is"): measure_case(case, 'reference-like', threads=1)
+
+
+def test_half_precision_keeps_the_order_of_500_scores():
+    records = alignment_pairs(250, seed=11, split='unseen')
+    images = [r[k] for r in records for k in ('chosen_path', 'reject_path')]
+    prompts = [r['prompt'] for r in records for _ in range(2)]
+    names = ['fidelity', 'overall_bt']
+    exact, half = [RewardModel.from_pretrained('tiny', names, device='cpu', dtype=t).embed_all(images, prompts) for t in (torch.float32, torch.bfloat16)]
+    for name in names:
+        moved = drift(exact[name][:, 0], half[name][:, 0])
+        assert moved.n == 500 and moved.tau >= .98, f'{name}: {moved}'
+        assert 0 < moved.largest < .25*moved.spread, f'{name}: {moved}'
+
+
+def test_drift_of_a_precision_that_is_exact():
+    moved = measure_drift(Case('tiny', '', 'tiny', crops=1, batch=8), 8, threads=1)
+    assert moved.tau == 1 and moved.largest < 1e-5
+
+
+def test_the_command(tmp_path, capsys):
+    "Two processes for the two ways, one for drift; everything is in the file."
+    out = tmp_path/'bench.json'
+    llava_reward_bench.main(f'--model tiny --image-size 64x64 --crops 1 --images 3 --batch 2 --repeats 1 --precision bfloat16 --drift 12 '
+                            f'--against reference-like --device cpu --threads 1 --out {shlex.quote(str(out))}'.split())
+    said, kept = capsys.readouterr(), json.loads(out.read_text())
+    assert 'one image alone' in said.out and 'Kendall' in said.out and f'written to {out}' in said.out
+    assert 'making the model' in said.err and 'timing 1 of 1' in said.err # progress where no bar can be seen
+    assert [(r['path'], r['precision']) for r in kept['rows']] == [('ours', 'bfloat16'), ('reference-like', 'bfloat16')]
+    ours = kept['rows'][0]
+    assert 0 <= ours['max diff'] < .2 and ours['speed-up'] > 0 and ours['share of ceiling'] > 0
+    assert kept['drift'][0]['n'] == 12 and kept['machine']['device'].startswith('CPU')
+    assert {k['path'] for k in kept['kernels']} == {'ours', 'reference-like'}
+
+
+def test_the_gpu_script_asks_for_what_there_is(tmp_path):
+    "Each of its commands has options that the command knows."
+    for dry in '', '1':
+        env = os.environ | dict(PYTHON='echo', DRY=dry)
+        done = subprocess.run(['bash', 'tools/gpu_bench.sh', str(tmp_path/'out')], cwd=ROOT, env=env, text=True, capture_output=True, check=True)
+        asked = [shlex.split(line.partition('--size')[1]+line.partition('--size')[2]) for line in done.stdout.splitlines() if '--size' in line]
+        assert len(asked) == 8
+        for words in asked:
+            got = llava_reward_bench.parser().parse_args(words)
+            assert got.size == ('tiny' if dry else 'full') and got.out.endswith('.json')
+            case = Case('', got.size, precision=got.precision[0])
+            assert replace(case).dtype in (torch.float32, torch.bfloat16)
