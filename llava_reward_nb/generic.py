@@ -22,6 +22,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from torch import nn, Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import __version__ as transformers_version
 
 from .backbones import Backbone, PassLock, Phi3VBackbone, Reading, pad_visual, stored_dtype
 from .core import CheckpointError, InputError, default_dtype, reward_inputs
@@ -709,6 +710,9 @@ class ImageTextBackbone(Backbone):
         self.lora_targets = decoder_linears(model)
         self.takes = set(inspect.signature(type(model).get_image_features).parameters)
         self.accepts = set(inspect.signature(type(model).forward).parameters)
+        if 'mm_encoder_outputs' not in self.accepts: raise ImportError(
+            f"{type(model).__name__} of transformers {transformers_version} does not take mm_encoder_outputs; "
+            "install transformers 5.23 or newer")
         own = [model.get_submodule(p) for p in self.projectors]
         for m in own: m.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
         self.blocks = tower_blocks(model, {*own, model.get_decoder()}) if own else {}
