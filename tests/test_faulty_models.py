@@ -56,8 +56,8 @@ def test_options_mean_what_peft_means(kind, layout, tmp_path):
             if 'lora_B' in n or 'modules_to_save' in n: p.add_(torch.randn(p.shape)*.05)
     nn.init.normal_(head.value_head.weight)
     with torch.no_grad():
-        h, visual, mask = b(b.encode(IMAGES, PROMPTS))
-        want = head(h[:, -1], visual, mask)[:, 0]
+        read = b(b.encode(IMAGES, PROMPTS))
+        want = head(read.states, read.visual, read.mask)[:, 0]
     model.save_pretrained(tmp_path/'peft')
     weights, config = load_file(tmp_path/'peft'/'adapter_model.safetensors'), json.loads((tmp_path/'peft'/'adapter_config.json').read_text())
     folder = tmp_path/'mine'
@@ -319,7 +319,7 @@ def test_training_and_scoring_with_float32_features_on_a_bfloat16_base(loss):
 def test_bare_base_and_merged_model_with_float32_features():
     b = load_backbone('tiny', dtype=torch.bfloat16)
     b.model.vision_tower.register_forward_hook(lambda m, args, out: setattr(out, 'last_hidden_state', out.last_hidden_state.float()))
-    with torch.no_grad(): assert b(b.encode(IMAGES, PROMPTS))[0].isfinite().all()
+    with torch.no_grad(): assert b(b.encode(IMAGES, PROMPTS)).states.isfinite().all()
     rm = spread(fresh(dtype=torch.bfloat16).add_perspective('mine', lora_rank=2))
     want = rm(IMAGES, PROMPTS)
     rm.merge()
