@@ -46,9 +46,9 @@ class LLaVAReward:
     def __repr__(self): return f"LLaVAReward({self.perspective!r} of {self.model!r})"
 
     def __call__(self,
-        images,            # one image or n of them
-        prompts,           # one prompt or n of them
-        batch_size:int=16, # images at a time
+        images,              # one image or n of them
+        prompts,             # one prompt or n of them
+        batch_size:int=None, # most images at a time; None: as many as suit the device
     )->Tensor: # (n,) float32 on the CPU
         "Score images for prompts."
         return self.model.score(images, prompts, self.perspective, batch_size)
