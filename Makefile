@@ -48,11 +48,7 @@ bundle: export OMP_NUM_THREADS = 1
 bundle: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 bundle: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 bundle: $(READY) ## Retrain the embedded models (hours; when interrupted, run it again and it goes on)
-	@$(BIN)/python -c "from llava_reward_nb.tiny.mllm import build_tiny; build_tiny()"
-	@$(BIN)/python -c "from llava_reward_nb.tiny.metrics import build_metrics; build_metrics()"
-	@$(BIN)/python -c "from llava_reward_nb.tiny.diffusion import build_diffusion; build_diffusion()"
-	@$(BIN)/python -c "from llava_reward_nb.tiny.guidance import build_guidance; build_guidance()"
-	@$(BIN)/python tools/card.py
+	@$(BIN)/python tools/bundle.py $(SHARE) $(took)
 
 needs_311 = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The versions in constraints.txt need \
 	Python 3.11 or newer; $(PYTHON) is %d.%d. Name another, such as: make PYTHON=python3.11" % v[:2])'

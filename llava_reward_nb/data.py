@@ -394,13 +394,17 @@ class RewardRecords(Sequence):
 
 # %% ../nbs/3_paper/37_data.ipynb #338bfc6e
 def load_records(
-    source,                 # file (.json, .jsonl, .csv, .tsv, .parquet), DataFrame, or iterable of dicts
+    source,                 # .json, .jsonl, .csv, .tsv, .parquet; DataFrame; `Source`; iterable of dicts
     folder=None,            # where relative image paths start; None: at the file, then the working directory
     skip_bad:bool=False,    # leave faulty records out with a warning instead of stopping
     check_images:bool=True, # open every image file; False only checks that it exists
     columns:dict=None,      # our field name -> its column here, for unusual names: dict(prompt='caption')
 )->RewardRecords:
     "Read and check pairs or labels; one `InputError` names the faulty records and fields."
+    if hasattr(source, 'numbered') and hasattr(source, 'records'): # a `Source`, which knows its own faults
+        if folder or columns: raise InputError(
+            f"{source}: has folders and columns of its own; name them when it is opened")
+        return source.records(skip_bad=skip_bad, check_images=check_images)
     read = _rows(source)
     rows = our_names(read.rows, columns or {}, read.name)
     kind = _source_kind(rows, read.name)

@@ -449,7 +449,7 @@ def test_a_trained_reward_is_noticed_on_disk(tmp_path):
 def test_every_reward_of_ours_says_who_it_is():
     from llava_reward_nb.evaluation.geneval import shapes_geneval
     from llava_reward_nb.rewards.registry import load_reward
-    names = ['tiny', 'tiny/alignment', 'tiny/safety', 'tiny-clip', 'tiny-imagereward', 'tiny-vqascore', 'checker']
+    names = ['tiny', 'tiny/alignment', 'tiny/safety', 'tiny-clip', 'tiny-hpsv2', 'tiny-imagereward', 'tiny-vqascore', 'checker']
     who = [identity(load_reward(n, device='cpu')) for n in names]+[identity(shapes_geneval())]
     assert None not in who and len(set(who)) == len(who)
     assert [identity(load_reward(n, device='cpu')) for n in names] == who[:-1]

@@ -329,7 +329,8 @@ def test_bare_base_and_merged_model_with_float32_features():
 
 def test_no_tower_convolves():
     "The patch embedding of every reward with weights is a matrix product: cuDNN would compute a float32 convolution in TF32."
-    for r in load_reward('tiny', device='cpu').model, load_reward('tiny-clip', device='cpu').model, load_reward('tiny-imagereward', device='cpu').model:
+    for name in 'tiny', 'tiny-clip', 'tiny-hpsv2', 'tiny-imagereward', 'tiny-vqascore':
+        r = load_reward(name, device='cpu').model
         convs = [m for m in r.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
         assert convs and all(isinstance(m, PatchConv2d) for m in convs)
 

@@ -116,6 +116,9 @@ def merged(base, kind, lora, rest, folder):
         if f'{stem}.lora_A.weight' in lora: weight += ALPHA/RANK*lora[f'{stem}.lora_B.weight']@lora[f'{stem}.lora_A.weight']
         if name in rest: weight.copy_(rest[name])
     save_file(tensors, folder/'model.safetensors', metadata={'format': 'pt'})
+    images = json.loads((folder/'preprocessor_config.json').read_text())
+    if 'min_pixels' in images: images |= dict(min_pixels=256*28*28, max_pixels=1280*28*28)  # of the authors' scripts
+    (folder/'preprocessor_config.json').write_text(json.dumps(images))
     return folder
 
 

@@ -1,5 +1,5 @@
 "One reward, many threads: the same numbers as from one, and nothing is left behind."
-import asyncio, copy, os, pickle, subprocess, sys, threading
+import asyncio, copy, json, os, pickle, shutil, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def test_training_forward_does_not_see_a_passing_perspective(rm, pairs):
         for f in noise: f.result()
 
 
-@pytest.mark.parametrize('name', ['tiny-clip', 'tiny-imagereward', 'tiny-vqascore', 'tiny/alignment', 'checker'])
+@pytest.mark.parametrize('name', ['tiny-clip', 'tiny-hpsv2', 'tiny-imagereward', 'tiny-vqascore', 'tiny/alignment', 'checker'])
 def test_every_reward_of_the_bundle(name, pairs):
     r = load_reward(name, device='cpu')
     ims, texts = pairs
@@ -136,7 +136,12 @@ def test_compiled(pairs, want):
     torch._dynamo.reset()
 
 
-def test_bundle_is_what_it_was():
-    "Perspectives from before there were checksums and long fingerprints load."
-    assert not (MODELS['tiny']/'alignment'/'checksums.json').exists()
+def test_perspectives_from_before_checksums_and_long_fingerprints_load(pairs, tmp_path):
+    for name in 'base', 'alignment': shutil.copytree(MODELS['tiny']/name, tmp_path/name)
+    (tmp_path/'alignment'/'checksums.json').unlink(missing_ok=True)
+    path = tmp_path/'alignment'/'reward_config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    path.write_text(json.dumps(config | dict(fingerprint=config['fingerprint'][:16])), encoding='utf-8')
+    old = RewardModel.from_pretrained(tmp_path, 'alignment', device='cpu')
+    assert_close(old(*pairs), RewardModel.from_pretrained('tiny', 'alignment', device='cpu')(*pairs), **NEAR)
     assert RewardModel.from_pretrained('tiny', 'alignment', device='cpu').config.base == 'tiny'

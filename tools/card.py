@@ -5,6 +5,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT/'llava_reward_nb/bundle'
 CARD = BUNDLE/'README.md'
+FOLDERS = {  # those that are there are listed
+    'base': 'the multimodal LLM: CLIP tower (5 layers of width 128), Phi-3 (4 layers of width 192); 64×64 pixels a crop',
+    'alignment fidelity safety overall overall_bt': 'perspectives on it: LoRA of rank 16, projector, SkipCA head',
+    'clip hpsv2 imagereward': 'a CLIPScore, an HPSv2 and an ImageReward of the same world, to compare with',
+    'sd': 'a Stable Diffusion of 4.4 million parameters, to steer',
+    'sd_early': 'the U-Net of its first generation, 0.4 million parameters; the rest of that pipeline is `sd`',
+    'log': 'what training and measuring left behind',
+}
 LOSSES = {'bt': 'Bradley-Terry', 'gpm': 'general preference, 2-dimensional', 'cls': 'cross-entropy'}
 JUDGES = {
     'alignment': 'which of two images fits the prompt',
@@ -26,7 +34,7 @@ tags:
 - phi3_v
 - toy
 ---
-<!-- Written by tools/card.py from log/accuracy.jsonl; edit that script. -->
+<!-- Written by tools/card.py from the tables in log/; edit that script. -->
 
 # The tiny bundle of llava_reward_nb
 
@@ -43,20 +51,15 @@ model.score('picture.png', 'a red circle left of a blue square', perspective='al
 
 ## What is inside
 
-| folder | what it is |
-|---|---|
-| `base` | the multimodal LLM: CLIP tower (5 layers of width 128), Phi-3 (4 layers of width 192); 64×64 pixels a crop |
-| `alignment`, `fidelity`, `safety`, `overall`, `overall_bt` | perspectives on it: LoRA of rank 16, projector, SkipCA head |
-| `clip`, `imagereward` | a CLIP and an ImageReward of the same world, to compare with |
-| `sd` | a Stable Diffusion of 4.4 million parameters, to steer |
-| `log` | what training and measuring left behind |
+{folders}
 
 All weights are safetensors in half precision. None derives from published weights; no photograph and no text from
 anywhere was used.
 
 ## How it was trained
 
-On two CPU cores, in hours, by `make bundle`; the notebooks of `nbs/8_tiny` are the whole recipe. The tower learns colour,
+On two CPU cores, in hours, by `make bundle`; the notebooks of `nbs/8_tiny` are the whole recipe, seeds included. The logged
+stages (without perspectives) took {hours:.1f} hours of two processes. The tower learns colour,
 shape, sign and artifact of every patch; then the base learns captions and yes/no statements about images that are drawn
 while it trains. Then the base is frozen, and each perspective is trained on rendered preference pairs or labels, as the
 paper does it (arXiv 2507.21391).
@@ -73,6 +76,20 @@ training showed. *Unseen*: every scene has a colour on a shape that no training 
 The hardest kinds, in the same order (known / unseen):
 
 {hardest}
+
+## Its rivals
+
+The same held-out pairs, judged by the other rewards of this world. CLIPScore, HPSv2 and ImageReward are loaded by the classes
+that load the published ones; VQAScore is the probability that `base` answers *yes*.
+
+{rivals}
+
+## Its pipelines
+
+Share of prompts whose image satisfies every fact, as the checker sees it: the mean over six categories (known), or over the
+two that name colours (unseen); 50 DDIM steps, guidance scale 4.
+
+{pipelines}
 
 ## Limits
 
@@ -101,6 +118,39 @@ def table(head, rows):
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---']*len(head), *rows])
 
 
+def folders():
+    "What is in the bundle."
+    rows = []
+    for names, what in FOLDERS.items():
+        there = [f'`{name}`' for name in names.split() if (BUNDLE/name).is_dir()]
+        if there: rows.append([', '.join(there), what])
+    return table(['folder', 'what it is'], rows)
+
+
+def hours():
+    "Of all stages whose log has times."
+    logs = [read(BUNDLE/f'log/{name}.jsonl') for name in ('training', 'metrics', 'diffusion')]
+    return sum(row.get('seconds') or 0 for log in logs for row in log)/3600
+
+
+def rivals():
+    "Accuracies of the other rewards."
+    log = [r for r in read(BUNDLE/'log/metrics_accuracy.jsonl') if r['kind'] == 'all']
+    found = {(r['reward'], r['pairs'], r['split']): r for r in log}
+    rows = [[name, pairs, quoted(found[name, pairs, 'train']), quoted(found[name, pairs, 'unseen'])]
+            for name in dict.fromkeys(r['reward'] for r in log) for pairs in ('alignment', 'overall')]
+    return table(['reward', 'pairs', 'known', 'unseen'], rows)
+
+
+def pipelines():
+    "Satisfaction of each pipeline."
+    log = [r for r in read(BUNDLE/'log/satisfaction.jsonl') if r['category'] == 'mean']
+    found = {(r['pipeline'], r['split']): f"{r['satisfied']:.2f} of {r['n']}" for r in log}
+    rows = [[f'`{name}`', found[name, 'train'], found[name, 'unseen']]
+            for name in dict.fromkeys(r['pipeline'] for r in log)]
+    return table(['pipeline', 'known', 'unseen'], rows)
+
+
 def render():
     "The card's text."
     log = read(BUNDLE/'log/accuracy.jsonl')
@@ -115,7 +165,8 @@ def render():
         both = [f"{found[name, split, worst]['accuracy']:.3f}" for split in ('train', 'unseen')]
         hardest.append([f'`{name}`' if name in JUDGES else name, worst, ' / '.join(both)])
     accuracies = table(['perspective', 'judges', 'loss', 'known', 'unseen'], whole)
-    return TEXT.format(accuracies=accuracies, hardest=table(['perspective', 'kind', 'accuracy'], hardest))
+    return TEXT.format(accuracies=accuracies, hardest=table(['perspective', 'kind', 'accuracy'], hardest),
+                       folders=folders(), hours=hours(), rivals=rivals(), pipelines=pipelines())
 
 
 def main():

@@ -18,7 +18,7 @@ from .terminal import UsageError, command, did_you_mean, heartbeat
 from ..core import InputError, as_path
 from ..docments import document
 from ..evaluation.benchmarks import load_prompts
-from ..evaluation.measures import published_frame
+from ..evaluation.measures import metric_columns, published_frame
 from ..evaluation.report import panels, table9
 from ..files import TABLES, check_writable, write_table
 from ..rewards.cards import card_of
@@ -251,13 +251,13 @@ def llava_reward_table9(
     names,tiny = _models([*(models or []), *(model or [])])
     judges = _judges(metrics, tiny)
     leaders,unguided = _leaders(guidance, tiny)
-    sets = [_prompt_set(w, tiny, limit) for w in prompts or (TINY_SETS if tiny else SET_LABELS)]
-    blocks = [Block(label, asks, MODEL_LABELS.get(m, m), m, _settings_of(m, tiny, particles, steps))
-              for m in names for label,asks in sets]
+    settings = {m:_settings_of(m, tiny, particles, steps) for m in names}
     check_settings(device)
     check_writable(out, folder=True)
     rank,_,own = _processes()
     if rank==0: print(_needed(names, {**judges, **leaders}, tiny))
+    sets = [_prompt_set(w, tiny, limit) for w in prompts or (TINY_SETS if tiny else SET_LABELS)]
+    blocks = [Block(label, asks, MODEL_LABELS.get(m, m), m, settings[m]) for m in names for label,asks in sets]
     hush()
     rewards = announced_rewards({**judges, **leaders}, device or own)
     ways = (*(['none'] if unguided else []), 'equal-compute', 'fk')
@@ -270,6 +270,7 @@ def llava_reward_table9(
 # in the order of the paper's figures
 FIGURE_METRICS = ('hpsv2','clipscore','vqascore','imagereward','grader','llava-reward')
 FIGURE_GUIDES = ('llava-reward','imagereward','clipscore')
+_FIGURE_GUIDES = [REWARD_LABELS[name] for name in FIGURE_GUIDES]
 
 def figure_prompts(
     tiny:bool, # of the tiny world
@@ -279,30 +280,33 @@ def figure_prompts(
     stated = [p for p in published_frame('figures').prompt if not p.startswith('prompt not stated')]
     return list(dict.fromkeys(stated))
 
-def _figure_specs(tiny:bool, grader:str)->tuple: # (label -> spec, label -> why a metric is not there)
-    "What judges the pictures."
+def _figure_specs(tiny:bool, grader:str, metrics:list)->tuple: # (label -> spec, label -> why it is not there)
+    "What judges the pictures; UsageError if nothing among it guides in the figures."
     twins = tiny_twins()
-    specs,lost = {},{}
-    for name in FIGURE_METRICS:
-        if name=='grader' and grader: specs['LLM Grader'] = f'grader:{grader}'
-        elif name=='grader': lost['LLM Grader'] = (
-            'no endpoint was given; name its model with --grader, such as gpt-4o ($OPENAI_BASE_URL and '
-            '$OPENAI_API_KEY tell where it is).')
-        elif tiny and name not in twins: lost[REWARD_LABELS[name]] = 'the tiny world has none.'
-        else: specs |= _specs([name], tiny)
+    known = [name for name in FIGURE_METRICS if name!='grader']
+    lost = {REWARD_LABELS[name]:'the tiny world has none.' for name in known if tiny and name not in twins}
+    specs = _specs(metrics or [name for name in known if REWARD_LABELS[name] not in lost], tiny)
+    if grader: specs['LLM Grader'] = f'grader:{grader}'
+    else: lost['LLM Grader'] = ('no endpoint was given; name its model with --grader, such as gpt-4o '
+                                '($OPENAI_BASE_URL and $OPENAI_API_KEY tell where it is).')
+    if not set(specs)&set(_FIGURE_GUIDES): raise UsageError(
+        f"--metrics {' '.join(metrics)}: one of {', '.join(FIGURE_GUIDES)} must be among them, to guide")
     return specs,lost
 
 # %% ../../nbs/9_doors/97_paper.ipynb #056e35b5
+def _figure_words()->dict: return {k:v for k,v in _words().items() if k in ('model','metrics')}
+
 @command('''  llava_reward_figures --model tiny --out mine
   llava_reward_figures --model sdxl --out figures
   llava_reward_figures --model sdxl --grader gpt-4o --out figures
   llava_reward_figures --model sdxl --prompts "a photo of a cat and a dog" --out figures
 
 A run that was interrupted goes on when the same command is given again.''',
-interrupted='the same command goes on', words=lambda: dict(model=[*tiny_pipelines(), *PAPER_PIPELINES]))
+interrupted='the same command goes on', words=_figure_words)
 def llava_reward_figures(
     model:str='sdxl', # pipeline: sdxl, sd21, tiny, a folder or a hub id
     prompts:list[str]=None, # other prompts, or files of them [default: the six of the paper that are known]
+    metrics:list[str]=None, # other rewards, or local copies, NAME:FOLDER [default: the paper's]
     grader:str='', # model of an OpenAI-compatible endpoint, such as gpt-4o, for the LLM grader
     out:str='figures', # folder for pictures, scores and tables
     particles:int=4, # of each prompt
@@ -314,7 +318,7 @@ def llava_reward_figures(
     "Make the paper's Figures 4 to 6: pictures guided four ways, their values, and the paper's values."
     _check_numbers(batch_prompts=batch_prompts)
     (name,),tiny = _models([model])
-    specs,lost = _figure_specs(tiny, grader)
+    specs,lost = _figure_specs(tiny, grader, metrics)
     asks = read_prompts(prompts) if prompts else figure_prompts(tiny)
     how = _settings_of(name, tiny, particles, steps)
     block = Block('figures', asks, MODEL_LABELS.get(name, name), name, how)
@@ -324,7 +328,7 @@ def llava_reward_figures(
     if rank==0: print(_needed([name], specs, tiny))
     hush()
     rewards = announced_rewards(specs, device or own)
-    guides = [REWARD_LABELS[g] for g in FIGURE_GUIDES if REWARD_LABELS[g] in specs]
+    guides = [label for label in _FIGURE_GUIDES if label in specs]
     frame = _run(Study(as_path(out), [block], rewards, guides, ('none','fk'), (0,), lam, batch_prompts,
                        device=device or own))
     replaced = tiny and not prompts
@@ -333,7 +337,9 @@ def llava_reward_figures(
 
 def _show_figures(frame, prompts:list, lost:dict, remarks:list, out:Path):
     "Write pictures and values, and print the values."
-    metrics = [REWARD_LABELS.get(name, 'LLM Grader') for name in FIGURE_METRICS]
+    paper = [REWARD_LABELS.get(name, 'LLM Grader') for name in FIGURE_METRICS]
+    there = [m for m in paper if m in frame or m in lost]
+    metrics = there+[m for m in metric_columns(frame) if m not in there]
     frame = frame.assign(**{m:float('nan') for m in metrics if m not in frame})
     shown = panels(frame, prompts, metrics=metrics, width=1.9, published=True)
     ours = panels(frame, prompts, metrics=metrics).table

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .. import stats
 from ..core import InputError, progress
 from ..docments import document
-from ..files import write_table
+from ..files import read_table, write_table
 from ..rewards.ocr import plain
 
 # %% ../../nbs/6_evaluation/64_signs.ipynb #5b1bdfa2
@@ -232,14 +232,18 @@ def build_signs(
     out='llava_reward_nb/bundle', # the table becomes its log/signs.parquet
     n:int=400,                    # pairs as they are
     k:int=20,                     # pairs for each degree of each damage
+    work='runs/tiny/signs',       # judged groups; a second call goes on from them
 ): # DataFrame
     "Judge all signs with the `ocr` reward."
     import pandas as pd
     from llava_reward_nb.rewards.ocr import OCR
-    reward = OCR()
-    groups = [sign_pairs(n)]
-    groups += [sign_pairs(k, level, kind, level) for level in (1,2,3,4) for kind in DEGRADATIONS]
-    table = pd.concat([judge_signs(g, reward) for g in groups], ignore_index=True)
+    reward,tables = OCR(),[]
+    asked = [(n,), *((k, level, kind, level) for level in (1,2,3,4) for kind in DEGRADATIONS if k)]
+    for group in asked:
+        path = Path(work)/f"{'_'.join(map(str, group))}.parquet"
+        if not path.exists(): write_table(judge_signs(sign_pairs(*group), reward), path)
+        tables.append(pd.DataFrame(read_table(path)))
+    table = pd.concat(tables, ignore_index=True)
     write_table(table, Path(out)/'log'/'signs.parquet')
     return table
 

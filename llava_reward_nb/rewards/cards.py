@@ -56,6 +56,7 @@ CARDS = {
     'tiny': Card('package', '6 MB and adapters', 'Apache-2.0'),
     'tiny-clip': Card('package', '3 MB', 'Apache-2.0'),
     'tiny-imagereward': Card('package', '4 MB', 'Apache-2.0'),
+    'tiny-hpsv2': Card('package', '3 MB', 'Apache-2.0'),
     'tiny-vqascore': Card('package', '6 MB', 'Apache-2.0'),
 }
 
@@ -85,6 +86,7 @@ _RANGES = {'llava-reward':'unbounded', 'checker':'0 to 1'} # of these an instanc
 _SHORT_ABOUT = {'tiny':'the embedded LLaVA-Reward, which knows drawings of coloured shapes only',
                 'tiny-clip':'CLIPScore of the same world',
                 'tiny-imagereward':'ImageReward of the same world',
+                'tiny-hpsv2':'HPSv2 of the same world, tuned from the tiny CLIP',
                 'tiny-vqascore':"P(yes) of the embedded LLaVA-Reward's base"}
 
 def reward_rows(

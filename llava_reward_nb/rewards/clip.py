@@ -428,7 +428,7 @@ _OPENCLIP = [ # pattern -> name in CLIPModel; the first which fits is taken
     (r'logit_scale', lambda m: 'logit_scale')]
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #9456fa2f
-def _our_names(published:str)->list: # one, or three where queries, keys and values are one tensor; [] if unknown
+def _our_names(published:str)->list: # one; three where queries, keys and values are one; [] if unknown
     "The names in CLIPModel of a tensor of open_clip."
     for pattern,rename in _OPENCLIP:
         m = re.fullmatch(pattern, published)
@@ -520,8 +520,8 @@ def openclip_facts(
     "What open_clip's `open_clip_config.json` says of a CLIP."
     t, v = config.text_config, config.vision_config
     vision = dict(image_size=v.image_size, layers=v.num_hidden_layers, width=v.hidden_size,
-                  head_width=v.hidden_size//v.num_attention_heads, mlp_ratio=v.intermediate_size/v.hidden_size,
-                  patch_size=v.patch_size)
+                  head_width=v.hidden_size//v.num_attention_heads, patch_size=v.patch_size,
+                  mlp_ratio=v.intermediate_size/v.hidden_size)
     text = dict(context_length=t.max_position_embeddings, vocab_size=t.vocab_size, width=t.hidden_size,
                 heads=t.num_attention_heads, layers=t.num_hidden_layers,
                 mlp_ratio=t.intermediate_size/t.hidden_size)
@@ -549,7 +549,7 @@ def _check_stated(file:Path, config:CLIPConfig):
             "take both files from one model")
 
 # %% ../../nbs/4_rewards/40_clip.ipynb #69bb13e8
-_HPS_FILES = {'2.0': 'HPS_v2_compressed', '2.1': 'HPS_v2.1_compressed'} # version -> name without .pt or .safetensors
+_HPS_FILES = {'2.0': 'HPS_v2_compressed', '2.1': 'HPS_v2.1_compressed'} # + .pt or .safetensors
 
 class HPSv2(ClipReward):
     "Human preference score v2 or v2.1 (Wu et al. 2023), a cosine without the factor 100 of its leaderboard."

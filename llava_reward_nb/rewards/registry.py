@@ -82,6 +82,7 @@ SHORT = { # name -> spec
     'tiny': 'llava-reward:tiny',
     'tiny-clip': f"clipscore:{MODELS['tiny']/'clip'}",
     'tiny-imagereward': f"imagereward:{MODELS['tiny']/'imagereward'}",
+    'tiny-hpsv2': f"hpsv2:{MODELS['tiny']/'hpsv2'}",
     'tiny-vqascore': f"pyes:{MODELS['tiny']/'base'}",
 }
 

@@ -62,8 +62,9 @@ def __str__(self:Fact)->str:
     names = [_name(*item) for item in self.items]
     if self.kind=='object': return f'there is a {names[0]}'
     if self.kind=='count': return f'there are exactly {_noun(self.n, *self.items[0])}'
-    if self.kind=='relation' and self.n>1: return f'{self.n} times a {names[0]} is {self.relation} a {names[1]}'
-    if self.kind=='relation': return f'the {names[0]} is {self.relation} the {names[1]}'
+    if self.kind=='relation':
+        if self.n>1: return f'{self.n} times a {names[0]} is {self.relation} a {names[1]}'
+        return f'the {names[0]} is {self.relation} the {names[1]}'
     return ' and '.join(f'the {shape} is {color}' for shape,color in self.items)
 
 # %% ../../nbs/2_shapes/21_prompts.ipynb #24fe1746

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tiny_parts', 'captioned', 'Autoencoding', 'autoencoder_loss', 'write_latents', 'token_ids', 'Diffusing',
-           'diffusion_loss', 'train_autoencoder', 'train_unet', 'latent_scale', 'save_pipeline', 'satisfaction',
-           'build_diffusion']
+           'diffusion_loss', 'train_autoencoder', 'train_unet', 'latent_scale', 'save_pipeline', 'early_unet',
+           'train_early', 'save_early', 'satisfaction', 'build_diffusion']
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #62875a2e
 import json, shutil
@@ -27,7 +27,7 @@ from ..shapes.prompts import CATEGORIES, VOCAB
 from ..shapes.checker import Checker
 from ..shapes.scenes import sample_prompt, scene_for
 from ..steering.pipelines import load_pipeline
-from .mllm import fit, launch
+from .mllm import fit, kept, launch, portion
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #a189882e
 def tiny_parts(
@@ -176,18 +176,19 @@ def diffusion_loss(
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #47ed6807
 def train_autoencoder(
-    work,           # folder for checkpoints
-    steps:int=1400, # of 32 images
+    work,       # folder for checkpoints
+    steps:int,  # of 32 images
+    images:int, # to encode at the end, in each process; whole hundreds
 ):
     "Stage 3: the autoencoder; then its latents."
     work = Path(work)
     vae = tiny_parts()['vae']
     fit(Autoencoding(vae), autoencoder_loss, steps, 3e-3, work/'vae.pt', seed=20)
-    write_latents(vae.eval(), work/'latents', 50_000, 21)
+    write_latents(vae.eval(), work/'latents', images, 21)
 
 def train_unet(
-    work,            # folder with the finished autoencoder
-    steps:int=4000,  # of 64 latents
+    work,      # folder with the finished autoencoder
+    steps:int, # of 64 latents
 ):
     "Stage 4: U-Net and text encoder together."
     work = Path(work)
@@ -222,6 +223,38 @@ def save_pipeline(
                                    requires_safety_checker=False)
     with atomic_path(out) as p: pipe.to(dtype=torch.float16).save_pretrained(p, safe_serialization=True)
 
+# %% ../../nbs/8_tiny/81_diffusion.ipynb #e4d0cf27
+def early_unet(
+    seed:int=0, # same seed, same weights
+)->UNet2DConditionModel:
+    "The untrained U-Net of the first generation; all its sizes but the widths are those of `tiny_parts`."
+    torch.manual_seed(seed)
+    config = dict(tiny_parts()['unet'].config)|dict(block_out_channels=(24,32), norm_num_groups=8)
+    return UNet2DConditionModel.from_config(config)
+
+def train_early(
+    work,      # folder with the latents and the finished pipeline `sd`
+    steps:int, # of 64 latents
+):
+    "Stage 5: the U-Net of the first generation, on the text encoder that the second has taught."
+    work = Path(work)
+    pipe = load_pipeline(work/'sd', device='cpu')
+    rank,_ = _world()
+    data = torch.load(work/f'latents.{rank}', weights_only=True)
+    model = Diffusing(early_unet(), pipe.text_encoder.requires_grad_(False), pipe.tokenizer,
+                      tiny_parts()['scheduler'], data, pipe.vae.config.scaling_factor)
+    fit(model, diffusion_loss, steps, 2e-3, work/'early.pt', seed=23)
+
+def save_early(
+    work, # folder with the finished stage 5
+    out,  # folder to write: `unet/`, all that differs from the second generation
+):
+    "Write the U-Net of the first generation in half precision."
+    state = torch.load(Path(work)/'early.pt', weights_only=True)['model']
+    unet = early_unet()
+    unet.load_state_dict({k.removeprefix('unet.'):v for k,v in state.items() if k.startswith('unet.')})
+    with atomic_path(out) as p: unet.half().save_pretrained(p/'unet', safe_serialization=True)
+
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #8d7e0f27
 def satisfaction(
     pipe:StableDiffusionPipeline, # generates 64x64 images
@@ -249,26 +282,44 @@ def satisfaction(
     mean = {k:float(np.mean([r[k] for r in rows])) for k in ('satisfied','score')}
     return [*rows, dict(category='mean', n=n*len(rows), **mean)]
 
-# %% ../../nbs/8_tiny/81_diffusion.ipynb #4b7e3dbf
+# %% ../../nbs/8_tiny/81_diffusion.ipynb #d58d42a9
+def _trained_generations(work:Path, share:float):
+    "Train both generations; each becomes a folder of `work`, and one that is there is left alone."
+    if not (work/'sd').exists():
+        launch(train_autoencoder, work, portion(1400, share), 100*portion(500, share))
+        launch(train_unet, work, portion(4000, share))
+        save_pipeline(work, work/'sd')
+    if not (work/'sd_early').exists():
+        launch(train_early, work, portion(1500, share))
+        save_early(work, work/'sd_early')
+
+def _satisfaction_rows(name:str, pipe:StableDiffusionPipeline, n:int)->list:
+    "Satisfaction of a pipeline in both splits."
+    binding = ('colors','color_attribution')
+    rows = [dict(pipeline=name, split='train', **r) for r in satisfaction(pipe, n)]
+    unseen = satisfaction(pipe, n, split='unseen', categories=binding)
+    return rows+[dict(pipeline=name, split='unseen', **r) for r in unseen]
+
 def build_diffusion(
     work='runs/tiny', # checkpoints and logs; a second call goes on from them
-    out='llava_reward_nb/bundle', # the pipeline becomes its folder `sd`
+    out='llava_reward_nb/bundle', # gets the pipelines `sd` and `sd_early`, and their logs
+    share:float=1.,   # of the work, see `portion`
 ):
-    "Train the tiny Stable Diffusion, measure it and put it into the bundle."
+    "Train both generations of the tiny Stable Diffusion, measure them, and put them into the bundle."
     work,out = Path(work).resolve(),Path(out)
     work.mkdir(parents=True, exist_ok=True)
-    if not (work/'sd'/'model_index.json').exists():
-        launch(train_autoencoder, work)
-        launch(train_unet, work)
-        save_pipeline(work, work/'sd')
-    pipe = load_pipeline(work/'sd', device='cpu')
-    binding = ('colors','color_attribution')
-    rows = [dict(split='train', **r) for r in satisfaction(pipe)]
-    rows += [dict(split='unseen', **r) for r in satisfaction(pipe, split='unseen', categories=binding)]
-    with atomic_path(out/'sd') as p: shutil.copytree(work/'sd', p)
-    log = [json.loads(line) for s in ('vae','unet') for line in (work/f'{s}.jsonl').read_text().splitlines()]
-    write_table(log, out/'log'/'diffusion.jsonl')
+    _trained_generations(work, share)
+    rows,n = [],portion(30, share)
+    for name in 'tiny','tiny-early':
+        pipe = load_pipeline(work/'sd', device='cpu')
+        if name=='tiny-early': pipe.unet = UNet2DConditionModel.from_pretrained(work/'sd_early'/'unet')
+        rows += kept(work/'results'/f'{name}.json', _satisfaction_rows, name, pipe, n)
+    for folder in 'sd','sd_early':
+        with atomic_path(out/folder) as p: shutil.copytree(work/folder, p)
+    stages = [(work/f'{stage}.jsonl').read_text().splitlines() for stage in ('vae','unet','early')]
+    write_table([json.loads(line) for lines in stages for line in lines], out/'log'/'diffusion.jsonl')
     write_table(rows, out/'log'/'satisfaction.jsonl')
+    print(f'{out}: both pipelines are ready')
 
 # %% ../../nbs/8_tiny/81_diffusion.ipynb #5cafac9e
 document(__name__)

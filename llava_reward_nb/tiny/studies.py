@@ -22,7 +22,8 @@ from ..steering.cost import Speed, Work, equal_compute, measure_speed, sampling_
 from ..steering.particles import SteeringError, resample_steps
 from ..steering.pipelines import RECIPES, load_pipeline
 from ..store import folder_lock
-from ..shapes import scenes
+from ..weights import MODELS
+from ..shapes.scenes import free_prompts
 from .guidance import (TINY_STEERING, calibrated, compare_guidance, guidance_prompts,
                                            guidances, samplings)
 
@@ -44,15 +45,21 @@ def reward_label(
 
 def tiny_twins()->dict: # name -> spec of the tiny world's reward
     "The rewards of the paper that the tiny world has."
-    return {name:twin for name,twin in TINY_TWINS.items() if twin in SHORT or twin.partition('/')[0] in SHORT}
+    return {name:twin for name,twin in TINY_TWINS.items() if _is_there(twin)}
+
+def _is_there(twin:str)->bool: # whether the bundle has its weights; a bundle of before has not all
+    spec = SHORT.get(twin) or SHORT.get(twin.partition('/')[0], '')
+    where = spec.partition(':')[2]
+    return bool(where) and (where in MODELS or Path(where).exists())
 
 def tiny_pipelines()->list: # names for `load_pipeline`, the weaker first
     "The pipelines of the tiny world."
-    return [name for name in ('tiny-early','tiny') if name in RECIPES]
+    there = ['tiny-early'] if (MODELS['tiny']/'sd_early').is_dir() else []
+    return [*there, 'tiny']
 
 # %% ../../nbs/8_tiny/86_studies.ipynb #82c30076
-TINY_SETS = {'geneval':lambda n: guidance_prompts(n, 1)} # name -> n -> prompts
-if hasattr(scenes, 'free_prompts'): TINY_SETS['drawbench'] = lambda n: scenes.free_prompts(n, 1)
+TINY_SETS = {'geneval':lambda n: guidance_prompts(n, 1), # name -> n -> prompts
+             'drawbench':lambda n: free_prompts(n, 1)} # several facts, unusual combinations
 
 def tiny_prompts(
     name:str, # key of `TINY_SETS`
@@ -309,7 +316,7 @@ def tiny_study(
     blocks = [Block(f'tiny {SET_LABELS[s]}', tiny_prompts(s, n), MODEL_LABELS[m], m, how)
               for s in TINY_SETS for m in tiny_pipelines()]
     guiding = [REWARD_LABELS[name] for name in (twins if guides is None else guides)]
-    given = dict(seeds=tuple(seeds), batch_prompts=12, pictures=False, device='cpu')
+    given = dict(ways=('none','fk'), seeds=tuple(seeds), batch_prompts=12, pictures=False, device='cpu')
     return Study(Path(out), blocks, {'checker':load_reward('checker'), **rewards}, guiding, **given|changes)
 
 # %% ../../nbs/8_tiny/86_studies.ipynb #5502f367
@@ -324,8 +331,8 @@ def build_table9(
     frame = run_study(study)
     metrics = [m for m in metric_columns(frame) if m not in PARTICLE_FIELDS]
     kept = frame[[*PARTICLE_FIELDS, *metrics]]
-    small = kept.astype({m:'float32' for m in (*metrics,'guidance_score')})
-    starts = [dict(prompt_set=b.prompt_set, model=b.model, reward=g, lam=s['lam'][g], equal=s['equal'].get(g))
+    small = kept.round({m:4 for m in (*metrics,'guidance_score')}) # a third of the bytes
+    starts = [dict(prompt_set=b.prompt_set, model=b.model, reward=g, lam=s['lam'][g])
               for b in study.blocks for s in [_begun(study, b)] for g in study.guides]
     log = Path(out)/'log'
     log.mkdir(parents=True, exist_ok=True)
