@@ -24,8 +24,8 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import __version__ as transformers_version
 
-from .backbones import Backbone, PassLock, Phi3VBackbone, Reading, pad_visual
-from .core import CheckpointError, InputError, reward_inputs
+from .backbones import Backbone, PassLock, Phi3VBackbone, Reading, pad_visual, stored_dtype
+from .core import CheckpointError, InputError, default_dtype, reward_inputs
 from .docments import document
 from .files import atomic_path
 from llava_reward_nb.phi3v import (config_facts, exact_patches, load_tokenizer, plain_tokenizer, read_config,
@@ -1006,7 +1006,7 @@ def load(cls:ImageTextBackbone,
 def load_backbone(
     name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
-    dtype:torch.dtype=torch.float32, # what they are stored as
+    dtype:torch.dtype=torch.float32, # what they are computed in; None or 'auto': what suits device and files
     num_crops:int=None,            # most crops of an image (Phi-3.5-vision); None: the model's own setting
 ): # a backbone in eval mode, all weights frozen
     "Load a base by the `model_type` of its config.json; `CheckpointError` if it cannot carry a reward."
@@ -1016,6 +1016,7 @@ def load_backbone(
         raise CheckpointError(
             f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal "
             f"LLM; {how_to_fetch(folder/'config.json')}")
+    if dtype in (None, 'auto'): dtype = default_dtype(device, stored_dtype(folder))
     with blame(folder): backbone = backbone_class(folder).load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()
 
