@@ -349,14 +349,15 @@ def suite(
     quick:bool=False, # small crops, fewer images
 )->list: # of `Case`
     "What is measured when nothing is asked for."
+    mixed = dict(image_size='mixed', crops=4, images=8)
     if quick: return [Case('small, 512×512, 16 crops', 'small', repeats=1),
-                      Case('small, mixed, 4 crops', 'small', image_size='mixed', crops=4, images=4, repeats=1)]
+                      Case('small, mixed, 4 crops', 'small', repeats=1, **{**mixed, 'images':4})]
     return [Case('tiny', '', 'tiny', '64x64', 1, images=64, batch=16, repeats=5, singles=3.),
             Case('tiny, 4 perspectives', '', 'tiny', '64x64', 1, images=64, batch=16, perspectives=4),
             Case('mid, 512×512, 4 crops', crops=4, images=2, batch=2, singles=10.),
             Case('mid, 512×512, 16 crops', images=1, singles=20.),
             Case('mid, 3:1, 16 crops', image_size='768x256'),
-            Case('mid, mixed, 4 crops', image_size='mixed', crops=4, images=8)]
+            Case('mid, mixed, 4 crops', **mixed)]
 
 def _check_options(size, model, image_size, precisions, against, attention, numbers:dict, device):
     "`InputError` for what cannot be measured."

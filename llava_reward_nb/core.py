@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'InputError', 'CheckpointError', 'TransparencyWarning', 'as_path', 'open_image',
            'load_image', 'image_list', 'as_images', 'image_key', 'image_size', 'as_prompts', 'reward_inputs', 'Reward',
-           'as_scores', 'default_device', 'default_dtype', 'progress', 'batch_progress']
+           'as_scores', 'default_device', 'cpu_has_bf16', 'default_dtype', 'progress', 'batch_progress']
 
 # %% ../nbs/1_foundations/11_core.ipynb #87966c70
-import io, os, re, sys, warnings
+import io, os, platform, re, sys, warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -338,13 +339,32 @@ def default_device()->str:
     if torch.cuda.is_available(): return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
+# %% ../nbs/1_foundations/11_core.ipynb #abc118e9
+def _multiplies_bf16(
+    cpuinfo:str, # text of /proc/cpuinfo
+)->bool:
+    "Whether a processor has units for bfloat16 matrices: AMX or AVX-512 of x86, BF16 of ARM."
+    found = re.search(r'^(flags|Features)\s*:(.*)$', cpuinfo, re.M)
+    return bool(found) and not {'amx_bf16', 'avx512_bf16', 'bf16'}.isdisjoint(found[2].split())
+
+@lru_cache
+def cpu_has_bf16()->bool:
+    "Whether PyTorch multiplies bfloat16 on this CPU with units made for it; False if that is unknown."
+    if not torch.backends.mkldnn.is_available(): return False
+    x86 = platform.machine().lower() in ('x86_64','amd64')
+    if x86 and not torch.backends.cpu.get_cpu_capability().startswith('AVX512'): return False
+    try: return _multiplies_bf16(Path('/proc/cpuinfo').read_text())
+    except OSError: return False
+
 # %% ../nbs/1_foundations/11_core.ipynb #a01f3ac2
 def default_dtype(
     device:str, # torch device
-)->torch.dtype: # bfloat16 or float16 on GPUs, float32 on a CPU
+    stored:torch.dtype=None, # what a base is stored as, if that is known
+)->torch.dtype: # bfloat16 or float16 on GPUs; float32 on a CPU, or bfloat16 for a base stored as that
     "The dtype a frozen base is loaded in."
     kind = torch.device(device).type
     if kind=='cuda' and torch.cuda.is_bf16_supported(): return torch.bfloat16
+    if kind=='cpu' and stored==torch.bfloat16 and cpu_has_bf16(): return torch.bfloat16
     return torch.float16 if kind in ('cuda','mps') else torch.float32
 
 # %% ../nbs/1_foundations/11_core.ipynb #d96d2b05

@@ -22,9 +22,10 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from torch import nn, Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import __version__ as transformers_version
 
-from .backbones import Backbone, PassLock, Phi3VBackbone, Reading, pad_visual
-from .core import CheckpointError, InputError, reward_inputs
+from .backbones import Backbone, PassLock, Phi3VBackbone, Reading, pad_visual, stored_dtype
+from .core import CheckpointError, InputError, default_dtype, reward_inputs
 from .docments import document
 from .files import atomic_path
 from llava_reward_nb.phi3v import (config_facts, exact_patches, load_tokenizer, plain_tokenizer, read_config,
@@ -709,6 +710,9 @@ class ImageTextBackbone(Backbone):
         self.lora_targets = decoder_linears(model)
         self.takes = set(inspect.signature(type(model).get_image_features).parameters)
         self.accepts = set(inspect.signature(type(model).forward).parameters)
+        if 'mm_encoder_outputs' not in self.accepts: raise ImportError(
+            f"{type(model).__name__} of transformers {transformers_version} does not take mm_encoder_outputs; "
+            "install transformers 5.23 or newer")
         own = [model.get_submodule(p) for p in self.projectors]
         for m in own: m.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
         self.blocks = tower_blocks(model, {*own, model.get_decoder()}) if own else {}
@@ -1002,7 +1006,7 @@ def load(cls:ImageTextBackbone,
 def load_backbone(
     name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
-    dtype:torch.dtype=torch.float32, # what they are stored as
+    dtype:torch.dtype=torch.float32, # what they are computed in; None or 'auto': what suits device and files
     num_crops:int=None,            # most crops of an image (Phi-3.5-vision); None: the model's own setting
 ): # a backbone in eval mode, all weights frozen
     "Load a base by the `model_type` of its config.json; `CheckpointError` if it cannot carry a reward."
@@ -1012,6 +1016,7 @@ def load_backbone(
         raise CheckpointError(
             f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal "
             f"LLM; {how_to_fetch(folder/'config.json')}")
+    if dtype in (None, 'auto'): dtype = default_dtype(device, stored_dtype(folder))
     with blame(folder): backbone = backbone_class(folder).load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()
 

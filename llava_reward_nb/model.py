@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from . import __version__
-from .backbones import PassLock, evaluating, same_base
+from .backbones import PassLock, evaluating, fast_adapters, same_base
 from .generic import load_backbone
-from .core import (CheckpointError, InputError, as_path, as_prompts, batch_progress,
-    default_device, default_dtype, image_list, image_size, load_image)
+from .core import (CheckpointError, InputError, as_path, as_prompts, default_device, image_key,
+    image_list, image_size, load_image)
 from .docments import document
+from .engine import Engine, fill_batches, in_threads
 from .files import atomic_path
 from .losses import make_loss
 from .layouts import check_origin, origin_of, our_modules, published_config, read_published
@@ -107,6 +108,7 @@ class RewardModel(nn.Module):
         self.peft = None
         self.merged = False
         self.lock = PassLock()
+        self.budget = None  # most tokens of a batch; None: see `Engine`
         self._using = None  # the perspective of the pass that holds the lock
 
     def train(self,
@@ -241,6 +243,7 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
         self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
     else: self.peft.add_adapter(name, lora)
     for p in b.projectors: b.model.get_submodule(p).modules_to_save[name].float()
+    fast_adapters(b.model)
     self.heads[name] = head
     for m in set(self.modules())-before: m.training = self.training
     base = config.base or self.base
@@ -338,56 +341,82 @@ def check_batch_size(
     whole = hasattr(n, '__index__') and not isinstance(n, bool)
     if not whole or n<1: raise ValueError(f"batch_size is {n!r}; needed: a whole number from 1")
 
-def _batches(
-    sizes:list,     # (width, height) of n images
-    batch_size:int, # at most this many at a time
-)->list: # lists of indices; every index once
-    "Group images of like aspect ratio."
-    check_batch_size(batch_size)
-    order = sorted(range(len(sizes)), key=lambda i: (sizes[i][0]/sizes[i][1], i))
-    return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
+@dataclass
+class _Plan:
+    "What is to be scored."
+    images:list  # different ones, not opened
+    names:list   # what to call them in errors
+    rows:list    # of each image: numbers of its rows
+    prompts:list # of each row
+    counts:list  # tokens of each row
+
+    def longest(self)->list: return [max(self.counts[r] for r in rows) for rows in self.rows]
+
+@patch
+@torch.compiler.disable
+def _plan(self:RewardModel, images, prompts)->_Plan:
+    "Check what is known before anything is opened, and find images that come more than once."
+    items = image_list(images)
+    prompts = as_prompts(prompts, len(items))
+    first,where = {},[] # image -> its number among the different ones; that number for each row
+    for x in items: where.append(first.setdefault(image_key(x), len(first)))
+    rows = [[] for _ in first]
+    for row,k in enumerate(where): rows[k].append(row)
+    different = [items[r[0]] for r in rows]
+    names = [f'image {r[0]}' if len(items)>1 else 'image' for r in rows]
+    sizes = [image_size(x, name) for x,name in zip(different, names)]
+    counts = self.backbone.token_counts([sizes[k] for k in where], prompts)
+    return _Plan(different, names, rows, prompts, counts)
 
 # %% ../nbs/3_paper/35_model.ipynb #76bcb5a0
 @patch
 def embed_all(self:RewardModel,
-    images,                 # one image or n of them, see `image_list`
+    images,                 # one image or n of them, see `image_list`; one may come with several prompts
     prompts,                # one for all, or n
     perspectives:list=None, # names; None: all
-    batch_size:int=8,       # images that are open at a time; memory only, scores do not depend on it
+    batch_size:int=None,    # most images at a time; None: as many as suit the device
 )->dict: # name -> head vectors (n,d), float32 on the CPU
-    "Head vectors of several perspectives with one pass of the tower; `InputError` names an unusable input."
+    "Head vectors of several perspectives, the tower once for an image; `InputError` names an unusable input."
     if isinstance(perspectives, str): perspectives = [perspectives]
     names = [self._known(n) for n in perspectives or list(self.configs) or [None]]
-    items,prompts,batches = self._plan(images, prompts, batch_size)
-    empty = lambda n: torch.zeros(len(items), self.configs[n].dim, dtype=torch.float32, device='cpu')
+    if batch_size is not None: check_batch_size(batch_size)
+    plan = self._plan(images, prompts)
+    empty = lambda n: torch.zeros(len(plan.prompts), self.configs[n].dim, dtype=torch.float32, device='cpu')
     out = {n:empty(n) for n in names}
-    for idx in batch_progress(batches, 'scoring'):
-        batch = self._encode(items, prompts, idx)
-        with self.lock, evaluating(self):
-            batch = self.backbone.to_device(batch, self.device)
-            features = self.backbone.vision(batch)
-            for n in names:
-                with self.using(n): out[n][idx] = self(features=features, **batch).float().cpu()
+    engine = Engine(self.device, self.budget)
+    for items,vectors in engine.run(plan.longest(), lambda items: self._encode(plan, items),
+                                    lambda batch, items: self._pass(plan, batch, items, names, engine.budget),
+                                    batch_size, plan.names.__getitem__):
+        rows = [r for k in items for r in plan.rows[k]]
+        for n in names: out[n][rows] = vectors[n].float()
+    self.budget = engine.budget
     return out
 
 @patch
 @torch.compiler.disable
-def _plan(self:RewardModel, images, prompts, batch_size:int)->tuple: # unopened images, prompts, batches
-    "Check what is known before anything is opened."
-    items = image_list(images)
-    prompts = as_prompts(prompts, len(items))
-    sizes = [image_size(x, _called(i, items)) for i,x in enumerate(items)]
-    self.backbone.token_counts(sizes, prompts)
-    return items, prompts, _batches(sizes, batch_size)
+def _encode(self:RewardModel, plan:_Plan, items:list)->dict:
+    "Open some images and make them, with their first prompts, what the backbone reads."
+    opened = in_threads(lambda k: load_image(plan.images[k], plan.names[k]), items)
+    batch = self.backbone.encode(opened, [plan.prompts[plan.rows[k][0]] for k in items])
+    return self.backbone.to_device(batch, 'cpu') # pixels are cast here, in the engine's thread
 
 @patch
-@torch.compiler.disable
-def _encode(self:RewardModel, items:list, prompts:list, idx:list)->dict:
-    "Open the images of a batch and make them what the backbone reads."
-    opened = [load_image(items[i], _called(i, items)) for i in idx]
-    return self.backbone.encode(opened, [prompts[i] for i in idx])
-
-def _called(i:int, items:list)->str: return f'image {i}' if len(items)>1 else 'image'
+def _pass(self:RewardModel, plan:_Plan, batch:dict, items:list, names:list, budget:int)->dict:
+    "Head vectors of all rows of some images, one image after the other."
+    rows = [(at,r) for at,k in enumerate(items) for r in plan.rows[k]] # (image in the batch, row)
+    parts = {n:[] for n in names}
+    with self.lock, evaluating(self):
+        batch = self.backbone.to_device(batch, self.device)
+        features = self.backbone.vision(batch)
+        for some in fill_batches([plan.counts[r] for _,r in rows], range(len(rows)), budget):
+            at = [rows[i][0] for i in some]
+            prompts = [plan.prompts[rows[i][1]] for i in some]
+            part = batch if len(some)==len(items)==len(rows) else self.backbone.to_device(
+                self.backbone.with_prompts(batch, at, prompts), self.device)
+            picked = self.backbone.pick(features, at)
+            for n in names:
+                with self.using(n): parts[n].append(self(features=picked, **part))
+    return {n:torch.cat(v) for n,v in parts.items()}
 
 # %% ../nbs/3_paper/35_model.ipynb #c014762a
 @patch
@@ -395,7 +424,7 @@ def embed(self:RewardModel,
     images,               # see `image_list`
     prompts,              # one for all, or n
     perspective:str=None, # None: the active one
-    batch_size:int=8,     # images at a time
+    batch_size:int=None,  # most images at a time; None: as many as suit the device
 )->Tensor: # (n,d) float32 on the CPU
     "The head's raw vectors."
     name = perspective or self.active
@@ -407,13 +436,28 @@ def score(self:RewardModel,
     images,               # see `image_list`
     prompts,              # one for all, or n
     perspective:str=None, # None: the active one
-    batch_size:int=8,     # images at a time
+    batch_size:int=None,  # most images at a time; None: as many as suit the device
 )->Tensor: # (n,) float32 on the CPU; 'bt': unbounded reward, 'cls': logit of label 1
     "One reward for each image; ValueError for a general-preference head, which has none."
     name = self._known(perspective or self.active)
     loss = self.configs[name].make_loss()
     if self.configs[name].loss=='gpm': loss.score(torch.zeros(1, self.configs[name].dim)) # raises
     return loss.score(self.embed(images, prompts, name, batch_size))
+
+# %% ../nbs/3_paper/35_model.ipynb #13b3bc94
+@patch
+def score_grid(self:RewardModel,
+    images,               # n of them, see `image_list`
+    prompts,              # a string, or a list of m strings
+    perspective:str=None, # None: the active one
+    batch_size:int=None,  # most images at a time; None: as many as suit the device
+)->Tensor: # (n,m) float32 on the CPU
+    "Score every image for every prompt; each image passes the tower once. Errors as `score`."
+    items = image_list(images)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts: raise InputError("no prompts; pass at least one")
+    rows = [x for x in items for _ in texts]
+    return self.score(rows, texts*len(items), perspective, batch_size).view(len(items), len(texts))
 
 # %% ../nbs/3_paper/35_model.ipynb #82dc9765
 @patch
@@ -422,7 +466,7 @@ def compare(self:RewardModel,
     b,                    # second images, n of them
     prompts,              # one for all, or n
     perspective:str=None, # None: the active one
-    batch_size:int=8,     # images at a time
+    batch_size:int=None,  # most images at a time; None: as many as suit the device
 )->Tensor: # P(a preferred) (n,), float32 on the CPU
     "Probability that each first image is preferred (paper §3.3); `InputError` for lists of unequal length."
     a = image_list(a)
@@ -440,7 +484,7 @@ def rank(self:RewardModel,
     images,               # n of them, see `image_list`
     prompt:str,           # one for all
     perspective:str=None, # None: the active one
-    batch_size:int=8,     # images at a time
+    batch_size:int=None,  # most images at a time; None: as many as suit the device
 )->Ranking: # order: n indices, best first; values (n,): scores, or mean preference over the others for 'gpm'
     "Order any number of images for a prompt; equal values keep the order given."
     name = self._known(perspective or self.active)
@@ -1011,7 +1055,7 @@ def from_pretrained(cls:RewardModel,
     perspective=None,       # name or list of names to load; None: all that there are
     base=None,              # folder or hub id of the base; None: found as described above
     device:str=None,        # None: the best there is
-    dtype:torch.dtype=None, # of the base; None: bfloat16 on a GPU that has it, float32 on a CPU
+    dtype:torch.dtype=None, # of the base; None or 'auto': what suits device and files, see `default_dtype`
     num_crops:int=None,     # crops an image is cut into; None: as in training
     overrides:dict=None,    # fields of `PerspectiveConfig` that a published folder lacks: dict(loss='cls')
     revision:str=None,      # of a hub id: branch, tag or commit; None: the one in its name, or the newest
@@ -1023,7 +1067,7 @@ def from_pretrained(cls:RewardModel,
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
     if num_crops is None: num_crops = _trained_crops(found, overrides)
-    self = cls(load_backbone(where, device, dtype or default_dtype(device), num_crops), said)
+    self = cls(load_backbone(where, device, dtype, num_crops), said)
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
@@ -1075,6 +1119,15 @@ def gradient_checkpointing_enable(self:RewardModel,
 ):
     "The name of `activation_checkpointing_enable` in older versions of transformers."
     self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+# %% ../nbs/3_paper/35_model.ipynb #b669760b
+@patch
+def compile(self:RewardModel,
+    **options, # of `torch.compile`
+)->RewardModel: # self
+    "Compile the layers of decoder and tower, for any length of input."
+    for layer in self.backbone.layers: layer.compile(**{'dynamic':True, **options})
+    return self
 
 # %% ../nbs/3_paper/35_model.ipynb #a5fe3f1f
 document(__name__)

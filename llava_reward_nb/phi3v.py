@@ -27,6 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Mode
 
 from .core import CLIP_MEAN, CLIP_STD, CheckpointError, InputError, as_images, reward_inputs
 from .docments import document
+from .engine import in_threads
 from .files import atomic_path
 from .weights import blame, how_to_fetch, load_weights, read_json, weight_files
 from .store import text_hash
@@ -339,9 +340,10 @@ def __call__(self:Phi3VImageProcessor,
     "Crops of all images in a row, and the HD sizes that say how many belong to each."
     images = as_images(images)
     sizes = self.sizes(images)
-    resized = [hd_transform(im, self.num_crops, self.crop_size) for im in images]
-    crops = [hd_crops(hd, self.crop_size, self.mean, self.std) for hd in resized]
-    return dict(pixel_values=torch.cat(crops), image_sizes=torch.tensor(sizes))
+    def cut(im):
+        hd = hd_transform(im, self.num_crops, self.crop_size)
+        return hd_crops(hd, self.crop_size, self.mean, self.std)
+    return dict(pixel_values=torch.cat(in_threads(cut, images)), image_sizes=torch.tensor(sizes))
 
 # %% ../nbs/3_paper/32_phi3v.ipynb #a40e0418
 @lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ __all__ = ['convert', 'push_to_hub']
 # %% ../nbs/3_paper/36_published.ipynb #223ed7df
 import hashlib, json, shutil, tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -15,8 +16,8 @@ from .core import CheckpointError, InputError, as_path
 from .docments import document
 from .files import check_writable
 from .weights import MODELS, hub_folder, hub_name, hub_reason, read_json, some_names
-from .model import (CARD, RewardModel, TrainingFacts, check_sums, moved_card,
-    perspective_folders, saved_config)
+from .model import (CARD, RewardModel, TrainingFacts, check_sums, model_card,
+    moved_card, perspective_folders, saved_config, usable_name)
 
 # %% ../nbs/3_paper/36_published.ipynb #132995dd
 def _source_name(
@@ -76,6 +77,17 @@ def _public_base(
     return str(hub_name(name))
 
 # %% ../nbs/3_paper/36_published.ipynb #3b12ba36
+def _new_card(
+    folder:Path, # a saved perspective that has none
+    name:str,    # of the perspective
+    where:str,   # hub id that it will have
+)->str: # Markdown
+    "A card for a perspective that was saved without one."
+    adapter = {'lora_dropout':0., **read_json(folder/'adapter_config.json')}
+    config = saved_config(folder)
+    card = model_card(name, config, SimpleNamespace(**adapter), None, where)
+    return card if '/' in config.base else card.replace(f'base_model: {config.base}\n', '', 1)
+
 def _copy_for_hub(
     folder:Path, # a saved perspective
     copy:Path,   # becomes what is published
@@ -92,8 +104,8 @@ def _copy_for_hub(
     hashed = lambda name: hashlib.sha256((copy/name).read_bytes()).hexdigest()
     sums = {name:hashed(name) for name in (*files, 'reward_config.json')}
     (copy/'checksums.json').write_text(json.dumps(sums, indent=1)+'\n', encoding='utf-8')
-    card = moved_card(folder, where, base)
-    if card is not None: (copy/CARD).write_text(card, encoding='utf-8')
+    card = moved_card(folder, where, base) or _new_card(copy, usable_name(folder.name), where)
+    (copy/CARD).write_text(card, encoding='utf-8')
 
 # %% ../nbs/3_paper/36_published.ipynb #3962f24f
 def _card_of_several(

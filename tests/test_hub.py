@@ -1,12 +1,16 @@
 "The hub's real client against a small server: what is fetched, what is not fetched again, what is said when it cannot be had."
+import io
 from pathlib import Path
 
-import pytest
+import pytest, torch
 from hub import TOKEN, Client, Hub
+from PIL import Image
+from safetensors.torch import load_file
 
 import llava_reward_nb
 
-IMPORTS = 'import os; from llava_reward_nb.weights import hub_folder, load_pretrained; from llava_reward_nb.backbones import load_backbone'
+IMPORTS = 'import os; from llava_reward_nb.weights import hub_folder, load_pretrained; from llava_reward_nb.generic import load_backbone'
+MODEL = 'from llava_reward_nb import RewardModel, load_reward; from llava_reward_nb.published import push_to_hub'
 SMALL = {'config.json': b'{"layers": 2}', 'model.safetensors': b'12345', 'sub/dir/config.json': b'{}', 'sub/dir/x.bin': b'x', 'code.py': b'evil()',
          'alignment/llavareward_phi_alignment/reward_config.yaml': b'value_head_dim: 1'}
 
@@ -20,7 +24,7 @@ def hub():
 
 @pytest.fixture(scope='module')
 def client(hub, tmp_path_factory):
-    client = Client(hub.url, tmp_path_factory.mktemp('home'), IMPORTS)
+    client = Client(hub.url, tmp_path_factory.mktemp('home'), f'{IMPORTS}; {MODEL}')
     yield client
     client.close()
 
@@ -129,3 +133,73 @@ def test_without_a_network(hub, client):
         assert client.error("hub_folder('owner/kept')")[0] == 'CheckpointError'
         kind, said = client.error("hub_folder('owner/never/x@v1')")
     assert 'it is not in the cache, and the hub cannot be reached' in said and "`hf download owner/never --revision v1 --include 'x/*' --local-dir DIR`" in said
+
+
+BUNDLE = BASE.parent
+
+
+@pytest.fixture(scope='module')
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp('images')/'a.png'
+    Image.new('RGB', (64, 64), 'red').save(path)
+    return path
+
+
+def files_of(folder, under=''): return {under+p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def published(name, under):
+    "A perspective of the bundle as the authors' trainer writes it."
+    source = BUNDLE/name
+    lora, head = load_file(source/'adapter_model.safetensors'), load_file(source/'head.safetensors')
+    adapter = {n.removeprefix('base_model.model.').replace('language_model.', 'model.'): t for n, t in lora.items() if 'lora_' in n}
+    rest = {n.replace('base_model.model.', 'model.vision_embed_tokens.'): t for n, t in lora.items() if 'lora_' not in n}
+    out = {}
+    for path, tensors in (('lora/adapter_model.bin', adapter), ('pytorch_model.bin', rest | {n.removeprefix('skipca.'): t for n, t in head.items()})):
+        file = io.BytesIO()
+        torch.save(tensors, file)
+        out[under+path] = file.getvalue()
+    settings = b'general_preference_tau: 0.1\nvalue_head_dim: 1\nadd_cross_attention: true\nis_general_preference: false\n'
+    return out | {f'{under}lora/adapter_config.json': (source/'adapter_config.json').read_bytes(), f'{under}reward_config.yaml': settings}
+
+
+def test_a_published_perspective_and_its_base_by_their_names(hub, client, image):
+    "A folder of a repository with a revision, on a base that is a folder of a repository with another one."
+    under = 'alignment/llavareward_phi_alignment/'
+    hub.add('authors/rewards', published('safety', 'safety/llavareward_phi_safety/') | {'README.md': b''})
+    hub.repos['authors/rewards'].branches['v1'] = hub.repos['authors/rewards'].branches['main'] | published('alignment', under)
+    hub.add('authors/base', files_of(BASE, 'phi/tiny/'))
+    hub.repos['authors/base'].branches['v2'] = hub.repos['authors/base'].branches['main']
+    name, options = f"'authors/rewards/{under[:-1]}", "base='authors/base/phi/tiny@v2', num_crops=1, device='cpu'"
+    want = client(f"RewardModel.from_pretrained('tiny', 'alignment', device='cpu')('{image}', 'a red circle').tolist()")
+    hub.log.clear()
+    for model in (f"RewardModel.from_pretrained({name}@v1', {options})", f"RewardModel.from_pretrained({name}', revision='v1', {options})",
+                  f"load_reward('llava-reward:{name[1:]}@v1', {options})"):
+        assert client(f"{model}('{image}', 'a red circle').tolist()") == pytest.approx(want, abs=1e-4)
+    assert not [path for path, _ in hub.fetched() if path.startswith('safety')]
+    assert client(f"list(RewardModel.from_pretrained({name}@v1', {options}).configs)") == ['llavareward_phi_alignment']
+    assert client(f"RewardModel.from_pretrained({name}@v1', {options}).config.base") == 'authors/base/phi/tiny@v2'
+    assert "has no folder" in client.error(f"RewardModel.from_pretrained({name}', {options})")[1]
+
+
+def test_pushing_and_loading_what_arrived(hub, client, image):
+    want = client(f"RewardModel.from_pretrained('tiny', 'safety', device='cpu')('{image}', '').tolist()")
+    kind, said = client.error(f"push_to_hub('{BUNDLE/'safety'}', 'me/safety', base='tiny')")
+    assert kind == 'InputError' and said.startswith('me/safety: nothing was published: the hub answered 401') and 'hf auth login' in said
+    client(f"os.environ.update(HF_TOKEN='{TOKEN}')")
+    kind, said = client.error(f"push_to_hub('{BUNDLE/'safety'}', 'you/safety', base='tiny')")
+    assert kind == 'InputError' and 'the hub answered 403' in said and 'a token that may do this' in said
+    assert client(f"push_to_hub('{BUNDLE/'safety'}', 'me/safety', base='tiny')").startswith(f'{hub.url}/me/safety/commit/')
+    main = hub.repos['me/safety'].branches['main']
+    assert sorted(main) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'checksums.json', 'head.safetensors', 'reward_config.json']
+    assert b"from_pretrained('me/safety')" in main['README.md'] and hub.commits == ['Perspective safety']
+    assert client(f"RewardModel.from_pretrained('me/safety', device='cpu')('{image}', '').tolist()") == pytest.approx(want, abs=1e-5)
+    assert client("list(RewardModel.from_pretrained('me/safety', device='cpu').configs)") == ['safety']
+
+    client("push_to_hub(RewardModel.from_pretrained('tiny', ['alignment', 'safety'], device='cpu'), 'me/both')")
+    paths = hub.repos['me/both'].branches['main']
+    assert {path.split('/')[0] for path in paths} == {'README.md', 'alignment', 'safety'} and b"from_pretrained('me/both/alignment')" in paths['README.md']
+    assert b"from_pretrained('me/both/alignment')" in paths['alignment/README.md']
+    assert client("list(RewardModel.from_pretrained('me/both', device='cpu').configs)") == ['alignment', 'safety']
+    assert client(f"load_reward('llava-reward:me/both/safety', device='cpu')('{image}', '').tolist()") == pytest.approx(want, abs=1e-5)
+    client("os.environ.pop('HF_TOKEN')")

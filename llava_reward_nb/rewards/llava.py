@@ -46,9 +46,9 @@ class LLaVAReward:
     def __repr__(self): return f"LLaVAReward({self.perspective!r} of {self.model!r})"
 
     def __call__(self,
-        images,            # one image or n of them
-        prompts,           # one prompt or n of them
-        batch_size:int=16, # images at a time
+        images,              # one image or n of them
+        prompts,             # one prompt or n of them
+        batch_size:int=None, # most images at a time; None: as many as suit the device
     )->Tensor: # (n,) float32 on the CPU
         "Score images for prompts."
         return self.model.score(images, prompts, self.perspective, batch_size)
@@ -122,7 +122,7 @@ def score_pixels(self:LLaVAReward,
     backbone,prompts = self.model.backbone,as_prompts(prompts, len(pixels))
     if not hasattr(backbone, 'encode_pixels'): raise ValueError(
         f"a {backbone.model_type} backbone scores files and PIL images only; "
-        "use a Phi-3.5-vision perspective for gradients")
+        "use a Phi-3.5-vision, Qwen-VL or LLaVA-1.6 perspective for gradients")
     with _only_pixels(self.model, self.perspective) as model:
         batch = backbone.encode_pixels(pixels.to(model.device, torch.float32), prompts)
         return self.loss.score(model(**batch).float())
