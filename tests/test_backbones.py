@@ -1,5 +1,5 @@
 "Backbones of many families against transformers alone: hidden states with pixels and padding mask, SkipCA by hand."
-import json, random
+import json, pickle, random
 
 import families, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -354,3 +354,23 @@ def test_activation_checkpointing_changes_nothing(folder):
     plain = torch.autograd.grad(rm(**batch).sum(), learn)
     rm.activation_checkpointing_enable()
     for got, want in zip(torch.autograd.grad(rm(**batch).sum(), learn), plain): assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', [*NAMED, 'qwen3_5', 'gemma3', 'mistral3'])
+def test_half_precision_and_other_processes(folder, backbone, name):
+    "A base in bfloat16 below a float32 projector and head; and a processor that went through pickle, as to a worker."
+    got = []
+    for dtype in torch.float32, torch.bfloat16:
+        torch.manual_seed(0)
+        rm = RewardModel(load_backbone(folder(name), dtype=dtype), 'base').add_perspective('a', lora_rank=4, lora_alpha=8)
+        randomize(rm, 'a')
+        got.append(rm.eval().embed(IMAGES, CAPTIONS))
+    assert_close(got[1], got[0], atol=.06, rtol=0)
+    rm.train()
+    batch = rm.backbone.to_device(rm.backbone.encode(IMAGES, CAPTIONS), 'cpu')
+    grads = torch.autograd.grad(rm(**batch).sum(), [p for p in rm.parameters() if p.requires_grad])
+    assert all(g.isfinite().all() for g in grads)
+
+    p = backbone(name).processor
+    ours, theirs = p(IMAGES, CAPTIONS), pickle.loads(pickle.dumps(p))(IMAGES, CAPTIONS)
+    assert ours.keys()==theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
