@@ -90,7 +90,7 @@ class Origin:
 
     def __str__(self):
         said = []
-        if self.hidden_size: said.append(f'hidden size {self.hidden_size}')
+        if self.hidden_size: said.append(f'hidden size {self.hidden_size} (the width of value_head.weight)')
         if self.projector: said.append(f'a projector {self.projector!r}, like {PROJECTORS[self.projector]}')
         return ' and '.join(said) or 'sizes that it does not tell'
 

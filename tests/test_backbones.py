@@ -1,5 +1,5 @@
 "Backbones of many families against transformers alone: hidden states with pixels and padding mask, SkipCA by hand."
-import json, random
+import json, pickle, random
 
 import families, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -332,3 +332,45 @@ def test_pixels_with_gradients(folder, name):
     assert_close(score.detach(), reward(image, 'a red circle'), atol=.05, rtol=.05)
     grad, = torch.autograd.grad(score.sum(), pixels)
     assert grad.isfinite().all() and grad.abs().sum()>0
+
+
+def test_lora_reaches_the_decoder_only(backbone):
+    import re
+    for name in NAMED+OTHERS:
+        b = backbone(name)
+        hit = [n for n, m in b.model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(b.lora_targets, n)]
+        inside = {id(m) for m in b.language_model.modules()}
+        assert hit and all(id(b.model.get_submodule(n)) in inside for n in hit) and b.projectors
+        assert not any(id(m) in inside for p in b.projectors for m in b.model.get_submodule(p).modules())
+    assert 'linear_attn' in backbone('qwen3_5').lora_targets
+
+
+def test_activation_checkpointing_changes_nothing(folder):
+    rm = RewardModel(load_backbone(folder('qwen3_vl')), 'base').add_perspective('a', lora_rank=4, lora_alpha=8, lora_dropout=0.)
+    randomize(rm, 'a')
+    rm.train()
+    batch = rm.backbone.encode(IMAGES, CAPTIONS)
+    learn = [p for p in rm.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(rm(**batch).sum(), learn)
+    rm.activation_checkpointing_enable()
+    for got, want in zip(torch.autograd.grad(rm(**batch).sum(), learn), plain): assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', [*NAMED, 'qwen3_5', 'gemma3', 'mistral3'])
+def test_half_precision_and_other_processes(folder, backbone, name):
+    "A base in bfloat16 below a float32 projector and head; and a processor that went through pickle, as to a worker."
+    got = []
+    for dtype in torch.float32, torch.bfloat16:
+        torch.manual_seed(0)
+        rm = RewardModel(load_backbone(folder(name), dtype=dtype), 'base').add_perspective('a', lora_rank=4, lora_alpha=8)
+        randomize(rm, 'a')
+        got.append(rm.eval().embed(IMAGES, CAPTIONS))
+    assert_close(got[1], got[0], atol=.06, rtol=0)
+    rm.train()
+    batch = rm.backbone.to_device(rm.backbone.encode(IMAGES, CAPTIONS), 'cpu')
+    grads = torch.autograd.grad(rm(**batch).sum(), [p for p in rm.parameters() if p.requires_grad])
+    assert all(g.isfinite().all() for g in grads)
+
+    p = backbone(name).processor
+    ours, theirs = p(IMAGES, CAPTIONS), pickle.loads(pickle.dumps(p))(IMAGES, CAPTIONS)
+    assert ours.keys()==theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)

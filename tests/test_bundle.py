@@ -35,9 +35,9 @@ def test_rivals_that_are_trained_and_measured_are_put_there(tmp_path, out):
     work = tmp_path/'work'
     for name in 'clip', 'hpsv2', 'imagereward': shutil.copytree(BUNDLE/name, work/name)
     for stage in METRIC_STAGES: write(work/f'{stage}.jsonl', [dict(stage=stage, step=1)])
-    for name in 'clipscore', 'hpsv2', 'imagereward', 'vqascore':
-        (work/'results').mkdir(exist_ok=True)
-        (work/'results'/f'{name}.json').write_text(json.dumps([dict(reward=name)]))
+    (work/'results').mkdir()
+    for name, folder in dict(clipscore='clip', hpsv2='hpsv2', imagereward='imagereward', vqascore='base').items():
+        (work/'results'/f'rival_{folder}.json').write_text(json.dumps([dict(reward=name)]))
     theirs = everything(out)
     for _ in range(2):  # a second call has nothing left to do
         build_metrics(work, out)
@@ -55,7 +55,8 @@ def test_pipelines_that_are_trained_and_measured_are_put_there(tmp_path, out):
     shutil.copytree(BUNDLE/'sd'/'unet', work/'sd_early'/'unet')
     for stage in 'vae', 'unet', 'early': write(work/f'{stage}.jsonl', [dict(stage=stage, step=1)])
     (work/'results').mkdir()
-    for name in 'tiny', 'tiny-early': (work/'results'/f'{name}.json').write_text(json.dumps([dict(pipeline=name)]))
+    for name, folder in ('tiny', 'sd'), ('tiny-early', 'sd_early'):
+        (work/'results'/f'{folder}.json').write_text(json.dumps([dict(pipeline=name)]))
     theirs = everything(out)
     build_diffusion(work, out)
     now = everything(out)
@@ -65,7 +66,7 @@ def test_pipelines_that_are_trained_and_measured_are_put_there(tmp_path, out):
 
 def test_one_command_calls_all_builders_in_order(monkeypatch, capsys):
     bundle, called = script(ROOT/'tools'/'bundle.py'), []
-    assert [piece.__name__ for piece in bundle.PIECES] == ['base', 'rivals', 'pipelines', 'signs', 'guidance', 'card']
+    assert [piece.__name__ for piece in bundle.PIECES] == ['base', 'rivals', 'pipelines', 'signs', 'guidance', 'table9', 'card']
     def stand_in(name):
         def piece(share): called.append((name, share))
         piece.__name__ = name
@@ -74,8 +75,8 @@ def test_one_command_calls_all_builders_in_order(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['bundle.py', '.01'])
     monkeypatch.chdir(ROOT)
     bundle.main()
-    assert called == [(name, .01) for name in ('base', 'rivals', 'pipelines', 'signs', 'guidance', 'card')]
-    assert '== 6/6 card' in capsys.readouterr().out
+    assert called == [(name, .01) for name in ('base', 'rivals', 'pipelines', 'signs', 'guidance', 'table9', 'card')]
+    assert '== 7/7 card' in capsys.readouterr().out
 
 
 def test_card_quotes_rivals_and_pipelines():

@@ -226,7 +226,7 @@ def edit(path, **changes):
     (lambda m: (m/'base'/'tokenizer.json').unlink(), 'tokenizer.json'),
     (lambda m: (m/'base'/'model.safetensors').write_bytes((m/'base'/'model.safetensors').read_bytes()[:5000]), 'model.safetensors'),
     (lambda m: (m/'alignment'/'reward_config.json').write_text('{"loss"'), 'not JSON'),
-    (lambda m: edit(m/'alignment'/'head.safetensors', value_head=lambda v: v[:, :-1].contiguous()), r'value_head.weight is \(1, \d+\)'),
+    (lambda m: edit(m/'alignment'/'head.safetensors', value_head=lambda v: v[:, :-1].contiguous()), r'hidden size \d+ \(the width of value_head.weight\).* has hidden size \d+'),
     (lambda m: edit(m/'alignment'/'head.safetensors', W_q=lambda v: v*float('nan')), 'W_q.weight holds NaN'),
     (lambda m: edit(m/'base'/'model.safetensors', embed_tokens=lambda v: v+1), 'another base')])
 def test_broken_checkpoints(home, checkpoint, fault, why):

@@ -74,6 +74,6 @@ def test_demo_runs_to_the_end(fresh, tmp_path):
     assert 'FK by LLaVA-Reward' in out and (tmp_path/'demo'/'steering'/'steering.png').is_file()
 
 
-@pytest.mark.parametrize('command', ['score', 'compare', 'train', 'eval', 'table', 'latency', 'steer', 'demo', 'rewards', 'bench'])
+@pytest.mark.parametrize('command', ['score', 'compare', 'train', 'convert', 'push', 'eval', 'table', 'latency', 'steer', 'demo', 'rewards', 'bench'])
 def test_help_teaches(fresh, tmp_path, command):
     assert 'usage: llava_reward_' in run(fresh/f'llava_reward_{command}', '--help', cwd=tmp_path)

@@ -36,11 +36,17 @@ def guidance(share):
     build_guidance(n=portion(300, share, 6))
 
 
+def table9(share):
+    from llava_reward_nb.tiny.mllm import portion
+    from llava_reward_nb.tiny.studies import build_table9
+    build_table9(n=portion(300, share, 6))
+
+
 def card(share):
     subprocess.run([sys.executable, 'tools/card.py'], check=True)
 
 
-PIECES = (base, rivals, pipelines, signs, guidance, card)
+PIECES = (base, rivals, pipelines, signs, guidance, table9, card)
 
 
 def main():

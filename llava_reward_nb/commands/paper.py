@@ -257,7 +257,8 @@ def llava_reward_table9(
     rank,_,own = _processes()
     if rank==0: print(_needed(names, {**judges, **leaders}, tiny))
     sets = [_prompt_set(w, tiny, limit) for w in prompts or (TINY_SETS if tiny else SET_LABELS)]
-    blocks = [Block(label, asks, MODEL_LABELS.get(m, m), m, settings[m]) for m in names for label,asks in sets]
+    blocks = [Block(label, asks, MODEL_LABELS.get(m, m), m, settings[m])
+              for m in names for label,asks in sets]
     hush()
     rewards = announced_rewards({**judges, **leaders}, device or own)
     ways = (*(['none'] if unguided else []), 'equal-compute', 'fk')

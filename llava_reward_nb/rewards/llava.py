@@ -122,7 +122,7 @@ def score_pixels(self:LLaVAReward,
     backbone,prompts = self.model.backbone,as_prompts(prompts, len(pixels))
     if not hasattr(backbone, 'encode_pixels'): raise ValueError(
         f"a {backbone.model_type} backbone scores files and PIL images only; "
-        "use a Phi-3.5-vision perspective for gradients")
+        "use a Phi-3.5-vision, Qwen-VL or LLaVA-1.6 perspective for gradients")
     with _only_pixels(self.model, self.perspective) as model:
         batch = backbone.encode_pixels(pixels.to(model.device, torch.float32), prompts)
         return self.loss.score(model(**batch).float())

@@ -286,10 +286,13 @@ def satisfaction(
 def _trained_generations(work:Path, share:float):
     "Train both generations; each becomes a folder of `work`, and one that is there is left alone."
     if not (work/'sd').exists():
+        shutil.rmtree(work/'sd_early', ignore_errors=True) # of another text encoder
+        for old in 'early.pt','results/sd.json': (work/old).unlink(missing_ok=True)
         launch(train_autoencoder, work, portion(1400, share), 100*portion(500, share))
         launch(train_unet, work, portion(4000, share))
         save_pipeline(work, work/'sd')
     if not (work/'sd_early').exists():
+        (work/'results'/'sd_early.json').unlink(missing_ok=True)
         launch(train_early, work, portion(1500, share))
         save_early(work, work/'sd_early')
 
@@ -310,10 +313,10 @@ def build_diffusion(
     work.mkdir(parents=True, exist_ok=True)
     _trained_generations(work, share)
     rows,n = [],portion(30, share)
-    for name in 'tiny','tiny-early':
+    for name,folder in ('tiny','sd'),('tiny-early','sd_early'):
         pipe = load_pipeline(work/'sd', device='cpu')
-        if name=='tiny-early': pipe.unet = UNet2DConditionModel.from_pretrained(work/'sd_early'/'unet')
-        rows += kept(work/'results'/f'{name}.json', _satisfaction_rows, name, pipe, n)
+        if folder=='sd_early': pipe.unet = UNet2DConditionModel.from_pretrained(work/folder/'unet')
+        rows += kept(work/'results'/f'{folder}.json', _satisfaction_rows, name, pipe, n)
     for folder in 'sd','sd_early':
         with atomic_path(out/folder) as p: shutil.copytree(work/folder, p)
     stages = [(work/f'{stage}.jsonl').read_text().splitlines() for stage in ('vae','unet','early')]

@@ -320,6 +320,7 @@ def _trained_rivals(work:Path, share:float):
               ('imagereward', 'imagereward_prefer', tiny_imagereward, train_imagereward, (see,answer,prefer))]
     for name,state,untrained,train,steps in stages:
         if (work/name).exists(): continue
+        (work/'results'/f'rival_{name}.json').unlink(missing_ok=True) # of another
         launch(train, work, steps)
         _finished(work, state, untrained(), work/name)
 
@@ -343,7 +344,7 @@ def build_metrics(
     folders = dict(clipscore='clip', hpsv2='hpsv2', imagereward='imagereward', vqascore='base')
     rows,n = [],portion(2400, share, 24)
     for name,folder in folders.items():
-        rows += kept(work/'results'/f'{name}.json', _rows_of, name, work/folder, n)
+        rows += kept(work/'results'/f'rival_{folder}.json', _rows_of, name, work/folder, n)
     for folder in 'clip','hpsv2','imagereward':
         with atomic_path(out/folder) as p: shutil.copytree(work/folder, p)
     stages = [(work/f'{stage}.jsonl').read_text().splitlines() for stage in METRIC_STAGES]
