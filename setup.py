@@ -10,7 +10,8 @@ ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 lib = cfg['lib_name']
 COMMANDS = ('llava_reward', *(f'llava_reward_{name}' for name in (
-    'score', 'compare', 'train', 'convert', 'push', 'demo', 'eval', 'table', 'latency', 'steer', 'rewards')))
+    'score', 'compare', 'train', 'data', 'convert', 'push', 'demo', 'eval', 'table', 'latency', 'steer', 'table9', 'figures',
+    'rewards')))
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 
 
