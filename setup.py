@@ -42,7 +42,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'ocr', 'nudenet', 'docs', 'dev')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'ocr', 'nudenet', 'quantize', 'docs', 'dev')},
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={lib: ['py.typed', 'bundle/**']},
     entry_points={

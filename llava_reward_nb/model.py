@@ -26,7 +26,7 @@ from .core import (CheckpointError, InputError, as_path, as_prompts, default_dev
 from .docments import document
 from .engine import Engine, fill_batches, in_threads
 from .files import atomic_path
-from .losses import make_loss
+from .losses import LOSSES, make_loss
 from .layouts import check_origin, origin_of, our_modules, published_config, read_published
 from .skipca import ValueHead
 from .store import make_identity, text_hash
@@ -43,7 +43,7 @@ def _are_bounds(x)->bool:
 def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, what is needed)
     mark = c.fingerprint
     marked = isinstance(mark, list) and len(mark)>=16 and all(map(_is_number, mark))
-    return dict(loss=(isinstance(c.loss, str), "'bt', 'gpm' or 'cls'"),
+    return dict(loss=(isinstance(c.loss, str), f"one of {', '.join(LOSSES)}"),
                 dim=(_is_whole(c.dim, 1), 'a whole number from 1'),
                 tau=(_is_number(c.tau) and c.tau>0, 'a positive number'),
                 skipca=(isinstance(c.skipca, bool), 'true or false'),
@@ -577,8 +577,11 @@ print({call})
 # %% ../nbs/3_paper/35_model.ipynb #5556d35b
 _LOSSES = dict(bt='Bradley-Terry (`bt`): one score for each image, higher is better',
                gpm='general preference (`gpm`): the probability that one of two images is preferred',
-               cls='classification (`cls`): the logit of label 1 for each image')
-_SCALES = dict(bt='A score has no unit and no zero: it compares images for one prompt.',
+               cls='classification (`cls`): the logit of label 1 for each image',
+               gauss='Gaussian scores (`gauss`): a mean, which is the score, and the log of a spread',
+               pl='Plackett-Luce (`pl`): one score for each image, learned from rankings')
+_NO_ZERO = 'A score has no unit and no zero: it compares images for one prompt.'
+_SCALES = dict(bt=_NO_ZERO, gauss=_NO_ZERO, pl=_NO_ZERO,
                gpm='There is no score for a single image, and preferences may be cyclic.',
                cls='A score above 0 means label 1; what label 1 stands for, the records decided.')
 
