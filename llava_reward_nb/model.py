@@ -1048,8 +1048,9 @@ def _find_base(
         if f.is_dir(): return f, str(f)
     said = saved_config(first).base
     if said: return _remembered_base(said, first), said
-    raise CheckpointError(
-        f"{first}: does not say which base it belongs to; pass base= one with {origin_of(first)}")
+    try: needed = f'one with {origin_of(first)}'
+    except CheckpointError: needed = 'the model that it was trained on' # the files that would tell are missing
+    raise CheckpointError(f"{first}: does not say which base it belongs to; pass base= {needed}")
 
 # %% ../nbs/3_paper/35_model.ipynb #f27a7536
 @patch(cls_method=True)
