@@ -711,8 +711,8 @@ class ImageTextBackbone(Backbone):
         self.takes = set(inspect.signature(type(model).get_image_features).parameters)
         self.accepts = set(inspect.signature(type(model).forward).parameters)
         if 'mm_encoder_outputs' not in self.accepts: raise ImportError(
-            f"{type(model).__name__} of transformers {transformers_version} does not take mm_encoder_outputs; "
-            "install transformers 5.23 or newer")
+            f"{type(model).__name__} of transformers {transformers_version} does not take "
+            "mm_encoder_outputs; install transformers 5.23 or newer")
         own = [model.get_submodule(p) for p in self.projectors]
         for m in own: m.register_forward_pre_hook(_in_own_dtype, with_kwargs=True)
         self.blocks = tower_blocks(model, {*own, model.get_decoder()}) if own else {}
