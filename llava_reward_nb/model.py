@@ -1049,7 +1049,7 @@ def _find_base(
     said = saved_config(first).base
     if said: return _remembered_base(said, first), said
     try: needed = f'one with {origin_of(first)}'
-    except CheckpointError: needed = 'the model that it was trained on' # the files that would tell are missing
+    except CheckpointError: needed = 'the model that it was trained on' # its files are missing
     raise CheckpointError(f"{first}: does not say which base it belongs to; pass base= {needed}")
 
 # %% ../nbs/3_paper/35_model.ipynb #f27a7536
