@@ -59,8 +59,8 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
 @dataclass
 class PerspectiveConfig:
     "How one perspective reads the backbone; saved as reward_config.json."
-    loss:str='bt'           # 'bt' Bradley-Terry, 'gpm' general preference, 'cls' classification
-    dim:int=1               # numbers the head gives an image: 1, or 2k for 'gpm'
+    loss:str='bt'           # 'bt', 'gpm', 'cls', 'gauss' or 'pl', see `llava_reward_nb.losses`
+    dim:int=1               # numbers the head gives an image: 1, 2 for 'gauss', 2k for 'gpm'
     tau:float=.1            # temperature of the preference probability, > 0
     skipca:bool=True        # attend to the early visual tokens before the value head
     gate:bool=False         # prompt-dependent eigenvalues ('gpm' with dim >= 4)
