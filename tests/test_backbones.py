@@ -360,10 +360,10 @@ def test_activation_checkpointing_changes_nothing(folder):
 @pytest.mark.parametrize('name', [*NAMED, 'qwen3_5', 'gemma3', 'mistral3'])
 def test_half_precision_and_other_processes(folder, backbone, name):
     "A base in bfloat16 below a float32 projector and head; and a processor that went through pickle, as to a worker."
-    got = []
+    got, where = [], folder(name)  # made before the seed: it draws random weights the first time
     for dtype in torch.float32, torch.bfloat16:
         torch.manual_seed(0)
-        rm = RewardModel(load_backbone(folder(name), dtype=dtype), 'base').add_perspective('a', lora_rank=4, lora_alpha=8)
+        rm = RewardModel(load_backbone(where, dtype=dtype), 'base').add_perspective('a', lora_rank=4, lora_alpha=8)
         randomize(rm, 'a')
         got.append(rm.eval().embed(IMAGES, CAPTIONS))
     assert_close(got[1], got[0], atol=.06, rtol=0)

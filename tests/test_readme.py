@@ -22,6 +22,8 @@ STAND_INS = {  # what is full-size in the README, and what takes its place here
     'fidelity_pairs(100': 'fidelity_pairs(8',
     "'tiny', out=": "'tiny', limit=8, out=",
     '--limit 20': '--limit 4',
+    '--limit 4 --steps 8 --out table9': '--limit 1 --particles 2 --steps 5 --guidance none clipscore --metrics clipscore --out table9',
+    '--particles 2 --steps 8 --out figures': '--particles 2 --steps 5 --metrics clipscore --out figures',
 }
 NOT_RUN = {'make': 'it makes .venv, and `make test` is what runs this test'}
 LANGUAGES = {'python': 'run', 'py': 'run', 'sh': 'run', 'json': 'read as records', 'bibtex': 'nothing to run'}
