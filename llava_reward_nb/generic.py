@@ -297,15 +297,15 @@ def load_processor(
 
 # %% ../nbs/3_paper/34_generic.ipynb #75abbc24
 class _Noting:
-    "A tokenizer that notes which texts it got last, each thread for itself."
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    "A tokenizer that notes which texts it got last, each thread for itself, and serves one at a time."
+    def __init__(self, tokenizer, lock:PassLock):
+        self.tokenizer,self.lock = tokenizer,lock
         self.noted = threading.local()
     def __call__(self, text, **kwargs):
         self.noted.texts = text
-        return self.tokenizer(text, **kwargs)
+        with self.lock: return self.tokenizer(text, **kwargs)
     def __getattr__(self, name): return getattr(self.__dict__['tokenizer'], name)
-    def __reduce__(self): return type(self),(self.tokenizer,)
+    def __reduce__(self): return type(self),(self.tokenizer, self.lock)
 
 # %% ../nbs/3_paper/34_generic.ipynb #6fdea7fe
 _TEXT = ( # keys of a processor's output
@@ -322,7 +322,8 @@ class ImageText:
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.processor = copy.copy(processor)
-        self.processor.tokenizer = _Noting(self.tokenizer)
+        self.lock = PassLock() # held while the tokenizer is in use
+        self.processor.tokenizer = _Noting(self.tokenizer, self.lock)
         self.image_token_id = config.image_token_id
         most = getattr(config.get_text_config(), 'max_position_embeddings', None) or 2**31
         self.longest = int(min(self.tokenizer.model_max_length, most))
@@ -380,10 +381,13 @@ def frame(self:ImageText,
     size:tuple, # (width, height) of an image, pixels
 )->Frame:
     "The frame of the prompt for an image of some size."
-    if size not in self.frames:
-        if len(self.frames)>=512: self.frames.clear()
-        self.frames[size] = make_frame(self.tokenizer, self.expanded(size))
-    return self.frames[size]
+    frame = self.frames.get(size)
+    if frame: return frame
+    text = self.expanded(size)
+    with self.lock: frame = make_frame(self.tokenizer, text)
+    if len(self.frames)>=512: self.frames.clear()
+    self.frames[size] = frame
+    return frame
 
 @patch
 def image_tokens(self:ImageText,
@@ -408,7 +412,7 @@ def rows(self:ImageText,
             said = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise InputError(f"image {i}: {size[0]}x{size[1]} pixels cannot be used by this model "
                              f"({said:.200}); cut or resize it") from None
-        row = frame.fill(self.tokenizer, prompt)
+        with self.lock: row = frame.fill(self.tokenizer, prompt)
         if len(row)>self.longest: raise InputError(
             f"prompt {i}: {len(row)} tokens with its image, the model takes {self.longest}; shorten it, "
             "or make the image smaller")
@@ -450,7 +454,8 @@ def pixels(self:ImageText,
     "Pixels and grids; `CheckpointError` if the processor writes other image tokens than for a blank image."
     out = self.run(images)
     for text,image in zip(self.processor.tokenizer.noted.texts, images):
-        if make_frame(self.tokenizer, text)!=self.frame(image.size): raise CheckpointError(
+        with self.lock: made = make_frame(self.tokenizer, text)
+        if made!=self.frame(image.size): raise CheckpointError(
             f"{type(self.processor).__name__}: the image tokens depend on more than the size of an image, "
             "which this adapter cannot foresee; choose a base of another family")
     return {k:v for k,v in out.items() if isinstance(v, Tensor) and k not in _TEXT}

@@ -103,6 +103,12 @@ class QuantizedModel(RewardModel):
 
     merge = add_perspective = load_perspective = restore_perspective = _fixed
 
+class _Interrupted(RewardModel):
+    "A reward model whose quantizing broke off: some layers are 8-bit, others are not."
+    @property
+    def backbone(self): raise ValueError("quantizing was interrupted; load the model again")
+    def __repr__(self): return 'RewardModel(quantizing was interrupted)'
+
 def quantize(
     rm:RewardModel, # changed in place
     name:str,       # one of `QUANTIZATIONS`
@@ -114,9 +120,13 @@ def quantize(
     with rm.lock:
         exact = {p: rm.identity_of(p) for p in rm.configs}
         config = getattr(ao, QUANTIZATIONS[name].config)()
-        ao.quantize_(rm.backbone.model, config, filter_fn=_frozen(rm))
-        rm.exact_identities,rm.quantized = exact, name
-        rm.__class__ = QuantizedModel
+        try:
+            ao.quantize_(rm.backbone.model, config, filter_fn=_frozen(rm))
+            rm.exact_identities,rm.quantized = exact, name
+            rm.__class__ = QuantizedModel
+        except BaseException:
+            rm.__class__ = _Interrupted
+            raise
     return rm
 
 def _frozen(rm:RewardModel): # (module, path) -> bool

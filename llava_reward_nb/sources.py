@@ -402,24 +402,26 @@ class Layout:
     kind:str=''      # 'pair' or 'label'; '' if the first row tells
     regroup:object=None # (rows, `Choices`) -> rows, where records are spread over several
 
+_PARQUET = ('{split}-*.parquet', '{split}.parquet') # not test_unique-… for test
+
 SOURCES = dict(
     imagereward=Layout('ImageRewardDB: rankings by overall quality, ratings of alignment and fidelity',
         'a folder with metadata-train.parquet and the unpacked images/ (THUDM/ImageRewardDB on the hub)',
-        ('metadata-{split}.parquet','{split}*.parquet','{split}.json*'),
+        ('metadata-{split}.parquet', *_PARQUET, '{split}.json*'),
         (('prompt',), _MANY_IMAGES), _imagereward, 'pair', _imagereward_rows),
     pickapic=Layout('Pick-a-Pic v1 and v2: which of two images a person picked',
         'a folder with train-*.parquet (yuvalkirstain/pickapic_v1 or _v2 on the hub)',
-        ('{split}*.parquet',), (('caption',), ('jpg_0',), ('jpg_1',), ('label_0',)), _pickapic, 'pair'),
+        _PARQUET, (('caption',), ('jpg_0',), ('jpg_1',), ('label_0',)), _pickapic, 'pair'),
     hpdv2=Layout('HPDv2: choices between two images, and rankings of nine',
         'a folder with train.json and the unpacked images in train/ (zhwang/HPDv2 on the hub)',
-        ('{split}.json','{split}*.parquet'), (('prompt',), _MANY_IMAGES), _hpdv2, 'pair'),
+        ('{split}.json', *_PARQUET), (('prompt',), _MANY_IMAGES), _hpdv2, 'pair'),
     hpdv3=Layout('HPDv3: pairs with the votes of several people',
         'a folder with train.json and the unpacked images/ (MizzenAI/HPDv3 on the hub)',
-        ('{split}.json','{split}.jsonl','{split}*.parquet'), (('prompt',), ('path1',), ('path2',)), _hpdv3,
+        ('{split}.json', '{split}.jsonl', *_PARQUET), (('prompt',), ('path1',), ('path2',)), _hpdv3,
         'pair'),
     unsafebench=Layout('UnsafeBench: safe and unsafe images',
         'a folder with train-*.parquet (yiting/UnsafeBench on the hub)',
-        ('{split}*.parquet',), (('image',), ('safety_label',)), _unsafebench, 'label'),
+        _PARQUET, (('image',), ('safety_label',)), _unsafebench, 'label'),
     llava=Layout("LLaVA-Reward's published pairs and labels",
         'one of the JSON files in data/ of the LLaVA-Reward repository, and the images that it names',
         ('*.json',), (('prompt',), ('chosen_path','path')), _as_it_is),
@@ -631,6 +633,10 @@ def _line(record:dict, place)->dict:
     row = {k:place(v) if k in IMAGE_FIELDS else v for k,v in record.items() if k!='target'}
     return {k:v for k,v in row.items() if not isinstance(v, (bytes, Mapping, Image.Image))}
 
+def _as_text(value)->str: # None for a picture within a list
+    "What JSON cannot hold: a date or a decimal number, as text."
+    return None if isinstance(value, (bytes, Mapping, Image.Image)) else str(value)
+
 def unpack(
     records,   # clean records: a `Source`, `RewardRecords`, or any iterable of them
     folder,    # made if needed; pictures go to images/ below it
@@ -642,7 +648,8 @@ def unpack(
     with atomic_path(folder/'records.jsonl') as path:
         with open(path, 'w', encoding='utf-8') as f:
             for record in progress(records, desc='unpacking', unit='record'):
-                f.write(json.dumps(_line(record, unpacker.name_of), ensure_ascii=False)+'\n')
+                row = _line(record, unpacker.name_of)
+                f.write(json.dumps(row, ensure_ascii=False, default=_as_text)+'\n')
                 n += 1
         if not n: raise InputError(f"{records}: no records to write")
     return folder/'records.jsonl'

@@ -1,5 +1,6 @@
 "Backbones of many families against transformers alone: hidden states with pixels and padding mask, SkipCA by hand."
-import json, pickle, random
+import copy, json, pickle, random, threading, time
+from concurrent.futures import ThreadPoolExecutor
 
 import families, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -374,3 +375,34 @@ def test_half_precision_and_other_processes(folder, backbone, name):
     p = backbone(name).processor
     ours, theirs = p(IMAGES, CAPTIONS), pickle.loads(pickle.dumps(p))(IMAGES, CAPTIONS)
     assert ours.keys()==theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize('name', ['llava_next', 'qwen3_vl', 'gemma3'])
+@torch.no_grad()
+def test_threads_share_a_tokenizer(folder, name, monkeypatch):
+    "Six threads make batches and count tokens with one object, and with copies that share its tokenizer, whose padding is switched slowly."
+    text = load_backbone(folder(name)).processor
+    kind = type(text.tokenizer)
+    switch = kind.set_truncation_and_padding
+    def slowly(*args, **kwargs):
+        switch(*args, **kwargs)
+        time.sleep(.002)
+    monkeypatch.setattr(kind, 'set_truncation_and_padding', slowly)
+    again, deep = pickle.loads(pickle.dumps(text)), copy.deepcopy(text)
+    for other in again, deep: assert other.lock is other.processor.tokenizer.lock is not text.lock
+    assert copy.copy(text).lock is text.lock
+    want, counts = again(IMAGES, CAPTIONS), again.token_counts(SIZES, CAPTIONS)
+    go = threading.Barrier(6)
+    def work(k):
+        mine = text if k%2 else copy.copy(text)
+        go.wait()
+        out = []
+        for i in range(4):
+            if k<2: text.frames.clear() # frames are made anew meanwhile
+            out.append((mine(IMAGES, CAPTIONS), mine.token_counts(SIZES, CAPTIONS)))
+        return out
+    with ThreadPoolExecutor(6) as pool: done = [found for out in pool.map(work, range(6)) for found in out]
+    assert len(done)==24
+    for batch, found in done:
+        assert found==counts
+        assert_close(batch, want, atol=0, rtol=0)

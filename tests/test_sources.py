@@ -1,5 +1,7 @@
 "Public data sets in their owners' layouts: what they say is kept, what cannot be used is named, and little is held in memory."
 import io, json, os, random, tracemalloc
+from datetime import date, datetime
+from decimal import Decimal
 from itertools import islice
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -281,3 +283,24 @@ def test_images_elsewhere(homes, tmp_path):
         for k in ('path1', 'path2'): r[k] = r[k].removeprefix('images/')
     as_json(homes['hpdv3']/'train.json', rows)
     assert told(Source('hpdv3', homes['hpdv3'], images=tmp_path/'other')) == WANTED['hpdv3']
+
+
+@pytest.mark.parametrize('name', ['pickapic', 'unsafebench', 'imagereward', 'hpdv2', 'hpdv3'])
+@pytest.mark.parametrize('split', ['test', 'validation', 'test_unique'])
+def test_a_split_is_not_another_whose_name_begins_alike(tmp_path, name, split):
+    for end in ('-00000-of-00002-a.parquet', '-00001-of-00002-b.parquet'):
+        for other in ('train', 'test', 'test_unique', 'validation', 'validation_unique'): parquet(tmp_path/'data'/f'{other}{end}', [dict(caption='')])
+    assert [f.name for f in Source(name, tmp_path, split=split).files] == [f'{split}-00000-of-00002-a.parquet', f'{split}-00001-of-00002-b.parquet']
+    parquet(tmp_path/'one'/f'{split}.parquet', [dict(caption='')])
+    parquet(tmp_path/'one'/f'{split}_more.parquet', [dict(caption='')])
+    assert [f.name for f in Source(name, tmp_path/'one', split=split).files] == [f'{split}.parquet']
+    with pytest.raises(InputError, match='holds no file'): Source(name, tmp_path/'one', split=split[:3])
+
+
+def test_dates_and_decimals_are_written_as_text(tmp_path):
+    picture(tmp_path/'a.png', 'red')
+    parquet(tmp_path/'own.parquet', [dict(path='a.png', prompt='a sign', label=1, made=datetime(2024, 5, 17, 9, 30), day=date(2024, 5, 17), price=Decimal('1.50'))])
+    llava_reward_data('write', [str(tmp_path/'own.parquet')], out=str(tmp_path/'mine'))
+    row = json.loads((tmp_path/'mine'/'records.jsonl').read_text())
+    assert (row['made'], row['day'], row['price']) == ('2024-05-17 09:30:00', '2024-05-17', '1.50')
+    assert told(load_records(tmp_path/'mine'/'records.jsonl')) == [('a sign', 'red', 1)]

@@ -409,6 +409,10 @@ def _matched(each, a:str, b:str, column:str)->tuple:
     means = pd.concat(values, axis=1, keys=['a','b']).dropna().groupby(_PROMPT).mean()
     return means.a.to_numpy(float),means.b.to_numpy(float)
 
+def _mean_difference(differences, w): # (n,), weights (m, n) -> (m,)
+    "The mean; unlike `stats.mean` never taken for a share, not even where all differences are 0 or 1."
+    return (w@differences)/w.sum(1)
+
 def paired(
     frame,               # particles (see `particle_frame`)
     pairs:list,          # of (guidance, guidance)
@@ -429,7 +433,7 @@ def paired(
             if not len(x):
                 there = ', '.join(dict.fromkeys(frame.guidance))
                 raise InputError(f"no prompt with {metric} for both {a!r} and {b!r}; there are {there}")
-            low,high = stats.interval(stats.mean, x-y)
+            low,high = stats.interval(_mean_difference, x-y)
             p = stats.paired_p(weighted_mean, x, y, None, m=m)
             spread = (x-y).std(ddof=1) if len(x)>1 else np.nan
             out.append(dict(guidance=a, minus=b, metric=metric, difference=(x-y).mean(), low=low, high=high,

@@ -130,6 +130,13 @@ def n_looks(
     given = {k:how[k] for k in ('start','end','every','steps') if how.get(k) is not None}
     return len(resample_steps(how['num_inference_steps'], **given))
 
+def _check_lam(study:Study, begun:dict, folder:Path): # begun: reward -> strength
+    "`SteeringError` if another strength is asked for than the folder was begun with."
+    for name,lam in begun.items():
+        if study.lam is not None and study.lam!=lam:
+            raise SteeringError(f"{folder} was begun with lam {lam:g} for {name}, and lam {study.lam:g} is "
+                                "asked for; leave lam out to go on as begun, or choose another folder")
+
 def _begun(study:Study, block:Block, add=None)->dict: # what its file tells, {} before the start
     "Read how a block began; `add` computes what is missing, while nobody else does."
     file = study.folder(block)/'start.json'
@@ -139,6 +146,7 @@ def _begun(study:Study, block:Block, add=None)->dict: # what its file tells, {} 
         if other: raise SteeringError(f"{file.parent} was begun with other guidance "
                                       f"({', '.join(there['guides'])}): {other[0]} is too much or missing; "
                                       "choose another folder")
+        _check_lam(study, there.get('lam', {}), file.parent)
         if add is None: return there
         new = add(there)
         if new!=there:
@@ -230,8 +238,9 @@ def duration(
     hours:float, # at least 0
 )->str:
     "Hours as people say them."
-    for unit,size in (('days',48.), ('h',2.), ('min',2/60)):
-        if hours>=size: return f"{hours/dict(days=24., h=1., min=1/60)[unit]:.2g} {unit}"
+    for unit,size in (('days',24.), ('h',1.), ('min',1/60)): # each from two of it on
+        number = hours/size
+        if number>=2: return f'{number:.0f} {unit}' if number>=10 else f'{number:.2g} {unit}'
     return f'{3600*hours:.0f} s'
 
 # %% ../../nbs/8_tiny/86_studies.ipynb #2e2a08c1

@@ -254,6 +254,15 @@ def paper_leads()->dict: # metric -> leads of the best guidance over the second,
             values.append(round(first-second, 3))
     return leads
 
+def _run_spread(frame, pairs:list, column:str)->float: # NaN if no run has two prompts
+    "Standard deviation over prompts of the difference of two ways in one run, that is for one seed."
+    runs = frame.pivot_table(index=['prompt_set','model','seed','prompt'], columns='guidance', values=column)
+    differences = [runs[a]-runs[b] for a,b in pairs]
+    variances = [d.groupby(['prompt_set','model','seed']).var().to_numpy() for d in differences]
+    variances = np.concatenate(variances)
+    known = variances[np.isfinite(variances)]
+    return float(np.sqrt(known.mean())) if len(known) else np.nan
+
 def power_table(
     frame,              # particles of two ways 'FK by …' or more
     summary:str='best', # of a prompt's particles: 'best' or 'mean'
@@ -269,10 +278,11 @@ def power_table(
     pairs = list(combinations(ways, 2))
     blocks = [b for _,b in frame.groupby(['prompt_set','model'], sort=False)]
     seen = pd.concat([paired(b, pairs, metrics, summary, m=1) for b in blocks])
+    each = per_prompt(frame, metrics)
     rows = {}
     for m in metrics:
         part = seen[seen.metric==m]
-        spread = float(np.sqrt((part.spread**2).mean()))
+        spread = _run_spread(each, pairs, f'{m}|{summary}')
         small,usual = min(leads[m]),float(np.median(leads[m]))
         row = {'spread here':spread, 'smallest lead':small, 'median lead':usual}
         for lead,name in ((small,'prompts for the smallest'), (usual,'prompts for the median')):
@@ -280,9 +290,9 @@ def power_table(
         rows[m] = row|{'prompts here':int(part.prompts.min())}
     df = pd.DataFrame(rows.values(), pd.Index(rows, name='metric'))
     notes = ["lead: of the best guidance over the second in a block of the paper's Table 9. spread: standard "
-             "deviation of a prompt's difference between two ways. prompts: to find the lead at the 5 % "
-             "level with probability 0.8, if prompts differ there as they do here; rewards of other models "
-             "have other scales."]
+             "deviation of a prompt's difference between two ways in one run, with one seed. prompts: to "
+             "find the lead at the 5 % level with probability 0.8, each prompt run once, if prompts differ "
+             "there as they do here; rewards of other models have other scales."]
     digits = {c:0 if c.startswith('prompts') else 3 for c in df}
     return Table(df, 'How many prompts it would take', {c:'' for c in df}, digits, notes=notes)
 
