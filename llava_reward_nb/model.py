@@ -140,11 +140,6 @@ class RewardModel(nn.Module):
         "Where the weights are."
         return next(self.backbone.parameters()).device
 
-    def _check_whole(self):
-        if self._half_merged: raise ValueError(
-            "a merge was interrupted, so parts of the base are merged and others are not; "
-            "load the model again")
-
     def _known(self, name):
         self._check_whole()
         if isinstance(name, str) and name in self.configs: return name
@@ -156,6 +151,13 @@ class RewardModel(nn.Module):
         star = lambda n: '*' if n==self.active else ''
         names = [f"{star(n)}{n} ({kind(c)})" for n,c in self.configs.items()]
         return f"RewardModel({self.backbone.model_type}, perspectives: {', '.join(names)})"
+
+# %% ../nbs/3_paper/35_model.ipynb #682ce831
+@patch
+def _check_whole(self:RewardModel):
+    if self._half_merged: raise ValueError(
+        "a merge was interrupted, so parts of the base are merged and others are not; "
+        "load the model again")
 
 # %% ../nbs/3_paper/35_model.ipynb #3a2e8851
 _MODULES = """base_layer base_model model modules_to_save original_module weight bias vision_tower
