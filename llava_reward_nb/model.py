@@ -7,7 +7,7 @@ __all__ = ['Ranking', 'CARD', 'PerspectiveConfig', 'RewardModel', 'name_fault', 
            'TrainingFacts', 'model_card', 'moved_card', 'saved_config', 'perspective_folders']
 
 # %% ../nbs/3_paper/35_model.ipynb #1d61ba19
-import hashlib, json, math, re, shlex, shutil
+import hashlib, json, math, re, shlex, shutil, warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -110,6 +110,9 @@ class RewardModel(nn.Module):
         self.lock = PassLock()
         self.budget = None  # most tokens of a batch; None: see `Engine`
         self._using = None  # the perspective of the pass that holds the lock
+        self._short_on = None # the device whose memory ran out and shrank the budget
+        self._own_crops = False # did the user choose num_crops?
+        self._half_merged = False # was a merge interrupted?
 
     def train(self,
         mode:bool=True, # training (True) or evaluation
@@ -138,6 +141,7 @@ class RewardModel(nn.Module):
         return next(self.backbone.parameters()).device
 
     def _known(self, name):
+        self._check_whole()
         if isinstance(name, str) and name in self.configs: return name
         have = ', '.join(self.configs) or 'none yet; see add_perspective'
         raise ValueError(f"no perspective {name!r}; this model has {have}")
@@ -147,6 +151,13 @@ class RewardModel(nn.Module):
         star = lambda n: '*' if n==self.active else ''
         names = [f"{star(n)}{n} ({kind(c)})" for n,c in self.configs.items()]
         return f"RewardModel({self.backbone.model_type}, perspectives: {', '.join(names)})"
+
+# %% ../nbs/3_paper/35_model.ipynb #682ce831
+@patch
+def _check_whole(self:RewardModel):
+    if self._half_merged: raise ValueError(
+        "a merge was interrupted, so parts of the base are merged and others are not; "
+        "load the model again")
 
 # %% ../nbs/3_paper/35_model.ipynb #3a2e8851
 _MODULES = """base_layer base_model model modules_to_save original_module weight bias vision_tower
@@ -188,6 +199,7 @@ def usable_name(
 @patch
 def _check_name(self:RewardModel, name):
     "ValueError if no perspective of this model can have that name."
+    self._check_whole()
     if self.merged: raise ValueError(
         f"{self.active!r} is merged into the base; load the model again to add a perspective")
     if name in self.configs: raise ValueError(
@@ -224,6 +236,39 @@ def _check_targets(self:RewardModel, lora):
             if not any(re.match(rf'(.*\.)?({k})$', n) for n in hit): raise ValueError(
                 f"{option} names {k!r}, which fits no layer that gets LoRA")
 
+# %% ../nbs/3_paper/35_model.ipynb #9aa18baa
+@patch
+@contextmanager
+def _or_as_before(self:RewardModel, name:str):
+    "If adding the perspective `name` fails inside, the model becomes what it was before."
+    active = self.active
+    pixels = self.backbone.pixels
+    try: yield
+    except BaseException:
+        if active is not None: self.set_perspective(active)
+        self._drop(name)
+        if self.backbone.pixels!=pixels: self.backbone.resize_to(pixels)
+        raise
+
+@patch
+def _drop(self:RewardModel, name:str):
+    "Take off a perspective that could not be added or filled, however far that came."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    self.configs.pop(name, None)
+    if name in self.heads: del self.heads[name]
+    if self.configs:
+        adapters = self.peft.peft_config
+        adapters.setdefault(name, adapters[self.active]) # PEFT deletes only what is listed
+        return self.peft.delete_adapter(name)
+    self.active = None
+    self.__dict__['peft'] = None
+    model = self.backbone.model # PEFT cannot add an adapter where none is left, so its modules go too
+    for path,m in list(model.named_modules()):
+        if isinstance(m, BaseTunerLayer): model.set_submodule(path, m.base_layer)
+        if isinstance(m, ModulesToSaveWrapper): model.set_submodule(path, m.original_module)
+    model.__dict__.pop('peft_config', None)
+
 # %% ../nbs/3_paper/35_model.ipynb #dffbdabc
 @patch
 def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->RewardModel:
@@ -239,17 +284,18 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     self._check_targets(lora)
     head = ValueHead(b.hidden_size, config.dim, config.skipca, b.eps, config.gate).to(self.device)
     before = set(self.modules())
-    if self.peft is None: # not registered as a module: its weights are the backbone's
-        self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
-    else: self.peft.add_adapter(name, lora)
-    for p in b.projectors: b.model.get_submodule(p).modules_to_save[name].float()
-    fast_adapters(b.model)
-    self.heads[name] = head
-    for m in set(self.modules())-before: m.training = self.training
-    base = config.base or self.base
-    self.configs[name] = replace(config, num_crops=b.num_crops, pixels=b.pixels, base=base,
-                                 fingerprint=b.fingerprint())
-    return self.set_perspective(name)
+    with self._or_as_before(name):
+        if self.peft is None: # not registered as a module: its weights are the backbone's
+            self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
+        else: self.peft.add_adapter(name, lora)
+        for p in b.projectors: b.model.get_submodule(p).modules_to_save[name].float()
+        fast_adapters(b.model)
+        self.heads[name] = head
+        for m in set(self.modules())-before: m.training = self.training
+        base = config.base or self.base
+        self.configs[name] = replace(config, num_crops=b.num_crops, pixels=b.pixels, base=base,
+                                     fingerprint=b.fingerprint())
+        return self.set_perspective(name)
 
 # %% ../nbs/3_paper/35_model.ipynb #ae34447c
 @patch
@@ -368,6 +414,15 @@ def _plan(self:RewardModel, images, prompts)->_Plan:
     counts = self.backbone.token_counts([sizes[k] for k in where], prompts)
     return _Plan(different, names, rows, prompts, counts)
 
+# %% ../nbs/3_paper/35_model.ipynb #52272bbd
+@patch
+def _budget_here(self:RewardModel)->int:
+    "The most tokens of a batch; what another device had no memory for is forgotten."
+    if self._short_on not in (None, self.device):
+        self._short_on = None
+        self.budget = None
+    return self.budget
+
 # %% ../nbs/3_paper/35_model.ipynb #76bcb5a0
 @patch
 def embed_all(self:RewardModel,
@@ -383,13 +438,16 @@ def embed_all(self:RewardModel,
     plan = self._plan(images, prompts)
     empty = lambda n: torch.zeros(len(plan.prompts), self.configs[n].dim, dtype=torch.float32, device='cpu')
     out = {n:empty(n) for n in names}
-    engine = Engine(self.device, self.budget)
+    engine = Engine(self.device, self._budget_here())
+    usual = engine.budget
     for items,vectors in engine.run(plan.longest(), lambda items: self._encode(plan, items),
                                     lambda batch, items: self._pass(plan, batch, items, names, engine.budget),
                                     batch_size, plan.names.__getitem__):
         rows = [r for k in items for r in plan.rows[k]]
         for n in names: out[n][rows] = vectors[n].float()
-    self.budget = engine.budget
+    if engine.budget<usual:
+        self.budget = engine.budget
+        self._short_on = engine.device
     return out
 
 @patch
@@ -884,12 +942,23 @@ def _read_images_as(self:RewardModel, config:PerspectiveConfig, where:Path):
         f"{next(iter(self.configs))!r} of this model on {here[0]} to {here[1]}; load them one at a time")
     self.backbone.resize_to(config.pixels)
 
+# %% ../nbs/3_paper/35_model.ipynb #9f9b8536
+@patch
+def _check_crops(self:RewardModel, config:PerspectiveConfig, where:Path):
+    "`CheckpointError` (published: a warning) if images were cut into another number of crops in training."
+    here = self.backbone.num_crops
+    if self._own_crops or None in (config.num_crops, here) or config.num_crops==here: return
+    message = (f"{where}: was trained with num_crops={config.num_crops}, this model cuts images with "
+               f"num_crops={here}; load it with RewardModel.from_pretrained, or, to score it with "
+               f"the crops of this model, pass overrides=dict(num_crops={here})")
+    if not (where/'lora').is_dir(): raise CheckpointError(message)
+    warnings.warn(message, stacklevel=3)
+
 # %% ../nbs/3_paper/35_model.ipynb #409a1b5d
 @patch
 def _add_saved(self:RewardModel, name:str, config:PerspectiveConfig, adapter_config:Path)->RewardModel:
     "Add a perspective with the options of an adapter's file; `CheckpointError` if they do not fit this base."
     options = _adapter_options(adapter_config, self.backbone.projectors)
-    self._check_name(name)
     self._read_images_as(config, adapter_config)
     try: return self._add(name, config, options)
     except CheckpointError: raise
@@ -909,9 +978,12 @@ def load_perspective(self:RewardModel,
     name = name or usable_name(folder_name(folder))
     config = saved_config(folder, overrides)
     with self.lock:
+        self._check_name(name)
         self.check_base(config, folder)
-        if (folder/'lora').is_dir(): self._load_published(folder, name, config)
-        else: self._load_ours(folder, name, config)
+        self._check_crops(config, folder)
+        with self._or_as_before(name):
+            if (folder/'lora').is_dir(): self._load_published(folder, name, config)
+            else: self._load_ours(folder, name, config)
     return self
 
 @patch
@@ -920,25 +992,9 @@ def _load_ours(self:RewardModel, folder:Path, name:str, config:PerspectiveConfig
     adapter = read_weights(folder/'adapter_model.safetensors')
     head = read_weights(folder/'head.safetensors')
     self._add_saved(name, config, folder/'adapter_config.json')
-    try:
-        bare = not read_json(folder/'adapter_config.json').get('modules_to_save')
-        self._fill(name, adapter, head, folder, bare)
-        check_sums(folder)
-    except BaseException:
-        self._drop(name)
-        raise
-
-@patch
-def _drop(self:RewardModel, name:str):
-    "Take a perspective off that could not be filled."
-    del self.configs[name], self.heads[name]
-    self.peft.delete_adapter(name)
-    self.active = None
-    if self.configs: return self.set_perspective(next(iter(self.configs)))
-    b = self.backbone
-    for path in b.projectors: b.model.set_submodule(path, b.model.get_submodule(path).original_module)
-    b.model = self.peft.unload() # PEFT cannot add an adapter where none is left
-    self.__dict__['peft'] = None
+    bare = not read_json(folder/'adapter_config.json').get('modules_to_save')
+    self._fill(name, adapter, head, folder, bare)
+    check_sums(folder)
 
 @patch
 def check_base(self:RewardModel,
@@ -961,6 +1017,7 @@ def restore_perspective(self:RewardModel,
 ):
     "Read saved weights back into a perspective; `CheckpointError` for another base, missing tensors or NaN."
     folder = Path(folder)
+    self._known(name)
     self.check_base(saved_config(folder), folder)
     adapter = read_weights(folder/'adapter_model.safetensors')
     head = read_weights(folder/'head.safetensors')
@@ -971,15 +1028,11 @@ def restore_perspective(self:RewardModel,
 def _load_published(self:RewardModel, folder:Path, name:str, config:PerspectiveConfig):
     "Add a perspective from the published layout."
     self._add_saved(name, config, folder/'lora'/'adapter_config.json')
-    try:
-        own = self._tensors(name)
-        head = self.heads[name].state_dict()
-        read = read_published(folder, [*own, *head])
-        self._fill(name, {k:v for k,v in read.items() if k in own},
-                   {k:v for k,v in read.items() if k in head}, folder, bare=True)
-    except BaseException:
-        self._drop(name)
-        raise
+    own = self._tensors(name)
+    head = self.heads[name].state_dict()
+    read = read_published(folder, [*own, *head])
+    self._fill(name, {k:v for k,v in read.items() if k in own},
+               {k:v for k,v in read.items() if k in head}, folder, bare=True)
 
 # %% ../nbs/3_paper/35_model.ipynb #6d0cf201
 def _holds_reward(folder:Path)->bool:
@@ -1070,8 +1123,9 @@ def from_pretrained(cls:RewardModel,
     device = device or default_device()
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
-    if num_crops is None: num_crops = _trained_crops(found, overrides)
-    self = cls(load_backbone(where, device, dtype, num_crops), said)
+    crops = _trained_crops(found, overrides) if num_crops is None else num_crops
+    self = cls(load_backbone(where, device, dtype, crops), said)
+    self._own_crops = num_crops is not None
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
     return self.eval()
@@ -1097,10 +1151,12 @@ def merge(self:RewardModel,
     with self.lock:
         if self.merged: return self.set_perspective(name)
         self.set_perspective(name)
+        self._half_merged = True
         self.backbone.model = self.peft.merge_and_unload(adapter_names=[name])
         for n in [n for n in self.configs if n!=name]: del self.configs[n], self.heads[n]
         self.__dict__['peft'] = None
         self.merged = True
+        self._half_merged = False # not reached after an error
         return self.requires_grad_(False)
 
 # %% ../nbs/3_paper/35_model.ipynb #29368a6f
