@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'PROMPT_COLUMNS', 'TABLES', 'atomic_path', 'check_writable', 'table_kind', 'check_columns',
-           'read_table', 'write_table', 'find_column', 'number']
+           'unique_object', 'read_table', 'write_table', 'find_column', 'number']
 
 # %% ../nbs/1_foundations/12_files.ipynb #87966c70
 import csv, io, json, math, os, re, shutil, tempfile
@@ -195,7 +195,7 @@ def _delimited_rows(
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 # %% ../nbs/1_foundations/12_files.ipynb #f3f3e440
-def _object(
+def unique_object(
     pairs:list, # of name and value
 )->dict:
     "A JSON object; ValueError for a name that occurs twice."
@@ -210,7 +210,7 @@ def _json_rows(
     path,     # the file, for errors
 )->list:
     "Rows of a JSON file, which holds a list of them."
-    rows = json.loads(text, object_pairs_hook=_object)
+    rows = json.loads(text, object_pairs_hook=unique_object)
     if not isinstance(rows, list): raise InputError(
         f"{path}: holds a {type(rows).__name__}; it must be a list of rows")
     return rows
@@ -223,7 +223,7 @@ def _jsonl_rows(
     rows = []
     for at,line in enumerate(text.split('\n'), 1): # not splitlines: a prompt may hold U+2028
         if not line.strip(): continue
-        try: rows.append(json.loads(line, object_pairs_hook=_object))
+        try: rows.append(json.loads(line, object_pairs_hook=unique_object))
         except ValueError as e:
             raise InputError(f"{path}, line {at}: not JSON ({e}); mend or remove the line") from None
     return rows

@@ -28,7 +28,8 @@ from .core import (InputError, TransparencyWarning, as_path, image_size, load_im
 from .data import (LABEL_FIELDS, PAIR_FIELDS, Fault, RewardRecords, check_image, clean_record,
                                   gather_records, our_names, prompt_words, record_kind)
 from .docments import document
-from .files import TABLES, atomic_path, check_columns, number, read_table, table_kind
+from .files import (
+    TABLES, atomic_path, check_columns, number, read_table, table_kind, unique_object)
 from .store import file_hash, pixels_hash, text_hash
 
 # %% ../nbs/3_paper/38_sources.ipynb #e03a5495
@@ -128,21 +129,13 @@ def read_rows(
 # %% ../nbs/3_paper/38_sources.ipynb #1f603ec2
 _PIECE = 1<<20 # characters read at a time
 
-def _object(pairs:list)->dict:
-    "A JSON object; ValueError for a name that occurs twice."
-    names = [name for name,_ in pairs]
-    if len(set(names))<len(names):
-        twice = next(name for name in names if names.count(name)>1)
-        raise ValueError(f"the name {twice!r} occurs twice")
-    return dict(pairs)
-
 class _JSONText:
     "The text of a JSON file, of which only the unread piece is held."
     def __init__(self, file):
         self.file = file
         self.text = ''
         self.at = 0
-        self.decoder = json.JSONDecoder(object_pairs_hook=_object)
+        self.decoder = json.JSONDecoder(object_pairs_hook=unique_object)
 
     def more(self)->bool:
         rest = self.text[self.at:]
@@ -188,7 +181,7 @@ def _jsonl_stream(path:Path): # the objects of the lines
     with open(path, encoding='utf-8-sig', newline='\n') as file:
         for at,line in enumerate(file, 1):
             if not line.strip(): continue
-            try: row = json.loads(line, object_pairs_hook=_object)
+            try: row = json.loads(line, object_pairs_hook=unique_object)
             except ValueError as e:
                 raise InputError(f"{path}, line {at}: not JSON ({e}); mend or remove the line") from None
             if not isinstance(row, dict): raise InputError(
