@@ -42,9 +42,10 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'ocr', 'nudenet', 'quantize', 'docs', 'dev')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('metrics', 'grader', 'ocr', 'nudenet', 'serve', 'ray', 'app', 'qlora', 'quantize',
+                                                               'docs', 'dev')},
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['py.typed', 'bundle/**']},
+    package_data={lib: ['py.typed', 'bundle/**', 'recipes/**']},
     entry_points={
         'console_scripts': [
             *(f'{name} = {lib}.commands:{name}' for name in COMMANDS),
