@@ -20,7 +20,8 @@ def _margins(
 )->np.ndarray: # (n,) float64
     "Check margins; `ValueError` for none, or one that is NaN or infinite."
     margins = np.asarray(margins, np.float64).ravel()
-    if not len(margins): raise ValueError("no margins; give the score of the preferred image minus the other's, for each pair")
+    if not len(margins): raise ValueError(
+        "no margins; give the score of the preferred image minus the other's, for each pair")
     bad = ~np.isfinite(margins)
     if bad.any(): raise ValueError(
         f"{bad.sum()} of {len(margins)} margins are NaN or infinite (first: pair {bad.argmax()}); leave them out first")
@@ -126,7 +127,8 @@ def fit_temperature(
     if not margins.mean()>0: raise ValueError(
         f"the mean margin is {margins.mean():.3g}: with no temperature is this reward better than a coin")
     if not (margins<0).any(): raise ValueError(
-        f"the reward is right in all {len(margins)} pairs: no pair says how sure is too sure; give more or harder ones")
+        f"the reward is right in all {len(margins)} pairs: no pair says how sure is too sure; "
+        "give more or harder ones")
     scale = np.abs(margins).max()
     unit = margins/scale
     def slope(a): return -(unit/(1+np.exp(np.clip(a*unit, -700, 700)))).mean()
