@@ -6,11 +6,11 @@
 __all__ = ['ANSWERS', 'Pair', 'ring', 'folder_pairs', 'find_pairs', 'TwoGenerators', 'Label', 'Journal', 'label_records',
            'Question', 'LabelSession', 'Agreement', 'agreement']
 
-# %% ../../nbs/9_doors/917_session.ipynb #3b70942c
+# %% ../../nbs/9_doors/917_session.ipynb #772188d0
 import json, os, random, secrets, time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from PIL import Image
 from ..commands.items import PAIR_COLUMNS, find_images, table_items
 from ..core import InputError, as_path, load_image
 from ..docments import document
-from ..files import TABLES, atomic_path, write_table
+from ..files import TABLES, atomic_path, read_table, write_table
 from ..model import name_fault
 from ..store import folder_lock, pixels_hash, text_hash
 
-# %% ../../nbs/9_doors/917_session.ipynb #a742cc85
+# %% ../../nbs/9_doors/917_session.ipynb #f90e83a9
 def _known_as(image, root:Path)->str:
     "What an image is called in keys: a path, below `root` if it lies there, or the hash of its pixels."
     if not isinstance(image, (str, os.PathLike)): return pixels_hash(load_image(image))
@@ -48,7 +48,7 @@ class Pair:
         if names[0]==names[1]: raise InputError(f"{names[0]}: both images of a pair are this one")
         return cls(prompt, a, b, text_hash(json.dumps([prompt, *names])))
 
-# %% ../../nbs/9_doors/917_session.ipynb #e894ba69
+# %% ../../nbs/9_doors/917_session.ipynb #e23d1d9a
 def ring(
     images:list, # of one prompt
     seed:int=0,  # of the order
@@ -60,7 +60,7 @@ def ring(
     n = len(order)
     return [(order[i], order[(i+step)%n]) for step in (1,2) for i in range(n)]
 
-# %% ../../nbs/9_doors/917_session.ipynb #8fec7528
+# %% ../../nbs/9_doors/917_session.ipynb #14bcf72a
 def _prompt_of(image:Path, folder:Path, prompt)->str:
     "The prompt of an image in a folder."
     beside = image.with_suffix('.txt')
@@ -85,10 +85,9 @@ def folder_pairs(
         f"{folder}: no prompt has two images; there are {len(groups)} prompts with one image each")
     return pairs
 
-# %% ../../nbs/9_doors/917_session.ipynb #dc978a38
+# %% ../../nbs/9_doors/917_session.ipynb #dd92ec8e
 def _table_pairs(path:Path, seed:int)->list: # of `Pair`
     "Pairs of a table with two columns of images, or with one and prompts."
-    from llava_reward_nb.files import read_table
     rows = read_table(path)
     have = {name for row in rows for name in row}
     if any(have.issuperset(two) for two in PAIR_COLUMNS):
@@ -105,7 +104,7 @@ def _listed_pair(entry, prompt)->Pair:
         if two is None: raise InputError(
             f"a pair has the fields {', '.join(map(str, entry))}; needed: image_a, image_b and prompt")
         return Pair.of(entry[two[0]], entry[two[1]], entry.get('prompt', prompt))
-    if isinstance(entry, (tuple,list)) and len(entry) in (2,3): return Pair.of(*entry, *[prompt][len(entry)-2:])
+    if isinstance(entry, (tuple,list)) and len(entry) in (2,3): return Pair.of(*[*entry, prompt][:3])
     raise InputError(f"{entry!r:.60} is no pair; needed: (image, image, prompt), or a dict")
 
 def find_pairs(
@@ -125,7 +124,7 @@ def find_pairs(
     if not found: raise InputError("no pairs; pass at least one")
     return list({p.key:p for p in found}.values())
 
-# %% ../../nbs/9_doors/917_session.ipynb #7b5a08e8
+# %% ../../nbs/9_doors/917_session.ipynb #c063ff7b
 def _first_image(made)->Image.Image:
     "The image in what a generator returned."
     made = getattr(made, 'images', made)
@@ -157,7 +156,7 @@ class TwoGenerators:
             with atomic_path(file) as p: image.save(p)
         return Pair.of(*files, prompt, self.folder)
 
-# %% ../../nbs/9_doors/917_session.ipynb #0f85e078
+# %% ../../nbs/9_doors/917_session.ipynb #9e018a53
 @dataclass(frozen=True)
 class Label:
     "One answer."
@@ -172,7 +171,7 @@ class Label:
     at:float        # seconds since 1970
     id:str          # of this answer
 
-# %% ../../nbs/9_doors/917_session.ipynb #213c2167
+# %% ../../nbs/9_doors/917_session.ipynb #4721105f
 class Journal:
     "Answers in a file to which lines are only added."
     def __init__(self,
@@ -203,7 +202,7 @@ class Journal:
             f.seek(size-1)
             return f.read(1)==b'\n'
 
-# %% ../../nbs/9_doors/917_session.ipynb #237dc07d
+# %% ../../nbs/9_doors/917_session.ipynb #8be6c495
 @patch
 def read(self:Journal)->tuple: # (list of `Label` that were not taken back, damaged lines)
     "All answers of all windows."
@@ -219,7 +218,7 @@ def read(self:Journal)->tuple: # (list of `Label` that were not taken back, dama
         except (ValueError, TypeError, KeyError): damaged += 1
     return list(labels.values()), damaged
 
-# %% ../../nbs/9_doors/917_session.ipynb #52b9dcad
+# %% ../../nbs/9_doors/917_session.ipynb #42073bab
 def _vote(choice:str)->tuple: return dict(a=(1,0), b=(0,1), tie=(.5,.5))[choice]
 
 def label_records(
@@ -242,7 +241,7 @@ def label_records(
                          choice_dist=[max(for_a, for_b), min(for_a, for_b)], pair=key))
     return rows
 
-# %% ../../nbs/9_doors/917_session.ipynb #f6420482
+# %% ../../nbs/9_doors/917_session.ipynb #65c8bfe3
 @dataclass(frozen=True)
 class Question:
     "What is asked now."
@@ -264,7 +263,7 @@ def _check_perspectives(names)->list:
         if fault := name_fault(name): raise InputError(f"perspective {name!r}: {fault}")
     return names
 
-# %% ../../nbs/9_doors/917_session.ipynb #76da1fae
+# %% ../../nbs/9_doors/917_session.ipynb #1b0f2cfa
 class LabelSession:
     "Asks for preferences, and keeps the answers; no widget."
     def __init__(self,
@@ -296,7 +295,7 @@ class LabelSession:
 
     def __repr__(self): return f'LabelSession({len(self.labels)} answers, {len(self.pairs)} pairs)'
 
-# %% ../../nbs/9_doors/917_session.ipynb #a12edcca
+# %% ../../nbs/9_doors/917_session.ipynb #7075e2e1
 @patch
 def add(self:LabelSession,
     pairs:list, # of `Pair`
@@ -325,12 +324,13 @@ def answered(self:LabelSession)->set: # of (key, perspective)
 def open_keys(self:LabelSession)->list:
     "Keys of pairs that have a question left, as they will be asked: the most doubtful first."
     done = self.answered()
-    left = [k for k in self.order if k not in self.faulty and any((k,p) not in done for p in self.perspectives)]
+    is_open = lambda k: k not in self.faulty and any((k,p) not in done for p in self.perspectives)
+    left = [k for k in self.order if is_open(k)]
     begun = {x.pair for x in self.mine}
     rank = lambda k: (k!=self.returned, k not in begun, -self.doubts.get(k, -1))
     return sorted(left, key=rank)
 
-# %% ../../nbs/9_doors/917_session.ipynb #7b32480a
+# %% ../../nbs/9_doors/917_session.ipynb #0d00d5cf
 @patch
 def question(self:LabelSession)->Question|None: # None: all is answered
     "What is to be asked now; pairs whose images do not open are set aside."
@@ -347,7 +347,7 @@ def question(self:LabelSession)->Question|None: # None: all is answered
         return Question(pair, perspective, swapped)
     return None
 
-# %% ../../nbs/9_doors/917_session.ipynb #5ea4a1dc
+# %% ../../nbs/9_doors/917_session.ipynb #005dbcef
 @patch
 def _place(self:LabelSession, image)->str:
     "The path of an image from the folder of labels; images from memory are written there first."
@@ -368,7 +368,7 @@ def _label(self:LabelSession, question:Question, choice:str)->Label:
     return Label(pair.key, question.perspective, choice, self.name, pair.prompt, self._place(pair.a),
                  self._place(pair.b), taken, round(time.time(), 2), secrets.token_hex(8))
 
-# %% ../../nbs/9_doors/917_session.ipynb #09fef93a
+# %% ../../nbs/9_doors/917_session.ipynb #f3501de0
 @patch
 def flush(self:LabelSession)->bool: # whether all is on the disk
     "Write what waits, and the records of all perspectives."
@@ -400,7 +400,7 @@ def records_file(self:LabelSession,
     "Where the records of a perspective are."
     return self.folder/f'{perspective}.jsonl'
 
-# %% ../../nbs/9_doors/917_session.ipynb #0c1ca23e
+# %% ../../nbs/9_doors/917_session.ipynb #f1542a71
 @patch
 def answer(self:LabelSession,
     choice:str,             # one of `ANSWERS`
@@ -432,7 +432,7 @@ def undo(self:LabelSession)->Label|None: # what was taken back; None: this windo
     self.flush()
     return label
 
-# %% ../../nbs/9_doors/917_session.ipynb #d1f4075d
+# %% ../../nbs/9_doors/917_session.ipynb #83fba4ca
 @dataclass(frozen=True)
 class Agreement:
     "How often a reward prefers what was chosen."
@@ -450,5 +450,5 @@ def agreement(
     agreed = [leanings[x.pair]>.5 if x.choice=='a' else leanings[x.pair]<.5 for x in told]
     return Agreement(sum(agreed), len(told))
 
-# %% ../../nbs/9_doors/917_session.ipynb #4eb3f73a
+# %% ../../nbs/9_doors/917_session.ipynb #68ec6ead
 document(__name__)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'Job', 'Worker', 'one_line', 'picture_uri', 'Stage', 'still_html', 'Still']
 
-# %% ../../nbs/9_doors/919_stage.ipynb #add163be
-import base64, html, io, threading, time
+# %% ../../nbs/9_doors/919_stage.ipynb #1630c882
+import base64, html, io, threading
 from collections import deque
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from ..docments import document
 try: from anywidget import AnyWidget
 except ImportError: AnyWidget = None # `Stage` says what is missing
 
-# %% ../../nbs/9_doors/919_stage.ipynb #539eaeec
+# %% ../../nbs/9_doors/919_stage.ipynb #4fb4d6a4
 class Job:
     "A piece of work as its function sees it."
     def __init__(self, name:str, work:Callable, changed:Callable):
@@ -36,7 +36,7 @@ class Job:
         self.said = text
         self.changed()
 
-# %% ../../nbs/9_doors/919_stage.ipynb #91af5c82
+# %% ../../nbs/9_doors/919_stage.ipynb #4a340b36
 class Worker:
     "Does jobs one after the other in a thread, the newest of each name only."
     def __init__(self,
@@ -86,7 +86,7 @@ class Worker:
         "Wait until nothing is at work."
         with self.lock: return self.lock.wait_for(lambda: self.thread is None, seconds)
 
-# %% ../../nbs/9_doors/919_stage.ipynb #f37299db
+# %% ../../nbs/9_doors/919_stage.ipynb #da9c2ae7
 def one_line(
     e:BaseException, # an error
 )->str: # at most 300 characters
@@ -117,7 +117,7 @@ def _run(self:Worker):
         if not self.todo: self.job = None
         self.changed()
 
-# %% ../../nbs/9_doors/919_stage.ipynb #5d5b7d8b
+# %% ../../nbs/9_doors/919_stage.ipynb #651cc089
 def picture_uri(
     image,         # anything that `load_image` takes
     side:int=192,  # most pixels of the longer side
@@ -132,7 +132,7 @@ def picture_uri(
     kind = 'png' if is_small else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}'
 
-# %% ../../nbs/9_doors/919_stage.ipynb #c9f400d2
+# %% ../../nbs/9_doors/919_stage.ipynb #faacb24a
 _EVENTS = '''
 const tell = (kind, act, value) => model.send({kind, act, value: value ?? ''});
 root.addEventListener('click', event => {
@@ -157,7 +157,7 @@ root.addEventListener('pointerover', event => {
 root.addEventListener('pointerleave', () => clearTimeout(resting));
 '''
 
-# %% ../../nbs/9_doors/919_stage.ipynb #ed400466
+# %% ../../nbs/9_doors/919_stage.ipynb #00850036
 _FILES = '''
 const PIECE = 512 * 1024;
 const view = Math.random().toString(36).slice(2);
@@ -200,7 +200,7 @@ root.addEventListener('click', event => {
 });
 '''
 
-# %% ../../nbs/9_doors/919_stage.ipynb #fe011830
+# %% ../../nbs/9_doors/919_stage.ipynb #0db351cc
 _DRAW = '''
 const body = document.createElement('div');
 const fill = () => {
@@ -252,7 +252,7 @@ return () => {{
 export default {{render}};
 '''
 
-# %% ../../nbs/9_doors/919_stage.ipynb #b9f9a977
+# %% ../../nbs/9_doors/919_stage.ipynb #a7b4df2c
 STYLE = '''
 .lr-stage { padding: 4px; border-radius: 4px; outline: none; color: var(--jp-content-font-color1, #22262e);
   font: 13px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); }
@@ -284,20 +284,20 @@ STYLE = '''
 .lr-prompt { font-size: 16px; margin: 4px 0; }
 '''
 
-# %% ../../nbs/9_doors/919_stage.ipynb #29637658
+# %% ../../nbs/9_doors/919_stage.ipynb #f91bd258
 class Stage(AnyWidget or DOMWidget):
     "HTML that answers clicks, keys, hovering and dropped files."
     _esm = _ESM
     _css = STYLE
     html = traitlets.Unicode('').tag(sync=True)           # what is shown; escape what is not yours
     pictures = traitlets.Dict().tag(sync=True)            # name -> data URI, for <img data-picture="name">
-    hotkeys = traitlets.List().tag(sync=True)                # names of keys that are taken, such as 'ArrowLeft'
+    hotkeys = traitlets.List().tag(sync=True)             # names of keys it takes, such as 'ArrowLeft'
     takes_files = traitlets.Bool(False).tag(sync=True)    # whether files may be dropped
     label = traitlets.Unicode('').tag(sync=True)          # for readers of screens
 
     def __init__(self,
         hear:Callable=None, # function (kind, act, value): 'click', 'key' or 'hover', on what
-        take:Callable=None, # function (name, bytes, at, of) of a file; at: its number of those dropped together
+        take:Callable=None, # function (name, bytes, at, of) of a file, the at-th of those dropped together
         **traits,
     ):
         if AnyWidget is None: raise ImportError(
@@ -308,7 +308,7 @@ class Stage(AnyWidget or DOMWidget):
         self.pieces = {} # view -> bytes of the file that is arriving
         self.on_msg(self._on_message)
 
-# %% ../../nbs/9_doors/919_stage.ipynb #a627c462
+# %% ../../nbs/9_doors/919_stage.ipynb #b046b314
 @patch
 def _on_message(self:Stage, widget, content:dict, buffers:list):
     "What the script sent."
@@ -336,7 +336,7 @@ def save(self:Stage,
     "Let the browser download a file."
     self.send(dict(kind='save', name=name), [data])
 
-# %% ../../nbs/9_doors/919_stage.ipynb #25469a79
+# %% ../../nbs/9_doors/919_stage.ipynb #00fa1aa1
 _PICTURE = 'data-picture="'
 
 def still_html(
@@ -348,11 +348,11 @@ def still_html(
         content = content.replace(f'{_PICTURE}{html.escape(name)}"', f'src="{uri}"')
     return f'<style>{STYLE}</style><div class="lr-stage">{content}</div>'
 
-# %% ../../nbs/9_doors/919_stage.ipynb #a328a083
+# %% ../../nbs/9_doors/919_stage.ipynb #a07dae6e
 class Still:
     "A static picture of a widget."
     def __init__(self, html:str): self.html = html
     def _repr_html_(self)->str: return self.html
 
-# %% ../../nbs/9_doors/919_stage.ipynb #7bc80928
+# %% ../../nbs/9_doors/919_stage.ipynb #aa2e0103
 document(__name__)
