@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from torch import Tensor
 
 from .core import InputError, as_path, as_prompts, image_list, load_image
 from .docments import document
