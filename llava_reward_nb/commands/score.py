@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Judge', 'perspective_judge', 'reward_judge', 'judge_items', 'score_items', 'compare_items', 'rank_items',
-           'reward_items', 'load', 'mark_misfits', 'llava_reward_score', 'pair_report', 'llava_reward_compare']
+           'reward_items', 'load', 'mark_misfits', 'is_folder', 'llava_reward_score', 'pair_report',
+           'llava_reward_compare']
 
 # %% ../../nbs/9_doors/902_score.ipynb #705abfb1
-import json, math, re, warnings
+import json, math, os, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -389,6 +390,38 @@ def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, ou
         stop_if_bad(items, skip_bad)
         report(rows, out, notes)
 
+# %% ../../nbs/9_doors/902_score.ipynb #8f10bfef
+def is_folder(
+    out, # what --out names, or None
+)->bool:
+    "Whether results are to be parts in a folder: it exists, ends with a slash, or has no suffix."
+    if out is None: return False
+    return str(out).endswith(('/', os.sep)) or as_path(out).is_dir() or not as_path(out).suffix
+
+def _perspectives(model, names, base, num_crops, device, dtype)->dict: # name -> reward
+    "The perspectives of a model that score single images, as rewards."
+    from llava_reward_nb.rewards.llava import LLaVAReward
+    kinds = perspective_kinds(model, names)
+    used = scorable(kinds, bool(names))
+    rm = load(model, used, base, device, dtype, num_crops)
+    return {name:LLaVAReward(rm, name) for name in used}
+
+def _score_bulk(sources:list, rewards, out, how:dict):
+    "Score sources into a folder, and say what was left out."
+    from llava_reward_nb.bulk import Rank, score_sources
+    if not sources: raise UsageError("name folders, tables, tar files or data sets on the hub")
+    if callable(rewards): rewards = rewards(device=how['device'] or Rank.here().device, dtype=how['dtype'])
+    else: check_names(rewards)
+    watched = []
+    def how_far(): return str(watched[0].pace) if watched else 'loading'
+    try:
+        with heartbeat(how_far): summary = score_sources(sources, rewards, out, watch=watched.append, **how)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
+    if Rank.here().number: return # the first process of a group says it for all
+    print(summary)
+    print(f'written to {out}')
+
 # %% ../../nbs/9_doors/902_score.ipynb #cf8f69a9
 @command('''  llava_reward_score a.png b.jpg --prompt "a red circle"
   llava_reward_score renders/ --prompt "a red circle" --perspective alignment fidelity --out scores.csv
@@ -397,16 +430,22 @@ def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, ou
   llava_reward_score photo.jpg --perspective safety
   llava_reward_score a.png --prompt "a red circle" --model me/rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
+  llava_reward_score shards/ items.parquet me/renders --reward tiny/alignment tiny-clip --out scores/
 
 A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts,
 found by the usual names: image, file_name, …; prompt, text, caption. All columns are kept; scores are added.
 Scores of different perspectives are not comparable with each other, only within a column. `<name>_prob`,
 beside a classifier's score, is its probability: for safety, of being safe.
 With --out, finished scores are kept as they come: after an interruption the same command goes on.
+
+A folder as --out is for many images: sources are folders, tables, tar files of samples (000001.jpg beside
+000001.txt or .json) and data sets on the hub, all of them streamed. Parquet files appear in it as it goes,
+with key, prompt, a column for each reward, and error. Started again, or twice at once, or by
+`accelerate launch -m llava_reward_nb score SOURCE … --out DIR`, it scores each row once.
 Exit codes: 0 done (with --skip-bad also if rows were left out), 1 something given cannot be used, 2 wrong
 usage, 130 interrupted.''', words=lambda: dict(reward=reward_names(), dtype=DTYPES))
 def llava_reward_score(
-    images:list[str], # image files and folders (all images inside)
+    images:list[str], # image files and folders (all images inside); with a folder as --out more, see below
     prompt:str='', # the prompt that the images were made for
     table:str=None, # .csv, .tsv, .json, .jsonl or .parquet of images and prompts, in place of images
     model:str=None, # reward model: a folder, a hub id, or 'tiny', which knows shapes only; 'tiny' if left out
@@ -417,7 +456,7 @@ def llava_reward_score(
     dtype:str=None, # float32, bfloat16 or float16; what suits the device if left out
     num_crops:int=None, # crops an image is cut into; as in training if left out
     batch_size:int=8, # images at a time; more is faster on a GPU and needs more memory
-    out:str=None, # write all rows to this .csv, .tsv, .json, .jsonl or .parquet
+    out:str=None, # write all rows to this .csv, .tsv, .json, .jsonl or .parquet; or parts to this folder
     skip_bad:bool=False, # record what is wrong with an image or prompt in its row, and go on
     image_column:str=None, # column of the table that has the images, if its name does not tell
     prompt_column:str=None, # column of the table that has the prompts
@@ -426,6 +465,13 @@ def llava_reward_score(
     if reward and (model or perspective or base or num_crops):
         raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, "
                          "--num-crops and --model out")
+    if is_folder(out):
+        check_settings(device, dtype, None, batch_size, num_crops)
+        how = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column, device=device,
+                   dtype=getattr(torch, dtype) if dtype else None)
+        by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops)
+        rewards = list(reward) if reward else by_model
+        return _score_bulk([*images, *([table] if table else [])], rewards, out, how)
     needed = not table or _need_prompts(reward, model or 'tiny', perspective)
     items = _items_of(images, prompt, table, image_column, prompt_column, out, needed=needed)
     check_settings(device, dtype, out, batch_size, num_crops)
