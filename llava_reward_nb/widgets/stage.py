@@ -120,7 +120,7 @@ def _run(self:Worker):
 # %% ../../nbs/9_doors/919_stage.ipynb #651cc089
 def picture_uri(
     image,         # anything that `load_image` takes
-    side:int=192,  # most pixels of the longer side
+    side:int=256,  # most pixels of the longer side
 )->str: # for the src of an <img>
     "A picture, shrunk, as a data URI; `InputError` if it cannot be opened."
     im = load_image(image).copy()
