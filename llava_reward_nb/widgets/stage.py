@@ -98,24 +98,22 @@ def one_line(
 def _next(self:Worker):
     "The next job; None, and no thread any more, if none waits."
     with self.lock:
-        self.job = self.todo.popleft() if self.todo else None
-        if self.job is None:
+        self.job = job = self.todo.popleft() if self.todo else None
+        if job is None:
             self.thread = None
             self.lock.notify_all()
-        return self.job
+    self.changed()
+    return job
 
 @patch
 def _run(self:Worker):
     "What the thread does."
     while job := self._next():
-        self.changed()
         try:
             job.work(job)
             if not job.is_stopped: self.error = ''
         except Exception as e: self.error = one_line(e)
         job.said = ''
-        if not self.todo: self.job = None
-        self.changed()
 
 # %% ../../nbs/9_doors/919_stage.ipynb #651cc089
 def picture_uri(
