@@ -14,10 +14,11 @@ from ipywidgets import VBox
 
 from ..core import InputError
 from ..docments import document
+from ..views import grid_html, picture_html, text_html, thumbnail
 from .active import PairReader, train_on_labels
 from .judge import ModelJudge, open_judge
 from .session import LabelSession, TwoGenerators, agreement, find_pairs
-from .stage import Stage, Still, Worker, picture_uri, still_html
+from .stage import Stage, Still, Worker
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #1bb701f7
 _KEYS = dict(ArrowLeft='left', ArrowRight='right', ArrowDown='tie', t='tie', s='skip', u='undo',
@@ -29,7 +30,7 @@ def _button(act:str, text:str, title:str='')->str:
     return f'<button data-act="{act}" title="{html.escape(title)}">{html.escape(text)}</button>'
 
 def _line(text:str, kind:str='')->str:
-    return f'<div class="lr-said {kind}" role="status">{html.escape(text)}</div>'
+    return f'<div class="lr-said {kind}" role="status">{text_html(text, 500)}</div>'
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #e17d8a6d
 class Desk:
@@ -165,7 +166,8 @@ def progress_line(self:Desk)->str:
     parts = [f'{len(told)} answered', f'{left} pairs left']
     if s.faulty: parts.append(f'{len(s.faulty)} pairs cannot be shown ({next(iter(s.faulty.values()))})')
     if s.damaged: parts.append(f'{s.damaged} damaged lines of {s.journal.path.name} left out')
-    if told and not s.trouble: parts.append(f'kept in {s.records_file(told[-1].perspective)}')
+    if told and not s.trouble:
+        parts.append(f'kept in {s.folder.name}/{s.records_file(told[-1].perspective).name}')
     return ' · '.join(parts)
 
 @patch
@@ -181,7 +183,7 @@ def state_html(self:Desk)->str:
     for p in s.perspectives:
         told = self.agreement(p)
         if told is not None and told.n: lines.append(_line(
-            f'{p}: the reward agreed with you in {told} pairs, which it doubted most'))
+            f'{p}: the reward agreed with you in {told} pairs; doubtful ones came first'))
     lines += [_line(str(practice)) for practice in self.practices[-len(s.perspectives):]]
     return ''.join(lines)
 
@@ -198,7 +200,7 @@ def question_html(self:Desk)->str:
     side = lambda act: f'<div class="lr-big" data-act="{act}" {place} aria-label="{act}">{image(act)}</div>'
     ask = f'Which is better: <b>{html.escape(q.perspective)}</b>?'
     buttons = ' '.join(_button(act, text) for act,text in _BUTTONS.items())
-    return (f'<div class="lr-prompt">{html.escape(q.pair.prompt)}</div><div>{ask}</div>'
+    return (f'<div class="lr-prompt">{text_html(q.pair.prompt, 1000)}</div><div>{ask}</div>'
             f'<div class="lr-row">{side("left")}{side("right")}</div><div class="lr-tools">{buttons}</div>')
 
 @patch
@@ -214,7 +216,8 @@ def page_html(self:Desk)->str:
 def pictures(self:Desk)->dict: # 'left' and 'right' -> data URI
     "The two images of the question."
     q = self.question
-    return {} if q is None else dict(left=picture_uri(q.left, 512), right=picture_uri(q.right, 512))
+    sides = dict(left=q.left, right=q.right) if q else {}
+    return {side:thumbnail(image, 512, 200_000) for side,image in sides.items()}
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #895b813e
 def _desk(source, out, rm, prompts, prompt, perspectives, seed, changed)->Desk:
@@ -229,7 +232,7 @@ class Labeller(VBox):
     def __init__(self,
         source,                    # a folder, a table, a list of (image, image, prompt), or two generators
         out='labels',              # folder of the answers; a session that is there goes on
-        rm=None,                   # `RewardModel`, reward, or name: what it doubts is asked first; None: no reward
+        rm=None,                   # a reward model, reward or name: what it doubts comes first; None: none
         prompts:list=None,         # for two generators
         prompt:str=None,           # for images whose prompt is not known
         perspectives=('overall',), # what is asked about each pair
@@ -247,7 +250,7 @@ class Labeller(VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return {**bundle, 'text/html':self.still().html, 'text/plain':repr(self)}
+        return {**bundle, 'text/html':self.still().html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #9ee5d046
 @patch
@@ -280,7 +283,14 @@ def _hear(self:Labeller, kind:str, act:str, value:str):
 @patch
 def still(self:Labeller)->Still:
     "What is shown, as a static picture."
-    return Still(still_html(self.desk.page_html(), self.stage.pictures))
+    q = self.desk.question
+    parts = [self.desk.state_html()]
+    if q is not None:
+        images = [picture_html(im, 220, words) for words,im in dict(left=q.left, right=q.right).items()]
+        ask = f'Which is better: {q.perspective}?'
+        asked = f'<p><b>{text_html(q.pair.prompt, 1000)}</b><br>{text_html(ask)}</p>'
+        parts = [asked, grid_html(images, 230), *parts]
+    return Still(''.join(parts), 'Labels')
 
 @patch
 def wait(self:Labeller,

@@ -20,8 +20,9 @@ from ..core import InputError, image_list, image_size
 from ..docments import document
 from ..files import atomic_path, write_table
 from ..shapes.prompts import VOCAB
+from ..views import Gallery, first_note, number_text, plain_text, show_pairs, text_html, thumbnail
 from .judge import ModelJudge, look_each, open_judge
-from .stage import Stage, Still, Worker, one_line, picture_uri, still_html
+from .stage import Stage, Still, Worker, one_line
 
 # %% ../../nbs/9_doors/920_playground.ipynb #8c9c6e4d
 PAGE = 24   # images that are shown at once
@@ -190,7 +191,7 @@ def _paint(self:Board, job):
     for item in self.shown():
         if job.is_stopped: return
         if item.id in self.pictures: continue
-        try: self.pictures[item.id] = picture_uri(item.image)
+        try: self.pictures[item.id] = thumbnail(item.image, 256, 40_000)
         except InputError: self.pictures[item.id] = ''
         job.say('drawing')
 
@@ -246,9 +247,8 @@ def _bar(name:str, value:float, low:float, high:float)->str:
     "One column's bar with its name and value."
     is_known = not math.isnan(value)
     share = (value-low)/(high-low) if is_known and high>low else .5 if is_known else 0
-    said = f'{value:.2f}' if is_known else '–'
-    return (f'<div class="lr-bar"><i style="width:{100*share:.0f}%"></i><b>{html.escape(name)}</b>'
-            f'<span>{said}</span></div>')
+    return (f'<div class="lr-bar"><i style="width:{100*share:.0f}%"></i><b>{text_html(name)}</b>'
+            f'<span>{number_text(value, 2)}</span></div>')
 
 def _button(act:str, text:str, value:str='', **attributes)->str:
     more = ''.join(f' {k}="{html.escape(str(v))}"' for k,v in attributes.items())
@@ -256,14 +256,14 @@ def _button(act:str, text:str, value:str='', **attributes)->str:
 
 @patch
 def _bars(self:Board, item:Item, values:dict)->str:
-    if reason := self.reasons().get(item.id): return f'<div class="lr-bad">{html.escape(reason)}</div>'
+    if reason := self.reasons().get(item.id): return f'<div class="lr-bad">{text_html(reason)}</div>'
     ends = lambda name: self.ranges.get(name, (0., 1.))
     return ''.join(_bar(n, values[n].get(item.id, math.nan), *ends(n)) for n in self.names)
 
 @patch
 def _frame(self:Board, item:Item)->str:
     "Where the picture of an item appears; a small one is enlarged without blur."
-    alt = html.escape(item.name)
+    alt = html.escape(plain_text(item.name))
     sharp = ' class="lr-sharp"' if self.pictures.get(item.id, '').startswith('data:image/png') else ''
     return f'<div class="lr-frame"><img{sharp} alt="{alt}" data-picture="{item.id}"></div>'
 
@@ -271,10 +271,11 @@ def _frame(self:Board, item:Item)->str:
 def _card(self:Board, item:Item, values:dict)->str:
     "A thumbnail with its bars."
     chosen = ' lr-chosen' if item.id in self.chosen else ''
-    name = html.escape(item.name)
+    name = html.escape(plain_text(item.name))
+    title = f'<div class="lr-name" title="{name}">{text_html(item.name)}</div>'
     return (f'<div class="lr-card{chosen}" data-act="choose-image" data-value="{item.id}" role="button" '
             f'tabindex="0" aria-label="{name}">{self._frame(item)}'
-            f'<div class="lr-name" title="{name}">{name}</div>{self._bars(item, values)}</div>')
+            f'{title}{self._bars(item, values)}</div>')
 
 # %% ../../nbs/9_doors/920_playground.ipynb #c149069d
 @patch
@@ -289,15 +290,17 @@ def versus(self:Board)->str:
         gap = values[name][one.id]-values[name][two.id]
         said = f'{p:.0%} for the first' if not math.isnan(p) else f'{gap:+.3g}'
         share = p if not math.isnan(p) else .5+.5*math.copysign(1, gap)*(gap!=0)
-        lines.append(f'<div class="lr-bar"><i style="width:{100*share:.0f}%"></i><b>{html.escape(name)}</b>'
+        lines.append(f'<div class="lr-bar"><i style="width:{100*share:.0f}%"></i><b>{text_html(name)}</b>'
                      f'<span>{said}</span></div>')
-    big = ''.join(f'<div class="lr-big">{self._frame(i)}{html.escape(i.name)}</div>' for i in (one, two))
+    big = ''.join(f'<div class="lr-big">{self._frame(i)}{text_html(i.name)}</div>' for i in (one, two))
     return f'<div class="lr-row lr-versus">{big}<div style="width:280px">{"".join(lines)}</div></div>'
 
 @patch
 def _tools(self:Board)->str:
     "The line of buttons."
-    orders = [_button('order', 'as they came')]+[_button('order', f'by {n}', n) for n in self.names]
+    on = lambda name: {'class':'lr-on'} if self.order_by==name else {}
+    orders = [_button('order', 'as they came', **on(None))]
+    orders += [_button('order', f'by {n}', n, **on(n)) for n in self.names]
     turn = [_button('page', '‹', '-1', title='page before'), f' {self.page+1} of {self.pages()} ',
             _button('page', '›', '1', title='next page')] if self.pages()>1 else []
     keep = [_button('save', 'CSV', 'csv'), _button('save', 'HTML', 'html'), _button('clear', 'Clear')]
@@ -322,15 +325,14 @@ def said(self:Board)->str: # one line of HTML
     doubt = tiny_doubt(self.judge, self.prompt)
     kind = ' lr-bad' if error else ''
     text = error or self.scorer.doing or ' · '.join(filter(None, [self.note, doubt]))
-    return f'<div class="lr-said{kind}" role="status">{html.escape(text)}</div>'
+    return f'<div class="lr-said{kind}" role="status">{text_html(text)}</div>'
 
 # %% ../../nbs/9_doors/920_playground.ipynb #6a323fa0
 @patch
-def cards(self:Board, items=None)->str: # HTML
-    "Thumbnails with bars, of the present page unless items are given."
+def cards(self:Board)->str: # HTML
+    "Thumbnails with bars, of the present page."
     values = self.values()
-    found = self.shown() if items is None else items
-    return f'<div class="lr-row">{"".join(self._card(i, values) for i in found)}</div>'
+    return f'<div class="lr-row">{"".join(self._card(i, values) for i in self.shown())}</div>'
 
 @patch
 def page_html(self:Board)->str:
@@ -340,12 +342,28 @@ def page_html(self:Board)->str:
     return drop+self.said()+(self._tools()+self.versus()+self.cards() if self.items else '')
 
 @patch
-def still(self:Board)->Still:
-    "What is shown, as a static picture."
-    top = f'<div class="lr-prompt">{html.escape(self.prompt)}</div>'
-    shown = [*self.chosen, *(i.id for i in self.shown())]
-    pictures = {str(k):self.pictures[k] for k in shown if k in self.pictures}
-    return Still(still_html(top+self.versus()+self.cards(), pictures))
+def gallery(self:Board,
+    items:list, # of `Item`
+)->Gallery: # draws itself
+    "Images and values without a widget."
+    values = self.values()
+    columns = {name:[values[name].get(i.id, math.nan) for i in items] for name in self.names}
+    images = [i.image for i in items]
+    return Gallery(images, [self.prompt]*len(items), columns, list(range(len(items))), len(items))
+
+@patch
+def still(self:Board,
+    items:list=None, # of `Item`; None: those of the present page
+)->Still:
+    "What is shown, as a static picture: the chosen two, then all."
+    items = self.shown() if items is None else items
+    parts = [self.gallery(items).html() if items else text_html('no images yet')]
+    parts.append(first_note(len(items), len(self.items), 'images'))
+    prob = self.preferences()
+    if prob and not any(map(math.isnan, prob.values())):
+        one,two = (next(i.image for i in self.items if i.id==k) for k in self.chosen)
+        parts.insert(0, show_pairs([one], [two], self.prompt, {k:[p] for k,p in prob.items()}).html())
+    return Still(''.join(parts), plain_text(self.prompt) or 'Playground')
 
 # %% ../../nbs/9_doors/920_playground.ipynb #e4d9e14d
 class Playground(VBox):
@@ -374,7 +392,7 @@ class Playground(VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return {**bundle, 'text/html':self.board.still().html, 'text/plain':repr(self)}
+        return {**bundle, 'text/html':self.board.still().html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/920_playground.ipynb #835f6fb6
 @patch
@@ -450,32 +468,15 @@ def order(self:Playground,
     self.board.start()
 
 # %% ../../nbs/9_doors/920_playground.ipynb #9d10d99f
+_MOST = 1000 # pictures in a page
+
 @patch
 def save(self:Playground,
     path, # .html, or a table: .csv, .tsv, .json, .jsonl, .parquet
 )->Path:
     "Write what is on the board."
-    path = Path(path)
-    if path.suffix.lower()!='.html': return write_table(self.board.rows(), path)
-    with atomic_path(path) as p: p.write_text(self._report(), encoding='utf-8')
-    return path
-
-_MOST = 1000 # pictures in a page
-
-@patch
-def _report(self:Playground)->str: # a whole page
-    board = self.board
-    items = board.ordered()[:_MOST]
-    pictures = {}
-    for i in items:
-        try: pictures[str(i.id)] = board.pictures.get(i.id) or picture_uri(i.image)
-        except InputError: continue
-    more = len(board.items)-len(items)
-    note = f'<p>… and {more} more images</p>' if more else ''
-    title = html.escape(board.prompt or 'Playground')
-    content = f'<h1>{title}</h1>{board.versus()}{board.cards(items)}{note}'
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-    return f'{head}<body>{still_html(content, pictures)}</body></html>'
+    if Path(path).suffix.lower() not in ('.html','.htm'): return write_table(self.board.rows(), path)
+    return self.board.still(self.board.ordered()[:_MOST]).save(path)
 
 @patch
 def saved(self:Playground,
