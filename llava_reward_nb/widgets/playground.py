@@ -20,7 +20,8 @@ from ..core import InputError, image_list, image_size
 from ..docments import document
 from ..files import atomic_path, write_table
 from ..shapes.prompts import VOCAB
-from ..views import Gallery, first_note, number_text, plain_text, show_pairs, text_html, thumbnail
+from llava_reward_nb.views import (Gallery, first_note, number_text, plain_text, show_pairs, text_html,
+    thumbnail)
 from .judge import ModelJudge, look_each, open_judge
 from .stage import Stage, Still, Worker, one_line
 
