@@ -255,8 +255,8 @@ class SafeStop(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         where = Path(args.output_dir)/f'checkpoint-{state.global_step}'
         if not self.ending: return
-        if args.process_index==0: print(f'SIGTERM: stopped after update {state.global_step}; {where} is kept, '
-                                        'the same command with resume goes on', file=sys.stderr)
+        said = f'SIGTERM: stopped after update {state.global_step}; {where} is kept: resume goes on from it'
+        if args.process_index==0: print(said, file=sys.stderr)
         raise Terminated(where)
 
 # %% ../nbs/3_paper/309_guards.ipynb #7d4334ac
