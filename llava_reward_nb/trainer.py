@@ -8,6 +8,7 @@ __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule'
 
 # %% ../nbs/3_paper/312_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -292,7 +293,8 @@ class RewardTrainer(Trainer):
         self.label_names = ['target' if self.loss.pairs else 'label']
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
-        self.add_callback(SafeStop(self.stop))
+        self.watch = SafeStop(self.stop)
+        self.add_callback(self.watch)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #8774a6e9
 @patch
@@ -361,6 +363,8 @@ def _keep_last_update(self:RewardTrainer):
     step = self.state.global_step
     there = (Path(self.args.output_dir)/f'checkpoint-{step}').exists()
     if self.args.world_size>1 or there or step==self._initial_global_step: return
+    began,random = self.watch.epoch_began
+    if began==step: torch.set_rng_state(random) # a run that goes on from here begins the epoch again
     self._save_checkpoint(self.model_wrapped, None)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6e774b67
@@ -493,7 +497,7 @@ def _save(self:RewardTrainer,
         f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: "
         f"lower learning_rate {self.args.learning_rate:g}; {self.kept()}")
     folder = Path(output_dir or self.args.output_dir)
-    with writing(folder, self.kept):
+    with nullcontext() if self.draft else writing(folder, self.kept):
         self.model.save_perspective(self.perspective, folder/self.perspective, training=self.facts())
         recipe = json.dumps(self.recipe(), indent=1)
         with atomic_path(folder/'training_args.json') as p: p.write_text(recipe+'\n')

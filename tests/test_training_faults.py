@@ -1,5 +1,5 @@
 "What a training survives: SIGKILL at any file operation, SIGTERM, a full disk, damaged checkpoints, broken images and numbers; and several processes as one."
-import contextlib, errno, math, multiprocessing, os, shutil, signal, socket, sys, time, warnings
+import contextlib, errno, json, math, multiprocessing, os, shutil, signal, socket, sys, time, warnings
 from pathlib import Path
 
 import pytest, torch
@@ -18,7 +18,7 @@ from llava_reward_nb.weights import MODELS
 
 # processes that have imported everything before they are forked, and have computed nothing
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['test_training_faults'])
+FORKS.set_forkserver_preload(['pytest', 'peft', 'llava_reward_nb.trainer', 'llava_reward_nb.shapes.records'])
 signals = pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
 
 
@@ -37,10 +37,10 @@ def train(folder, resume=False, n=6, pairs=None, callbacks=(), **kw):
     return train_perspective(rm, 'mine', pairs, config(folder, **kw), resume=resume, callbacks=list(callbacks))
 
 
-def trainer(folder, callbacks=(), **kw):
+def trainer(folder, callbacks=(), held=None, **kw):
     torch.manual_seed(0)
     rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu').add_perspective('mine', lora_rank=4, lora_dropout=.05)
-    return RewardTrainer(rm, config(folder, **kw), load_records(alignment_pairs(6, seed=3)), callbacks=list(callbacks))
+    return RewardTrainer(rm, config(folder, **kw), load_records(alignment_pairs(6, seed=3)), held, callbacks=list(callbacks))
 
 
 def weights(folder): return {f'{f}/{k}': v for f in ('adapter_model', 'head') for k, v in load_file(Path(folder)/f'{f}.safetensors').items()}
@@ -59,6 +59,7 @@ def names(folder): return [p.name for p in checkpoints(folder)]
 def uninterrupted(tmp_path_factory):
     "A run's folder, and what its folder was at each file operation on the way."
     folder, seen = tmp_path_factory.mktemp('uninterrupted')/'run', tmp_path_factory.mktemp('moments')
+    folder.mkdir()
     with at_each_file_operation(folder, lambda k: shutil.copytree(folder, seen/f'{k:03d}', symlinks=True)): train(folder)
     return folder, sorted(seen.iterdir())
 
@@ -211,3 +212,213 @@ def test_sigterm_to_one_of_two_processes(tmp_path):
     assert [p.exitcode for p in both] == [143, 143]
     (last,) = list(checkpoints(tmp_path/'two'/'run'))[-1:]
     assert (last/'rng_state_0.pth').exists() and (last/'rng_state_1.pth').exists() and last.name == 'checkpoint-3'
+
+
+def train_alike(folder, n, size):
+    "A run without dropout whose global batch is size times the number of processes; SGD shows gradients as weights."
+    train(folder, n=n, per_device_train_batch_size=size, lora_dropout=0., optim='sgd', lr_scheduler_type='constant', warmup_steps=0, learning_rate=.05,
+          save_steps=3, max_steps=4 if n > 5 else -1)
+
+
+def log_of(folder): return [(e['step'], e['loss'], e['grad_norm']) for e in json.loads((folder/'trainer_state.json').read_text())['log_history'] if 'loss' in e]
+
+
+def same_curve(one, two):
+    assert [s for s, *_ in log_of(one)] == [s for s, *_ in log_of(two)]
+    for (_, *a), (_, *b) in zip(log_of(one), log_of(two)): assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-6)
+    a, b = weights(one/'mine'), weights(two/'mine')
+    for k in a: assert_close(a[k], b[k], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('n', [5, 7])
+def test_two_processes_have_the_loss_curve_of_one(n, tmp_path):
+    "Of seven pairs the last batch of two and two has three; of five it has one, and one process has none."
+    train_alike(tmp_path/'one', n, 4)
+    for p in (both := pair_of_processes(finish_together, tmp_path, train_alike, tmp_path/'two', n, 2)): p.join()
+    assert [p.exitcode for p in both] == [0, 0]
+    same_curve(tmp_path/'one', tmp_path/'two')
+    if n != 7: return
+    shutil.rmtree(tmp_path/'two'/'checkpoint-4')  # as if killed in the second epoch, after a checkpoint in the middle of it
+    shutil.rmtree(tmp_path/'two'/'mine')
+    for f in tmp_path.glob('done-*'): f.unlink()
+    for p in (both := pair_of_processes(finish_together, tmp_path, go_on_alike, tmp_path/'two', n, 2)): p.join()
+    assert [p.exitcode for p in both] == [0, 0]
+    same_curve(tmp_path/'one', tmp_path/'two')
+
+
+def go_on_alike(folder, n, size):
+    global train
+    started = train
+    train = lambda *args, **kw: started(*args, resume=True, **kw) # noqa: E731
+    train_alike(folder, n, size)
+
+
+# A full disk
+
+def fill_up(folder):
+    "After the first checkpoint no file may have more than 20 kB, as on a disk without room."
+    import resource
+    class Full(TrainerCallback):
+        def on_save(self, args, state, control, **kw): resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try: train(folder/'run', callbacks=[Full()])
+    except InputError as e: os.write(os.open(folder/'said', os.O_CREAT | os.O_WRONLY), str(e).encode())
+
+
+@signals
+def test_a_full_disk_leaves_the_last_checkpoint(uninterrupted, tmp_path):
+    process = start(fill_up, tmp_path)
+    process.join()
+    said, run = (tmp_path/'said').read_text(), tmp_path/'run'
+    assert f'{run}/checkpoint-4: cannot be written' in said and 'MB are free there' in said and f'the last good checkpoint is {run}/checkpoint-2' in said
+    assert {p.name for p in run.iterdir()} == {'.lock', 'checkpoint-2'}
+    assert last_checkpoint(run) == run/'checkpoint-2'
+    train(run, resume=True)
+    assert same(weights(run/'mine'), weights(uninterrupted[0]/'mine'))
+
+
+def test_a_disk_that_is_full_at_any_file_operation(tmp_path):
+    "Every checkpoint that cannot be written leaves the folder as it was, also one of the same update, and says so."
+    t, run = trainer(tmp_path/'run', max_steps=2), tmp_path/'run'
+    t.train()
+    with at_each_file_operation(run, lambda k: shutil.copytree(run, tmp_path/f'{k:03d}', symlinks=True)) as watched: t._save_checkpoint(t.model, None)
+    needed, before = watched['count'], tree(run)
+    assert needed > 15 and names(run) == ['checkpoint-2']
+    for k in range(needed): # as if killed there
+        clear_drafts(moment := tmp_path/f'{k:03d}')
+        assert last_checkpoint(moment) == moment/'checkpoint-2' and [p.name for p in moment.iterdir() if p.name != '.lock'] == ['checkpoint-2']
+    for k in range(needed):
+        def full(at):
+            if at == k: raise OSError(errno.ENOSPC, 'No space left on device')
+        with at_each_file_operation(run, full):
+            try: t._save_checkpoint(t.model, None)
+            except InputError as e: assert 'No space left on device' in str(e) and 'the last good checkpoint is' in str(e)
+        clear_drafts(run) # what could not be removed: the next run does it
+        assert {name: h for name, h in tree(run).items() if name.split('/')[-1] not in DATED} == {
+            name: h for name, h in before.items() if name.split('/')[-1] not in DATED}, k
+        assert last_checkpoint(run) == run/'checkpoint-2'
+
+
+DATED = ('README.md', 'trainer_state.json', 'files.json')  # may differ between two checkpoints of one update
+
+
+# Damaged checkpoints
+
+def cut(path): path.write_bytes(path.read_bytes()[:-100])
+def empty(path): path.write_bytes(b'')
+def flip(path): path.write_bytes((b := path.read_bytes())[:len(b)//2]+bytes([b[len(b)//2] ^ 1])+b[len(b)//2+1:])
+
+
+@pytest.mark.parametrize('file, spoil', [('optimizer.pt', cut), ('mine/head.safetensors', flip), ('trainer_state.json', empty)])
+def test_a_damaged_last_checkpoint(file, spoil, uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted[0], tmp_path/'run')
+    shutil.rmtree(run/'mine')
+    spoil(run/'checkpoint-6'/file)
+    with pytest.raises(ValueError, match='is not a complete checkpoint'): trainer(run).train(str(run/'checkpoint-6'))
+    with pytest.warns(UserWarning, match=f'passed over: .*{file}'): train(run, resume=True)
+    assert same(weights(run/'mine'), weights(uninterrupted[0]/'mine'))
+    assert names(run) == ['checkpoint-4', 'checkpoint-6'] and (run/'damaged-checkpoint-6').is_dir()
+
+
+def test_no_good_checkpoint_at_all(uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted[0], tmp_path/'run')
+    for step in 4, 6: flip(run/f'checkpoint-{step}'/'optimizer.pt')
+    with pytest.raises(ValueError, match='checkpoints of an earlier run'): train(run)
+    with pytest.warns(UserWarning, match='passed over') as said: train(run, resume=True)
+    assert len([w for w in said if 'passed over' in str(w.message)]) == 2
+    assert same(weights(run/'mine'), weights(uninterrupted[0]/'mine'))
+
+
+def test_damage_never_pushes_out_a_good_checkpoint(tmp_path):
+    "A damaged checkpoint of a later update does not count among those that are kept."
+    t, run = trainer(tmp_path/'run', max_steps=2, save_total_limit=1), tmp_path/'run'
+    t.train()
+    shutil.copytree(run/'checkpoint-2', run/'checkpoint-9')
+    cut(run/'checkpoint-9'/'optimizer.pt')
+    t.state.global_step = 3
+    t._save_checkpoint(t.model, None)
+    assert names(run) == ['checkpoint-3']
+
+
+# Images and numbers
+
+def test_broken_images_before_training(tmp_path):
+    pairs = load_records(write_records(alignment_pairs(6, seed=3), tmp_path/'pairs'))
+    cut(pairs[1]['chosen_path'])
+    empty(pairs[4]['reject_path'])
+    with pytest.raises(InputError, match=r'2 of 6 records cannot be used:\n  record 1, chosen_path: .*\n  record 4, reject_path: '): train(tmp_path/'run', pairs=list(pairs))
+    assert not (tmp_path/'run').exists()
+    with pytest.warns(UserWarning, match='left out'): good = load_records(list(pairs), skip_bad=True)
+    train(tmp_path/'run', pairs=good, max_steps=1)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_breaks_in_the_middle(workers, uninterrupted, tmp_path):
+    "The run stops, names it, and with the image mended goes on to the weights it would have had."
+    pairs = load_records(write_records(alignment_pairs(6, seed=3), tmp_path/'pairs'))
+    file = pairs[5]['reject_path']
+    whole = file.read_bytes()
+    class Break(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kw):
+            if state.global_step: empty(file)
+    with pytest.raises(InputError, match=r'^record 5, reject_path: .*the last good checkpoint is .*checkpoint-\d'):
+        train(tmp_path/'run', pairs=pairs, callbacks=[Break()], dataloader_num_workers=workers)
+    assert not (tmp_path/'run'/'mine').exists()
+    file.write_bytes(whole)
+    train(tmp_path/'run', pairs=pairs, resume=True, dataloader_num_workers=workers)
+    for k, w in weights(tmp_path/'run'/'mine').items(): assert_close(w, weights(uninterrupted[0]/'mine')[k], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_broken_loss_stops_before_it_reaches_a_weight(bad, tmp_path):
+    t = trainer(tmp_path/'run', save_total_limit=None)
+    loss, before = t.compute_loss, {}
+    def breaks(model, inputs, **kw):
+        broken = t.state.global_step == 4
+        if broken: before.update({n: p.detach().clone() for n, p in model.named_parameters()})
+        return loss(model, inputs, **kw)*(bad if broken else 1)
+    t.compute_loss = breaks
+    with pytest.raises(ValueError) as e: t.train()
+    a, b = sorted(t.places)
+    assert f'the loss is {bad} at step 5, with records {a}, {b} of records;' in str(e.value) and str(e.value).endswith('checkpoint-4')
+    assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
+    assert names(tmp_path/'run') == ['checkpoint-2', 'checkpoint-4']
+
+
+def test_float16_may_lose_a_few_updates(tmp_path):
+    "Its scaler leaves out an update whose gradient overflows; only a long row of them is an error."
+    t = trainer(tmp_path)
+    t.accelerator.scaler = object()
+    for _ in range(2):
+        for _ in range(20): t._get_grad_norm(t.model, math.inf)
+        t._get_grad_norm(t.model, 1.)
+    for _ in range(20): t._get_grad_norm(t.model, math.nan)
+    with pytest.raises(ValueError, match='the norm of the gradient is nan'): t._get_grad_norm(t.model, math.nan)
+
+
+def test_a_good_checkpoint_is_not_replaced_by_a_bad_one(tmp_path):
+    "A run goes on from an older checkpoint and breaks just where a good one lies."
+    t, run = trainer(tmp_path/'run', save_total_limit=None), tmp_path/'run'
+    t.train()
+    before = tree(run)
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 4: next(p for p in kw['model'].parameters() if p.requires_grad).data[0] = math.nan
+    with pytest.raises(ValueError, match='no longer finite after step 4'): trainer(run, [Break()], save_total_limit=None).train(str(run/'checkpoint-2'))
+    assert tree(run) == before
+
+
+def test_the_best_checkpoint_survives_a_move(tmp_path):
+    "A run that goes on in a folder that was renamed knows its best checkpoint."
+    def make(folder, callbacks=()):
+        return trainer(folder, callbacks, load_records(alignment_pairs(4, seed=5)), eval_strategy='steps', eval_steps=2, load_best_model_at_end=True,
+                       learning_rate=.05, num_train_epochs=3)
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw): control.should_training_stop = state.global_step == 4
+    straight = make(tmp_path/'straight')
+    straight.train()
+    make(tmp_path/'run', [Stop()]).train()
+    (tmp_path/'run').rename(tmp_path/'moved')
+    moved = make(tmp_path/'moved')
+    moved.train(True)
+    assert Path(moved.state.best_model_checkpoint).name == Path(straight.state.best_model_checkpoint).name
+    assert all(torch.equal(p, q) for p, q in zip(straight.model.parameters(), moved.model.parameters()))
