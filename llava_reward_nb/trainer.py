@@ -33,6 +33,7 @@ from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
 from .stats import TIE, accuracy, f1, mean, pair_decisions, recall, threshold_decisions
 from .store import tensors_hash
+from .vision_cache import CachedVision, fill_cache
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6a5e9089
 def pairwise_accuracy(
@@ -136,6 +137,7 @@ class RewardConfig(TrainingArguments):
     lora_rank:int = 128                  # rank of the LoRA matrices of a new perspective, >= 1
     lora_alpha:int = 256                 # their scale is lora_alpha/lora_rank
     lora_dropout:float = .05             # on their input, 0 to below 1
+    vision_cache:str|None = None         # folder for features of the frozen tower; None: computed each time
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
@@ -275,6 +277,7 @@ class RewardTrainer(Trainer):
         self.measured = {} # metric of the weights as they are -> value and records, for `facts`
         self.places = []   # of the records of the update that is computed
         self.stop = StopSignal()
+        self.filled = []   # records whose images the vision cache has
         train_dataset = _as_records(train_dataset)
         eval_dataset = _as_records(eval_dataset)
         for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
@@ -295,6 +298,35 @@ class RewardTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.watch = SafeStop(self.stop)
         self.add_callback(self.watch)
+        self.vision = self._cached_vision() if args.vision_cache else None
+        if self.vision: self.data_collator.collator = self.vision.collator(self.data_collator.collator)
+
+    def _cached_vision(self)->CachedVision:
+        "The tower with a cache, in the precision of this run."
+        precision = 'bfloat16' if self.args.bf16 else 'float16' if self.args.fp16 else 'none'
+        return CachedVision(self.args.vision_cache, self.model, precision, self.accelerator.autocast)
+
+# %% ../nbs/3_paper/312_trainer.ipynb #e6b59801
+@patch
+def _fill_cache(self:RewardTrainer,
+    records, # `RewardRecords`, a dict of several, or None
+):
+    "Compute the features that the cache lacks, all processes together."
+    if not self.vision: return
+    for one in _several(records):
+        if any(one is known for known in self.filled): continue
+        fill_cache(self.vision, one, self.args.process_index, self.args.world_size)
+        self.filled.append(one)
+    self.accelerator.wait_for_everyone()
+
+@patch
+def _prepare_inputs(self:RewardTrainer,
+    inputs:dict, # a batch of the collator
+)->dict: # the same on the model's device
+    "A batch for the model; features of single images are joined."
+    inputs = Trainer._prepare_inputs(self, inputs)
+    if isinstance(inputs.get('features'), list): inputs['features'] = self.vision.join(inputs['features'])
+    return inputs
 
 # %% ../nbs/3_paper/312_trainer.ipynb #8774a6e9
 @patch
@@ -408,9 +440,10 @@ def evaluate(self:RewardTrainer,
     **kwargs,          # see `Trainer.evaluate`
 )->dict: # eval_loss and the other metrics, and times
     "Measure the weights as they are."
-    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
     records = self.eval_dataset if eval_dataset is None else eval_dataset
     if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
+    self._fill_cache(records)
+    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
     if isinstance(records, RewardRecords):
         told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
         where = f'{_files(records)} ({len(records)} {records.kind}s)'
@@ -645,6 +678,7 @@ def train(self:RewardTrainer,
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train
+        for records in (self.train_dataset, self.eval_dataset): self._fill_cache(records)
         before = _norms(self.model)
         out = self._run(checkpoint, **kwargs)
         if not checkpoint: _check_moved(before, _norms(self.model), out.global_step)
