@@ -62,6 +62,7 @@ def _sum(tensors:dict)->str:
         total = zlib.crc32(t.contiguous().view(-1).view(torch.uint8).numpy(), total)
     return f'{total:08x}'
 
+# %% ../nbs/3_paper/310_vision_cache.ipynb #96cf49ac
 class VisionCache:
     "Features of images by their hashes, in a folder; can be pickled."
     def __init__(self,
