@@ -24,6 +24,11 @@ from llava_reward_nb.widgets import Labeller
 labeller = Labeller('shapes', 'labels', 'tiny', perspectives=['alignment'])
 labeller
 '''
+HEAT = '''
+from llava_reward_nb.widgets import Playground
+labeller.wait()
+Playground(labeller.desk.judge, 'shapes/images', 'a red star')
+'''
 DROP = '''async ([name, text, n]) => {
   const files = new DataTransfer();
   for (let i = 0; i < n; i++) {
@@ -69,7 +74,7 @@ def test_playground(lab, window):
     said(page, 'notes.txt: not an image')
     cards = page.locator('.lr-card')
     cards.nth(2).locator('.lr-bar', has_text='32').wait_for()  # 22 pixels wide, and a prompt of 10 letters
-    assert cards.nth(2).locator('img').get_attribute('src').startswith('data:image/png')
+    assert cards.nth(2).locator('img').first.get_attribute('src').startswith('data:image/png')
     prompt = page.get_by_placeholder('prompt')
     prompt.fill('نجمة 星')
     cards.first.locator('.lr-bar', has_text='26').wait_for()
@@ -102,25 +107,30 @@ def test_five_hundred_images_stay_responsive(lab, window, many):
     assert window.complaints() == []
 
 
-def test_labeller(lab, window, shapes):
-    page = window.run(lab.notebook('label.ipynb', LABEL))
-    page.locator('.lr-big img[src]').nth(1).wait_for()
-    stage = page.locator('.lr-stage')
-    assert 'agreed' not in stage.inner_text()
-    stage.focus()
-    for k, key in enumerate(['ArrowLeft', 'ArrowRight', 't', 'd', 'd', 'x'], 1):  # the last three delete cells elsewhere
+def test_labeller_and_heat(lab, window, shapes):
+    page = window.run(lab.notebook('label.ipynb', LABEL, HEAT))
+    cells = page.locator('.jp-Notebook .jp-CodeCell')
+    label, play = cells.nth(0), cells.nth(1)
+    label.locator('.lr-big img[src]').nth(1).wait_for()
+    assert 'agreed' not in label.inner_text()
+    label.locator('.lr-stage').focus()
+    for k, key in enumerate(['ArrowLeft', 'ArrowRight', 't', 'd', 'd', 'x'], 1):  # elsewhere the last three delete cells
         page.keyboard.press(key)
-        said(page, f'{min(k, 3)} answered')
+        said(label, f'{min(k, 3)} answered')
     page.keyboard.press('u')
-    said(page, '2 answered')
+    said(label, '2 answered')
     page.keyboard.press('s')
-    page.get_by_role('button', name='← left').click()
-    said(page, '3 answered')
-    assert page.locator('.jp-Notebook .jp-Cell').count() == 1
-    said(page, 'the reward agreed with you in')
-    records = load_records(lab.folder/'labels/alignment.jsonl')
-    assert len(records) == 3
-    page.get_by_role('button', name=re.compile('Train on these')).click()
-    said(page, 'my_alignment, trained on')
+    label.get_by_role('button', name='← left').click()
+    said(label, '3 answered')
+    assert cells.count() == 2
+    said(label, 'the reward agreed with you in')
+    assert len(load_records(lab.folder/'labels/alignment.jsonl')) == 3
+    label.get_by_role('button', name=re.compile('Train on these')).click()
+    said(label, 'my_alignment, trained on')
     page.screenshot(path=lab.folder/'label.png')
+    play.locator('.lr-card').nth(1).hover()
+    play.locator('.lr-card').nth(1).locator('img.lr-heat[src]').wait_for()
+    said(play, 'attention of SkipCA, perspective alignment')
+    page.wait_for_timeout(300)  # for the screenshot: the map fades in
+    page.screenshot(path=lab.folder/'heat.png')
     assert window.complaints() == []

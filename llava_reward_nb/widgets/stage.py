@@ -255,7 +255,8 @@ button[data-act]:hover, button.lr-on { background: var(--jp-brand-color3, #bbdef
 .lr-card img, .lr-big img { width: 100%; height: 100%; object-fit: contain; }
 .lr-sharp { image-rendering: pixelated; }
 .lr-heat { position: absolute; inset: 0; opacity: 0; transition: opacity .15s; }
-.lr-card:hover .lr-heat { opacity: 1; }
+.lr-heat:not([src]) { display: none; }
+.lr-card:hover .lr-heat, .lr-card:focus .lr-heat { opacity: 1; }
 .lr-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: 11px; }
 .lr-bar { position: relative; height: 15px; margin-top: 2px; font-size: 11px; line-height: 15px;
   background: var(--jp-layout-color2, #eee); border-radius: 2px; }
