@@ -154,12 +154,14 @@ def _eight_bits(
     return rounded.to(torch.uint8) if is_tensor else rounded.astype(np.uint8)
 
 # %% ../nbs/1_foundations/101_core.ipynb #6c3978e8
+def _described(x)->str: return f"{type(x).__name__} of shape {tuple(x.shape)} and {x.dtype}"
+
 def array_bytes(
     x,                # numpy array or tensor, one image
     name:str='image', # how to call it in errors
 ): # uint8 (h, w, channels), array or tensor as `x`, on its device
     "The bytes of an image given as an array; `InputError` if it is not clear which picture it is."
-    got = f"{type(x).__name__} of shape {tuple(x.shape)} and {x.dtype}"
+    got = _described(x)
     if isinstance(x, Tensor): x = x.detach()
     axis = channel_axis(x.shape, name, got)
     if axis is None: pixels = x[...,None]
@@ -285,7 +287,7 @@ def image_size(
     is_bytes = isinstance(x, _BYTES)
     if isinstance(x, (np.ndarray, Tensor)):
         name = name or 'image'
-        axis = channel_axis(x.shape, name)
+        axis = channel_axis(x.shape, name, _described(x))
         height,width = (n for i,n in enumerate(x.shape) if axis is None or i!=axis%3)
         _check_size((width,height), name)
         return width, height

@@ -477,8 +477,8 @@ def __call__(self:ImageText,
     prompts = as_prompts(prompts, len(images))
     sizes = [picture_size(im) for im in images]
     rows = self.rows(sizes, prompts)
-    if self.takes_bytes() and all(isinstance(im, Tensor) for im in images): pixels = self.pixels_of_bytes(images)
-    else: pixels = self.pixels([to_pil(im) for im in images])
+    as_bytes = self.takes_bytes() and all(isinstance(im, Tensor) for im in images)
+    pixels = self.pixels_of_bytes(images) if as_bytes else self.pixels([to_pil(im) for im in images])
     return dict(**self.pad(rows, sizes, pixels.get('image_grid_thw')), **pixels)
 
 # %% ../nbs/3_paper/304_generic.ipynb #a50e96f9
@@ -574,7 +574,7 @@ class LlavaNextText(ImageText):
         n = self.side**2+rows*(columns+1)
         return self.template.replace(self.processor.image_token, self.processor.image_token*n)
 
-# %% ../nbs/3_paper/304_generic.ipynb #d8717725
+# %% ../nbs/3_paper/304_generic.ipynb #c998f196
 def normalized(
     x:Tensor, # (…,3,h,w) float in [0,1]
     settings, # of an image processor
@@ -613,7 +613,7 @@ def anyres_tiles(
     tiles = whole.unfold(2, k, k).unfold(3, k, k).permute(0,2,3,1,4,5).flatten(1, 2)
     return torch.cat([resize(x, (k, k))[:,None], tiles], 1)
 
-# %% ../nbs/3_paper/304_generic.ipynb #67899b89
+# %% ../nbs/3_paper/304_generic.ipynb #e0f49d8b
 def _usual_steps(settings)->bool: # of an image processor
     steps = all(getattr(settings, s, False) for s in ('do_resize', 'do_rescale', 'do_normalize'))
     return steps and settings.resample==Image.Resampling.BICUBIC

@@ -4,6 +4,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import families
+from llava_reward_nb import pixels
 from llava_reward_nb.core import InputError
 from llava_reward_nb.generic import load_backbone
 from llava_reward_nb.model import RewardModel
@@ -115,6 +116,17 @@ UNCLEAR = [  # what a trainer passes by mistake; words of the error
 @pytest.mark.parametrize('name', ['tiny', 'tiny-clip', 'tiny-imagereward'])
 def test_unclear_arrays_are_errors(name, images, says):
     with pytest.raises(InputError, match=says): load_reward(name, device='cpu')(images, 'a star')
+
+
+def test_no_picture_is_made_where_an_accelerator_resizes(monkeypatch):
+    "With the resize of accelerators, here on the CPU: Pillow sees no pixel, and no score changes."
+    rewards = [load_reward(name, device='cpu') for name in ('tiny', 'tiny-clip', 'tiny-hpsv2', 'tiny-imagereward')]
+    ims = pictures()[:3]
+    want = [reward(ims, PROMPTS[:3]) for reward in rewards]
+    x = [channels_first(im)/255 for im in ims]
+    monkeypatch.setattr(pixels, '_resize_pillow', pixels._resize_integers)
+    monkeypatch.setattr(Image, 'fromarray', lambda *a, **k: pytest.fail('a picture was made'))
+    for reward, scores in zip(rewards, want): assert_close(reward(x, PROMPTS[:3]), scores, atol=1e-4, rtol=1e-5)
 
 
 @needs_gpu
