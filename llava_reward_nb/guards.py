@@ -114,10 +114,13 @@ def publish(
     path:Path,  # becomes it; what was there goes
 ):
     "Give a sealed checkpoint its name."
-    old = draft.with_name(f'{draft.name}.old')
+    old = path.with_name(f'{draft_folder(path).name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if path.exists(): os.replace(path, old)
-    os.replace(draft, path)
+    try: os.replace(draft, path)
+    except OSError:
+        if old.exists(): os.replace(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 def clear_drafts(
@@ -239,6 +242,10 @@ class SafeStop(TrainerCallback):
     ):
         self.stop = stop
         self.ending = False
+        self.epoch_began = None # update, and state of PyTorch's random numbers, when this epoch began
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch_began = (state.global_step, torch.get_rng_state())
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = state.best_global_step and Path(args.output_dir)/f'checkpoint-{state.best_global_step}'
@@ -255,8 +262,8 @@ class SafeStop(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         where = Path(args.output_dir)/f'checkpoint-{state.global_step}'
         if not self.ending: return
-        if args.process_index==0: print(f'SIGTERM: stopped after update {state.global_step}; {where} is kept, '
-                                        'the same command with resume goes on', file=sys.stderr)
+        said = f'SIGTERM: stopped after update {state.global_step}; {where} is kept: resume goes on from it'
+        if args.process_index==0: print(said, file=sys.stderr)
         raise Terminated(where)
 
 # %% ../nbs/3_paper/309_guards.ipynb #7d4334ac

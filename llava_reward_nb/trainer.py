@@ -8,6 +8,7 @@ __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule'
 
 # %% ../nbs/3_paper/312_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
 from .stats import TIE, accuracy, f1, mean, pair_decisions, recall, threshold_decisions
 from .store import tensors_hash
+from .vision_cache import CachedVision, fill_cache
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6a5e9089
 def pairwise_accuracy(
@@ -135,6 +137,7 @@ class RewardConfig(TrainingArguments):
     lora_rank:int = 128                  # rank of the LoRA matrices of a new perspective, >= 1
     lora_alpha:int = 256                 # their scale is lora_alpha/lora_rank
     lora_dropout:float = .05             # on their input, 0 to below 1
+    vision_cache:str|None = None         # folder for features of the frozen tower; None: computed each time
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
@@ -274,6 +277,7 @@ class RewardTrainer(Trainer):
         self.measured = {} # metric of the weights as they are -> value and records, for `facts`
         self.places = []   # of the records of the update that is computed
         self.stop = StopSignal()
+        self.filled = []   # records whose images the vision cache has
         train_dataset = _as_records(train_dataset)
         eval_dataset = _as_records(eval_dataset)
         for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
@@ -292,7 +296,37 @@ class RewardTrainer(Trainer):
         self.label_names = ['target' if self.loss.pairs else 'label']
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
-        self.add_callback(SafeStop(self.stop))
+        self.watch = SafeStop(self.stop)
+        self.add_callback(self.watch)
+        self.vision = self._cached_vision() if args.vision_cache else None
+        if self.vision: self.data_collator.collator = self.vision.collator(self.data_collator.collator)
+
+    def _cached_vision(self)->CachedVision:
+        "The tower with a cache, in the precision of this run."
+        precision = 'bfloat16' if self.args.bf16 else 'float16' if self.args.fp16 else 'none'
+        return CachedVision(self.args.vision_cache, self.model, precision, self.accelerator.autocast)
+
+# %% ../nbs/3_paper/312_trainer.ipynb #e6b59801
+@patch
+def _fill_cache(self:RewardTrainer,
+    records, # `RewardRecords`, a dict of several, or None
+):
+    "Compute the features that the cache lacks, all processes together."
+    if not self.vision: return
+    for one in _several(records):
+        if any(one is known for known in self.filled): continue
+        fill_cache(self.vision, one, self.args.process_index, self.args.world_size)
+        self.filled.append(one)
+    self.accelerator.wait_for_everyone()
+
+@patch
+def _prepare_inputs(self:RewardTrainer,
+    inputs:dict, # a batch of the collator
+)->dict: # the same on the model's device
+    "A batch for the model; features of single images are joined."
+    inputs = Trainer._prepare_inputs(self, inputs)
+    if isinstance(inputs.get('features'), list): inputs['features'] = self.vision.join(inputs['features'])
+    return inputs
 
 # %% ../nbs/3_paper/312_trainer.ipynb #8774a6e9
 @patch
@@ -361,6 +395,8 @@ def _keep_last_update(self:RewardTrainer):
     step = self.state.global_step
     there = (Path(self.args.output_dir)/f'checkpoint-{step}').exists()
     if self.args.world_size>1 or there or step==self._initial_global_step: return
+    began,random = self.watch.epoch_began
+    if began==step: torch.set_rng_state(random) # a run that goes on from here begins the epoch again
     self._save_checkpoint(self.model_wrapped, None)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6e774b67
@@ -404,9 +440,10 @@ def evaluate(self:RewardTrainer,
     **kwargs,          # see `Trainer.evaluate`
 )->dict: # eval_loss and the other metrics, and times
     "Measure the weights as they are."
-    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
     records = self.eval_dataset if eval_dataset is None else eval_dataset
     if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
+    self._fill_cache(records)
+    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
     if isinstance(records, RewardRecords):
         told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
         where = f'{_files(records)} ({len(records)} {records.kind}s)'
@@ -493,7 +530,7 @@ def _save(self:RewardTrainer,
         f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: "
         f"lower learning_rate {self.args.learning_rate:g}; {self.kept()}")
     folder = Path(output_dir or self.args.output_dir)
-    with writing(folder, self.kept):
+    with nullcontext() if self.draft else writing(folder, self.kept):
         self.model.save_perspective(self.perspective, folder/self.perspective, training=self.facts())
         recipe = json.dumps(self.recipe(), indent=1)
         with atomic_path(folder/'training_args.json') as p: p.write_text(recipe+'\n')
@@ -641,6 +678,7 @@ def train(self:RewardTrainer,
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train
+        for records in (self.train_dataset, self.eval_dataset): self._fill_cache(records)
         before = _norms(self.model)
         out = self._run(checkpoint, **kwargs)
         if not checkpoint: _check_moved(before, _norms(self.model), out.global_step)
