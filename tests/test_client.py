@@ -8,7 +8,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from llava_reward_nb import client as client_module
-from llava_reward_nb.client import RemoteReward, RewardServer, flow_grpo_reward, image_payload, trl_reward
+from llava_reward_nb.client import RemoteReward, flow_grpo_reward, image_payload, trl_reward
 from llava_reward_nb.core import InputError, load_image
 from llava_reward_nb.rewards import load_reward, score_all
 from llava_reward_nb.rewards.grader import EndpointError
