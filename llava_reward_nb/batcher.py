@@ -17,7 +17,6 @@ from functools import lru_cache
 import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image
-from torch import Tensor
 
 from .core import InputError, as_scores
 from .docments import document
@@ -63,20 +62,34 @@ class ModelFamily:
         vectors = self.model.embed_all(images, prompts, told, len(images))
         return {n:vectors[p] for n,p in zip(names, told)}
 
-    def score(self,
-        name:str,     # of a reward that can score one image
-        vector:tuple, # what `run` gave for it
-    )->float:
-        "The score that a vector stands for."
-        return float(self.losses[name].score(torch.tensor([vector]))[0])
+# %% ../nbs/7_scale/713_batcher.ipynb #9f17d718
+@patch
+def score(self:ModelFamily,
+    name:str,     # of a reward that can score one image
+    vector:tuple, # what `run` gave for it
+)->float:
+    "The score that a vector stands for."
+    return float(self.losses[name].score(torch.tensor([vector]))[0])
 
-    def prefers(self,
-        name:str, # of a reward
-        a:tuple,  # vector of the first image
-        b:tuple,  # vector of the second
-    )->float: # 0 to 1
-        "Probability that the first of two images is preferred."
-        return float(self.losses[name].prob(torch.tensor([a]), torch.tensor([b]))[0])
+@patch
+def prefers(self:ModelFamily,
+    name:str, # of a reward
+    a:tuple,  # vector of the first image
+    b:tuple,  # vector of the second
+)->float: # 0 to 1
+    "Probability that the first of two images is preferred."
+    return float(self.losses[name].prob(torch.tensor([a]), torch.tensor([b]))[0])
+
+@patch
+def values(self:ModelFamily,
+    name:str,    # of a reward
+    images:list, # vectors of images for one prompt
+)->list: # of numbers
+    "What images are ranked by: scores, or the mean preference over the others."
+    v = torch.tensor(images)
+    if name not in self.compares: return self.losses[name].score(v).tolist()
+    wins = self.losses[name].prob(v[:,None], v[None]).sum(1)-.5 # an image against itself counts .5
+    return (wins/max(1, len(v)-1)).tolist()
 
 # %% ../nbs/7_scale/713_batcher.ipynb #b5c2584b
 class RewardFamily:
@@ -128,6 +141,13 @@ class RewardFamily:
         "None: nobody knows how sure it is."
         return None
 
+    def values(self,
+        name:str,    # the one name
+        images:list, # vectors of images for one prompt
+    )->list: # of numbers
+        "What images are ranked by: the scores."
+        return [v[0] for v in images]
+
 # %% ../nbs/7_scale/713_batcher.ipynb #6723d4a3
 def _model_and_perspective(spec:str)->tuple: # (model, perspective), or (None, None) for another reward
     "Look at the name of a reward."
@@ -155,12 +175,14 @@ def load_families(
         if model:
             wanted = shared.pop(model, None)
             if not wanted: continue # loaded with an earlier one
-            rm = RewardModel.from_pretrained(model, list(dict.fromkeys(wanted.values())), device=device, dtype=dtype)
+            different = list(dict.fromkeys(wanted.values()))
+            rm = RewardModel.from_pretrained(model, different, device=device, dtype=dtype)
             families.append(ModelFamily(rm, wanted))
             continue
         reward = load_reward(spec, device, dtype)
-        is_ours = isinstance(reward, LLaVAReward)
-        families.append(ModelFamily(reward.model, {spec:reward.perspective}) if is_ours else RewardFamily(spec, reward))
+        family = RewardFamily(spec, reward)
+        if isinstance(reward, LLaVAReward): family = ModelFamily(reward.model, {spec:reward.perspective})
+        families.append(family)
     return families
 
 # %% ../nbs/7_scale/713_batcher.ipynb #ac0368fd
@@ -293,7 +315,9 @@ def _rows(self:Batcher, q:Question, now:float)->list: # of (lane, row)
     for names in by_family.values():
         family = self.families[names[0]]
         names = [n for n in family.names if n in names]
-        try: rows.append((self._lane(family, names, q), _Row(q, names, family.count(q.image.size, q.prompt), now)))
+        try:
+            tokens = family.count(q.image.size, q.prompt)
+            rows.append((self._lane(family, names, q, tokens), _Row(q, names, tokens, now)))
         except InputError as e: bad |= {n:Answer(error=plain(e)) for n in names}
     q.answer(bad)
     return rows
@@ -307,9 +331,8 @@ def plain(
     return text
 
 @patch
-def _lane(self:Batcher, family, names:list, q:Question)->Lane:
+def _lane(self:Batcher, family, names:list, q:Question, tokens:int)->Lane:
     "Where a question waits; its own size and prompt decide."
-    tokens = family.count(q.image.size, q.prompt)
     wide = -(-tokens//STEP)*STEP if self.exact else 0
     visual = family.count(q.image.size, '') if self.exact else 0
     key = id(family),tuple(names),visual,wide
@@ -345,7 +368,8 @@ def _take(self:Batcher)->tuple: # (lane, rows); (None, []) at the end
     with self.changed:
         while True:
             self._drop_cancelled()
-            lanes = sorted((lane for lane in self.lanes.values() if lane.rows), key=lambda lane: lane.rows[0].arrived)
+            lanes = [lane for lane in self.lanes.values() if lane.rows]
+            lanes.sort(key=lambda lane: lane.rows[0].arrived)
             if not lanes and not self.open: return None,[]
             full = [lane for lane in lanes if len(lane.rows)>=self._places(lane)]
             left = lanes[0].rows[0].arrived+self.wait-time.monotonic() if lanes else None
@@ -393,17 +417,19 @@ def _answer(vector:list)->Answer:
 def _is_steady(self:Batcher, lane:Lane, size:tuple)->bool:
     "Whether the rows of a lane give the same bits at any place, next to anyone."
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (*size[::-1],3), dtype=np.uint8)) for _ in range(lane.places)]
+    shape = lane.places,*size[::-1],3
+    images = [Image.fromarray(pixels) for pixels in rng.integers(0, 255, shape, dtype=np.uint8)]
     room = lane.family.filler(size, lane.tokens)
     prompts = [room[:len(room)//(k+1)] for k in range(lane.places)]
     def vectors(order):
         filled = _fill(lane, [images[k] for k in order], [prompts[k] for k in order])
         return lane.family.run(*filled, list(lane.names))
-    first = vectors(range(lane.places))
+    first = vectors(list(range(lane.places)))
     orders = [[(k+turn)%lane.places for k in range(lane.places)] for turn in range(1, lane.places)]
     for order in [*orders, [0]]:
         again = vectors(order)
-        if any(not torch.equal(again[n][:len(order)], first[n][list(order)]) for n in lane.names): return False
+        for n in lane.names:
+            if not torch.equal(again[n][:len(order)], first[n][order]): return False
     return True
 
 @patch
@@ -443,7 +469,8 @@ def close(self:Batcher,
     self.thread.join(timeout)
     if not self.thread.is_alive(): return True
     with self.changed: rows = [row for lane in self.lanes.values() for row in lane.rows]
-    for row in rows: row.question.answer({n:Answer(error='the server shut down before this was its turn') for n in row.names})
+    late = Answer(error='the server shut down before this was its turn')
+    for row in rows: row.question.answer({n:late for n in row.names})
     return False
 
 # %% ../nbs/7_scale/713_batcher.ipynb #6196cb6f

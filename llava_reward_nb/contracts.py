@@ -9,7 +9,7 @@ __all__ = ['WireError', 'Ask', 'read_body', 'texts', 'reward_names', 'check_name
            'classify_reply', 'vllm_score_reply', 'model_name', 'plain_pickle', 'pickle_ask', 'pickle_reply']
 
 # %% ../nbs/7_scale/714_contracts.ipynb #24b717f0
-import base64, binascii, io, json, math, pickle, pickletools, re, time, uuid
+import base64, binascii, io, json, pickle, pickletools, re, time, uuid
 from dataclasses import dataclass
 
 from .core import InputError
@@ -45,7 +45,8 @@ def read_body(
     except WireError: raise
     except RecursionError: raise WireError(400, "the body is nested too deeply") from None
     except ValueError as e: raise WireError(400, f"the body is not JSON ({e})") from None
-    if not isinstance(found, dict): raise WireError(400, f"the body is a {type(found).__name__}; needed: a JSON object")
+    if not isinstance(found, dict): raise WireError(
+        400, f"the body is a {type(found).__name__}; needed: a JSON object")
     return found
 
 # %% ../nbs/7_scale/714_contracts.ipynb #2f88cd3c
@@ -85,7 +86,8 @@ def check_name(
     served:list, # names of the rewards that are there
 ):
     "`WireError` 404 for an unknown one."
-    if name not in served: raise WireError(404, f"no reward {name!r:.100}; this server has {', '.join(served)}")
+    if name not in served: raise WireError(
+        404, f"no reward {name!r:.100}; this server has {', '.join(served)}")
 
 # %% ../nbs/7_scale/714_contracts.ipynb #e50b6dd1
 _DATA_URL = re.compile(r'data:(?P<type>[^,;]*)(;[^,;]*)*?(?P<b64>;base64)?,', re.I)
@@ -149,7 +151,8 @@ def rewards_reply(
     scored:list,  # of `Scored`, one for each image
 )->dict:
     "The answer to `POST /v1/rewards`."
-    return dict(rewards={n:[s.scores.get(n) for s in scored] for n in ask.names}, errors=[s.error() for s in scored])
+    rewards = {n:[s.scores.get(n) for s in scored] for n in ask.names}
+    return dict(rewards=rewards, errors=[s.error() for s in scored])
 
 # %% ../nbs/7_scale/714_contracts.ipynb #fc044d13
 def compare_ask(
@@ -171,8 +174,9 @@ def compare_reply(
 )->dict:
     "The answer to `POST /v1/compare`."
     def word(p): return None if p is None else 'tie' if p==.5 else 'a' if p>.5 else 'b'
-    return dict(preferred={n:[word(p) for p in ps] for n,ps in chances.items()},
-                probability={n:[p if sure[n] else None for p in ps] for n,ps in chances.items()}, errors=errors)
+    preferred = {n:[word(p) for p in ps] for n,ps in chances.items()}
+    probability = {n:ps if sure[n] else [None]*len(ps) for n,ps in chances.items()}
+    return dict(preferred=preferred, probability=probability, errors=errors)
 
 def rank_ask(
     body:dict,   # the request
@@ -180,7 +184,8 @@ def rank_ask(
 )->Ask:
     "Read `POST /v1/rank`."
     prompt = body.get('prompt')
-    if not isinstance(prompt, str): raise WireError(422, f"prompt: {_kind(prompt)}; needed: a string, one for all images")
+    if not isinstance(prompt, str): raise WireError(
+        422, f"prompt: {_kind(prompt)}; needed: a string, one for all images")
     images = image_field(body, 'images')
     return Ask([prompt]*len(images), images, reward_names(body, served))
 
@@ -205,8 +210,10 @@ def unirl_asks(
 def _unirl_ask(request, where:str, served:list)->Ask:
     if not isinstance(request, dict): raise WireError(422, f"{where}: {_kind(request)}; needed: an object")
     history = request.get('history')
-    if not isinstance(history, list): raise WireError(422, f"{where}.history: {_kind(history)}; needed: a list of turns")
-    if not history: raise WireError(400, f"{where}.history: is an empty list; needed: a turn with text and image_b64")
+    if not isinstance(history, list): raise WireError(
+        422, f"{where}.history: {_kind(history)}; needed: a list of turns")
+    if not history: raise WireError(
+        400, f"{where}.history: is an empty list; needed: a turn with text and image_b64")
     turn = history[-1]
     if not isinstance(turn, dict) or not isinstance(turn.get('text'), str): raise WireError(
         422, f"{where}.history[-1]: needed: an object with a string text and an image_b64")
@@ -214,14 +221,16 @@ def _unirl_ask(request, where:str, served:list)->Ask:
         400, f"{where}.history[-1]: has no image_b64; this server judges images")
     names = texts(request, 'required_rewards')
     for n in names:
-        if n not in served: raise WireError(400, f"{where}: no reward {n!r:.100}; available: {', '.join(served)}")
+        if n not in served: raise WireError(
+            400, f"{where}: no reward {n!r:.100}; available: {', '.join(served)}")
     return Ask([turn['text']], [turn['image_b64']], list(dict.fromkeys(names)))
 
 def unirl_reply(
     scored:list, # of `Scored`, one for each request
 )->dict:
     "The answer: results and errors, one of each for a request."
-    return dict(results=[{n:{n:x} for n,x in s.scores.items()} for s in scored], errors=[dict(s.errors) for s in scored])
+    results = [{n:{n:x} for n,x in s.scores.items()} for s in scored]
+    return dict(results=results, errors=[dict(s.errors) for s in scored])
 
 # %% ../nbs/7_scale/714_contracts.ipynb #790dae6b
 def flow_factory_ask(
@@ -248,7 +257,8 @@ def _parts(content, where:str)->tuple: # (text, image)
     "The text and the image of a content in OpenAI's style."
     if isinstance(content, str): return content,None
     if isinstance(content, dict): content = content.get('content')
-    if not isinstance(content, list): raise WireError(422, f"{where}: {_kind(content)}; needed: a text or a list of parts")
+    if not isinstance(content, list): raise WireError(
+        422, f"{where}: {_kind(content)}; needed: a text or a list of parts")
     text,images = [],[]
     for part in content:
         kind = part.get('type') if isinstance(part, dict) else None
@@ -268,7 +278,8 @@ def classify_ask(
     messages = body.get('messages')
     if not isinstance(messages, list) or not messages: raise WireError(
         422, f"messages: {_kind(messages)}; needed: a chat with a text and an image_url")
-    found = [_parts(m.get('content') if isinstance(m, dict) else None, f'messages[{k}]') for k,m in enumerate(messages)]
+    contents = [m.get('content') if isinstance(m, dict) else None for m in messages]
+    found = [_parts(c, f'messages[{k}]') for k,c in enumerate(contents)]
     images = [image for _,image in found if image is not None]
     if len(images)!=1: raise WireError(422, f"messages: {len(images)} images; needed: one")
     return Ask(['\n'.join(text for text,_ in found if text)], images, [name])
@@ -288,14 +299,16 @@ def vllm_score_ask(
 # %% ../nbs/7_scale/714_contracts.ipynb #8f9b78bd
 def _envelope(kind:str, name:str, data:list)->dict:
     usage = dict(prompt_tokens=0, total_tokens=0, completion_tokens=0, prompt_tokens_details=None)
-    return dict(id=f'{kind}-{uuid.uuid4().hex}', object='list', created=int(time.time()), model=name, data=data, usage=usage)
+    return dict(id=f'{kind}-{uuid.uuid4().hex}', object='list', created=int(time.time()), model=name,
+                data=data, usage=usage)
 
 def classify_reply(
     name:str,    # of the reward
     scores:list, # numbers
 )->dict:
     "vLLM's answer to `/classify`."
-    return _envelope('classify', name, [dict(index=k, label=None, probs=[x], num_classes=1) for k,x in enumerate(scores)])
+    def one(k, x): return dict(index=k, label=None, probs=[x], num_classes=1)
+    return _envelope('classify', name, [one(k, x) for k,x in enumerate(scores)])
 
 def vllm_score_reply(
     name:str,    # of the reward
@@ -316,11 +329,13 @@ def model_name(
     return name
 
 # %% ../nbs/7_scale/714_contracts.ipynb #3159818d
-_PLAIN_WORDS = frozenset("""PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG
-    LONG1 LONG4 FLOAT BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 SHORT_BINUNICODE BINUNICODE BINUNICODE8 UNICODE
+_PLAIN_WORDS = frozenset("""PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    SHORT_BINBYTES BINBYTES BINBYTES8 SHORT_BINUNICODE BINUNICODE BINUNICODE8 UNICODE
     EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
     EMPTY_SET ADDITEMS FROZENSET MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET""".split())
-_IMPORTS = frozenset('GLOBAL STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX REDUCE BUILD EXT1 EXT2 EXT4 PERSID BINPERSID'.split())
+_IMPORTS = frozenset("""GLOBAL STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX REDUCE BUILD EXT1 EXT2 EXT4
+    PERSID BINPERSID""".split())
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name): raise WireError(400, f"the pickle imports {module}.{name}")
@@ -335,9 +350,10 @@ def plain_pickle(
         for word,argument,_ in pickletools.genops(data):
             count += 1
             if word.name in _IMPORTS: raise WireError(
-                400, f"the pickle imports or calls something ({word.name}); send lists, dicts, strings, numbers and "
-                "bytes only (arrays as lists: prompts.tolist())")
-            if word.name not in _PLAIN_WORDS: raise WireError(400, f"the pickle has the word {word.name}; send plain data")
+                400, f"the pickle imports or calls something ({word.name}); send lists, dicts, strings, "
+                "numbers and bytes only (arrays as lists: prompts.tolist())")
+            if word.name not in _PLAIN_WORDS: raise WireError(
+                400, f"the pickle has the word {word.name}; send plain data")
             is_place = word.name in ('PUT','BINPUT','LONG_BINPUT')
             if count>most or is_place and int(argument)>count: raise WireError(400, "the pickle is too large")
         return _PlainUnpickler(io.BytesIO(data)).load()
@@ -351,10 +367,12 @@ def pickle_ask(
 )->Ask:
     "Read flow_grpo's and verl-omni's request; `WireError` for anything else."
     found = plain_pickle(body)
-    if not isinstance(found, dict): raise WireError(422, f"the pickle {_kind(found)}; needed: a dict with images and prompts")
+    if not isinstance(found, dict): raise WireError(
+        422, f"the pickle {_kind(found)}; needed: a dict with images and prompts")
     images = image_field(found, 'images')
     for k,x in enumerate(images):
-        if not isinstance(x, bytes): raise WireError(422, f"images[{k}]: {_kind(x)}; needed: the bytes of a file")
+        if not isinstance(x, bytes): raise WireError(
+            422, f"images[{k}]: {_kind(x)}; needed: the bytes of a file")
     return Ask(texts(found, 'prompts', len(images)), images, [name])
 
 def pickle_reply(
