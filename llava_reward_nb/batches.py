@@ -6,7 +6,7 @@
 __all__ = ['check_loss_options', 'training_loss', 'check_ratings']
 
 # %% ../nbs/3_paper/311_batches.ipynb #be4e550e
-import math, warnings
+import math
 
 from .core import InputError
 from .data import RewardRecords, rating_points
