@@ -90,7 +90,7 @@ def _write(o, doc:str):
     except (AttributeError, TypeError): pass # made in C
 
 # %% ../nbs/1_foundations/100_docments.ipynb #6af4db78
-_FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def _document_function(lines, owner, f):
     doc = _docstring(ast.get_docstring(f) or '', _parameters(lines, f), _result(lines, f))
