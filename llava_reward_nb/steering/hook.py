@@ -102,6 +102,7 @@ class Steering:
         size=None,           # (height, width) in pixels for packed latents that are not square
         batch_size:int=16,   # images decoded and scored at once
         thumbnail:int=96,    # longest side of the previews that the trace keeps, pixels; 0: none
+        on_look=None,        # called with this object after each look; an error of it ends the run
     ):
         if not callable(reward): raise SteeringError(
             f"reward is a {type(reward).__name__}; pass a callable (images, prompts) -> scores")
@@ -115,6 +116,9 @@ class Steering:
         self.size = size
         self.batch_size = whole('batch_size', batch_size, 1)
         self.thumbnail = whole('thumbnail', thumbnail, 0)
+        if on_look is not None and not callable(on_look): raise SteeringError(
+            f"on_look is a {type(on_look).__name__}; pass a function of one argument, see Steering")
+        self.on_look = on_look
         self.generators = prompt_generators(self.prompts, config.seed, config.published)
         self.trace = None      # of the run; set up at its first step
         self.scheduler = None  # that is hooked
@@ -276,6 +280,7 @@ def look(self:Steering,
     if last:
         self.finish(rewards, held_out, choice.ancestors, prev)
         self.seen = [self.seen[i] for i in idx.tolist()]
+    if self.on_look: self.on_look(self)
     return idx
 
 @patch
@@ -464,6 +469,7 @@ def steer(
     size=None,          # (height, width) in pixels, for packed latents that are not square
     batch_size:int=16,  # images decoded and scored at once
     thumbnail:int=96,   # longest side of the previews kept in the trace, pixels; 0: none
+    on_look=None,       # called with the `Steering` after each look: its `trace` so far, `seen` images
     **config,           # fields of `SteerConfig`: n_particles, lam, potential, steps, ...
 )->Steering: # a context manager; `.trace` is what happened
     "Steer what is sampled in a `with` block (arXiv 2501.06848); SteeringError for settings that cannot work."
@@ -471,7 +477,7 @@ def steer(
     unknown = sorted(config.keys()-known)
     if unknown: raise SteeringError(f"no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     return Steering(pipe, reward, prompts, SteerConfig(**config), held_out=held_out, decode=decode, vae=vae,
-                    size=size, batch_size=batch_size, thumbnail=thumbnail)
+                    size=size, batch_size=batch_size, thumbnail=thumbnail, on_look=on_look)
 
 # %% ../../nbs/5_steering/506_hook.ipynb #937b1fc4
 document(__name__)

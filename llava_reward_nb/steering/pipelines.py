@@ -39,7 +39,7 @@ class Steered(NamedTuple):
         return [images[i] for images,i in zip(self.images, r.argmax(1).tolist())]
 
 # %% ../../nbs/5_steering/507_pipelines.ipynb #cb228a70
-OF_STEER = ('held_out', 'decode', 'vae', 'size', 'batch_size', 'thumbnail')
+OF_STEER = ('held_out', 'decode', 'vae', 'size', 'batch_size', 'thumbnail', 'on_look')
 
 def split_arguments(
     pipe,        # a diffusers pipeline
