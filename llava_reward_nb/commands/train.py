@@ -275,14 +275,18 @@ def _print_plan(plan, recipe:Recipe, words:list, devices:bool):
 # %% ../../nbs/9_doors/903_train.ipynb #c5b2c7ff
 def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, words:list):
     "Read and check the records, print the plan, load the model, train."
+    from llava_reward_nb.batches import training_loss
     from llava_reward_nb.data import check_fit
     from llava_reward_nb.model import RewardModel, saved_config
     from llava_reward_nb.trainer import check_plan, check_records
     sets,_ = _checked(_load_sets, (recipe, None))
     args = recipe.training
     config = None if start.folder else recipe.perspective
-    for r in sets.train,sets.held_out: check_records(r, config or saved_config(start.folder), start.name)
-    if sets.train: check_plan(sets.train, args)
+    asked = config or saved_config(start.folder)
+    for r in sets.train,sets.held_out: check_records(r, asked, start.name, args)
+    if sets.train:
+        training_loss(asked, args, sets.train)
+        check_plan(sets.train, args)
     first = args.process_index==0
     plan = _plan_of(recipe, sets.train, start) if first else None
     if sets.dropped and first: print(sets.dropped)
@@ -330,9 +334,9 @@ Public data sets lie on the disk and are named NAME:PATH (imagereward, pickapic,
 llava); shapes:alignment:64 draws records of the offline world.
 
 A recipe is a YAML file; its settings, and those of key=value, are those of three sections:
-  data         train, eval, holdout, weights, without, rating, ties, limit …
+  data         train, eval, holdout, weights, without, rating, data.ties, limit …
   perspective  loss, dim, tau, skipca, gate, pooling …
-  training     learning_rate, num_train_epochs, eval_strategy, load_best_model_at_end … and all other
+  training     learning_rate, num_train_epochs, eval_steps, margin, smoothing, vision_cache … and all other
                arguments of transformers' TrainingArguments
 A wrong key is answered with the nearest right one. The run's folder keeps the recipe as recipe.yaml, which
 makes the same run again; versions and hashes of the records as run.json; metrics.json, and a model card.

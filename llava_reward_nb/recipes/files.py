@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import llava_reward_nb
+from ..batches import training_loss
 from ..core import InputError, as_path
 from ..docments import document
 from ..files import atomic_path
@@ -95,7 +96,9 @@ def find_key(
     "Where a key belongs; `InputError` with a suggestion for one that there is not."
     known = recipe_keys()
     if key in known: return known[key]
+    several = [k for k in known if k.endswith(f'.{key}')]
     said = f'{where}: ' if where else ''
+    if len(several)>1: raise InputError(f"{said}{key} may be {' or '.join(several)}; name one")
     name = key.rpartition('.')[2]
     for section,(_,taken) in _OURS.items():
         if name in taken and key in (name, f'{section}.{name}'): raise InputError(
@@ -351,6 +354,9 @@ def _check_measuring(recipe:Recipe):
 # %% ../../nbs/7_scale/706_recipes.ipynb #2351fe7a
 def _check_loss(config:PerspectiveConfig, kind:str|None):
     "`InputError` for a loss that learns from other records."
+    if config.loss=='pl': raise InputError(
+        "perspective.loss is 'pl', which learns from rankings, and records are pairs or labels; use bt, gpm "
+        "or gauss")
     if kind is None or (kind=='pair')==config.make_loss().pairs: return
     raise InputError(
         f"perspective.loss is {config.loss!r}, and the records are {kind}s; 'bt', 'gpm' and 'gauss' learn "
@@ -386,7 +392,7 @@ def _check_start(recipe:Recipe, given:set):
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #82bb5c66
 def _built(cls, section:str, **settings):
-    "A dataclass of a section; `InputError` with what it objects to."
+    "What a class or function makes of settings; `InputError` with what it objects to."
     try: return cls(**settings)
     except (ValueError, TypeError, ImportError) as e: raise InputError(f"{section}: {e}") from None
 
@@ -421,6 +427,8 @@ def resolve(
     recipe.perspective = _perspective(parts['perspective'], kind)
     recipe.training = _training(recipe, parts['training'], elsewhere)
     _check_loss(recipe.perspective, kind)
+    if recipe.training.class_weights!='balanced': # which needs the records
+        _built(training_loss, 'training', config=recipe.perspective, args=recipe.training)
     _check_measuring(recipe)
     _check_base(recipe)
     _check_trackers(recipe.training)

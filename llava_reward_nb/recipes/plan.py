@@ -377,7 +377,8 @@ def row_lengths(
         except InputError: return None
     fitting = [(rows, n) for rows in known if (n := tokens(rows))]
     if not fitting: raise InputError(
-        f"{records.name}: the model can take none of {len(known)} records: they are too long; shorten the prompts")
+        f"{records.name}: the model can take none of {len(known)} records: they are too long; "
+        "shorten the prompts")
     known,counts = zip(*fitting)
     mean = sum(counts)/len(counts)
     near = sorted(range(len(known)), key=lambda i: abs(counts[i]-mean))
@@ -400,8 +401,8 @@ class Device:
     memory:float # GiB that programs can use
 
 DEVICES = (
-    Device('H200', 989, 131), Device('H100', 989, 79), Device('A100 80 GB', 312, 79), Device('A100 40 GB', 312, 39),
-    Device('L40S', 362, 44), Device('RTX A6000', 155, 47), Device('RTX 4090', 165, 23), Device('L4', 121, 22))
+    Device('H200', 989, 131), Device('H100', 989, 79), Device('A100 80 GB', 312, 79),
+    Device('A100 40 GB', 312, 39), Device('L40S', 362, 44), Device('RTX A6000', 155, 47), Device('RTX 4090', 165, 23), Device('L4', 121, 22))
 SHARE = 1/3  # of the peak that is counted with
 SPARE = .05  # of a device's memory that fragments and the driver take
 
