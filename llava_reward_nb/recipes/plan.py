@@ -402,7 +402,8 @@ class Device:
 
 DEVICES = (
     Device('H200', 989, 131), Device('H100', 989, 79), Device('A100 80 GB', 312, 79),
-    Device('A100 40 GB', 312, 39), Device('L40S', 362, 44), Device('RTX A6000', 155, 47), Device('RTX 4090', 165, 23), Device('L4', 121, 22))
+    Device('A100 40 GB', 312, 39), Device('L40S', 362, 44), Device('RTX A6000', 155, 47),
+    Device('RTX 4090', 165, 23), Device('L4', 121, 22))
 SHARE = 1/3  # of the peak that is counted with
 SPARE = .05  # of a device's memory that fragments and the driver take
 
