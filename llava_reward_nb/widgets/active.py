@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from transformers import TrainerCallback
 
@@ -20,6 +20,7 @@ from ..core import InputError, image_key
 from ..data import RewardRecords, load_records
 from ..docments import document
 from ..model import RewardModel
+from ..stats import interval, mean
 from ..store import text_hash
 from ..trainer import RewardConfig, train_perspective
 from .judge import cycles, look_each, pair_doubts
@@ -131,7 +132,13 @@ class Practice:
     def __str__(self):
         steps = ', '.join(f'{a} after {n}' for n,a in self.curve) or 'no answers are held out yet'
         was = f'; the model as it was: {self.before}' if self.before.n else ''
-        return f'{self.name}, trained on {self.records} answers; agreement with others: {steps}{was}'
+        spread = f'; {_spread(self.curve[-1][1])}' if self.curve else ''
+        return f'{self.name}, trained on {self.records} answers; agreement with others: {steps}{was}{spread}'
+
+def _spread(a:Agreement)->str:
+    "How far an agreement may be from what more answers would show."
+    low,high = interval(mean, np.array([1.]*a.agreed+[0.]*(a.n-a.agreed)))
+    return f'95% interval {low:.0%} to {high:.0%}' if low==low else 'too few to tell how sure that is'
 
 def heldout_agreement(
     model:RewardModel,     # with the perspective

@@ -20,7 +20,9 @@ from ..core import InputError, image_list, image_size
 from ..docments import document
 from ..files import atomic_path, write_table
 from ..shapes.prompts import VOCAB
-from ..views import Gallery, first_note, number_text, plain_text, show_pairs, text_html, thumbnail
+from llava_reward_nb.views import (Gallery, first_note, number_text, plain_text, show_pairs, text_html,
+    thumbnail)
+from ..why import heat
 from .judge import ModelJudge, look_each, open_judge
 from .stage import Stage, Still, Worker, one_line
 
@@ -58,6 +60,7 @@ class Board:
         self.chosen = []     # ids of at most two images to compare
         self.note = ''       # one line about the last thing that was done
         self.pictures = {}   # id -> data URI, or '' if there is none
+        self.heats = {}      # (id, prompt, column) -> data URI
         self.given = 0       # ids so far
         self.dropped = None  # folder of dropped files
         self.lock = threading.RLock()
@@ -242,6 +245,43 @@ def rows(self:Board)->list: # of dicts: image, prompt, a column for each perspec
 def _is_dropped(self:Board, item:Item)->bool:
     return self.dropped is not None and Path(item.image).parent==Path(self.dropped.name)
 
+# %% ../../nbs/9_doors/920_playground.ipynb #a8782e2e
+_HEATS = 200 # maps that are kept
+
+@patch
+def heat_column(self:Board)->str|None: # None: the reward has no map
+    "The perspective whose map is shown."
+    if not isinstance(self.judge, ModelJudge): return None
+    if self.order_by in self.names: return self.order_by
+    return self.judge.model.active if self.judge.model.active in self.names else self.names[0]
+
+@patch
+def look_closer(self:Board,
+    id:int, # of an image on the board
+):
+    "Draw the map of an image, in the thread; `note` says what it shows, or why there is none."
+    def work(job):
+        column = self.heat_column()
+        item = next((i for i in self.items if i.id==id), None)
+        key = (id, self.prompt, column)
+        if item is None or column is None or key in self.heats: return
+        try: found = heat(self.judge.model, item.image, key[1], column)
+        except ValueError as e:
+            self.note = one_line(e)
+            return
+        for old in list(self.heats)[:-_HEATS]: del self.heats[old]
+        self.heats[key] = thumbnail(found.overlay(), 256, 40_000)
+        self.note = f'{item.name}: {found.words()}'
+    self.painter.start('heat', work)
+
+@patch
+def visible(self:Board)->dict: # name -> data URI
+    "The pictures of what is shown: thumbnails, and maps that were drawn."
+    ids = [*self.chosen, *(i.id for i in self.shown())]
+    column = self.heat_column()
+    maps = {f'heat-{k}':self.heats.get((k, self.prompt, column)) for k in ids}
+    return {str(k):self.pictures[k] for k in ids if k in self.pictures} | {k:v for k,v in maps.items() if v}
+
 # %% ../../nbs/9_doors/920_playground.ipynb #bcf8f3f2
 def _bar(name:str, value:float, low:float, high:float)->str:
     "One column's bar with its name and value."
@@ -265,7 +305,8 @@ def _frame(self:Board, item:Item)->str:
     "Where the picture of an item appears; a small one is enlarged without blur."
     alt = html.escape(plain_text(item.name))
     sharp = ' class="lr-sharp"' if self.pictures.get(item.id, '').startswith('data:image/png') else ''
-    return f'<div class="lr-frame"><img{sharp} alt="{alt}" data-picture="{item.id}"></div>'
+    over = f'<img class="lr-heat" alt="" data-picture="heat-{item.id}">'
+    return f'<div class="lr-frame"><img{sharp} alt="{alt}" data-picture="{item.id}">{over}</div>'
 
 @patch
 def _card(self:Board, item:Item, values:dict)->str:
@@ -273,8 +314,8 @@ def _card(self:Board, item:Item, values:dict)->str:
     chosen = ' lr-chosen' if item.id in self.chosen else ''
     name = html.escape(plain_text(item.name))
     title = f'<div class="lr-name" title="{name}">{text_html(item.name)}</div>'
-    return (f'<div class="lr-card{chosen}" data-act="choose-image" data-value="{item.id}" role="button" '
-            f'tabindex="0" aria-label="{name}">{self._frame(item)}'
+    return (f'<div class="lr-card{chosen}" data-act="choose-image" data-value="{item.id}" '
+            f'data-hover="{item.id}" role="button" tabindex="0" aria-label="{name}">{self._frame(item)}'
             f'{title}{self._bars(item, values)}</div>')
 
 # %% ../../nbs/9_doors/920_playground.ipynb #c149069d
@@ -400,10 +441,8 @@ def draw(self:Playground):
     "Show what there is."
     with self.board.lock:
         start = time.monotonic()
-        board = self.board
-        shown = [*board.chosen, *(i.id for i in board.shown())]
-        self.stage.pictures = {str(k):board.pictures[k] for k in shown if k in board.pictures}
-        self.stage.html = board.page_html()
+        self.stage.html = self.board.page_html()
+        self.stage.pictures = self.board.visible()
         self.drawn = time.monotonic()
         self.took = self.drawn-start
 
@@ -433,6 +472,7 @@ def _hear(self:Playground, kind:str, act:str, value:str):
     "A click or a key."
     board = self.board
     if kind=='key': self.turn(-1 if act=='ArrowLeft' else 1)
+    elif kind=='hover': board.look_closer(int(act))
     elif act=='page': self.turn(int(value))
     elif act=='choose-image': self.choose(int(value))
     elif act=='order': self.order(value or None)

@@ -185,12 +185,11 @@ class Journal:
     ):
         "Add lines, all or none of them; OSError or `InputError` if that fails."
         text = ''.join(json.dumps(line, ensure_ascii=True)+'\n' for line in lines).encode()
-        with folder_lock(self.folder), open(self.path, 'ab') as f:
+        with folder_lock(self.folder), open(self.path, 'ab', buffering=0) as f: # closing writes a buffer
             size = f.seek(0, os.SEEK_END)
             try:
-                if not self._ends_whole(size): f.write(b'\n')
-                f.write(text)
-                f.flush()
+                rest = text if self._ends_whole(size) else b'\n'+text
+                while rest: rest = rest[f.write(rest):]
                 os.fsync(f.fileno())
             except BaseException:
                 os.truncate(self.path, size)
