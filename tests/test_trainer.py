@@ -1,5 +1,5 @@
 "Training against the reference's numbers; and a run that is killed and goes on, bit for bit."
-import json, math, multiprocessing, os, shutil, signal, subprocess, sys, time
+import json, math, multiprocessing, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
