@@ -468,6 +468,7 @@ def make_app(
     _state_routes(app, service)
     return Gate(app, service)
 
+# %% ../nbs/7_scale/715_serve.ipynb #f58094c0
 def _own_routes(app, service:Service):
     from fastapi import Request
     served = service.names
