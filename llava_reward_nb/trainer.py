@@ -27,8 +27,8 @@ from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .docments import document
 from .files import atomic_path
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
-    check_checkpoint, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last, last_checkpoint,
-    named_records, only_run, publish, seal, writing)
+    check_checkpoint, check_room, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last,
+    last_checkpoint, named_records, only_run, publish, seal, writing)
 from .losses import cls_prob
 from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
@@ -697,6 +697,9 @@ def train(self:RewardTrainer,
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
+    learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    copies = 3 if 'adam' in str(self.args.optim) else 1 # weights and two moments
+    check_room(self.args.output_dir, 4*copies*learning, 'a checkpoint')
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train
