@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seal', 'check_checkpoint', 'checkpoint_folders', 'checkpoints', 'draft_folder', 'publish', 'clear_drafts',
-           'keep_last', 'set_aside', 'last_checkpoint', 'writing', 'only_run', 'Terminated', 'StopSignal',
+           'keep_last', 'set_aside', 'last_checkpoint', 'writing', 'check_room', 'only_run', 'Terminated', 'StopSignal',
            'any_process', 'SafeStop', 'Filler', 'PlacedRecords', 'PlacedCollator', 'named_records', 'Shares']
 
 # %% ../nbs/3_paper/309_guards.ipynb #0135c2b1
@@ -114,10 +114,13 @@ def publish(
     path:Path,  # becomes it; what was there goes
 ):
     "Give a sealed checkpoint its name."
-    old = draft.with_name(f'{draft.name}.old')
+    old = path.with_name(f'{draft_folder(path).name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if path.exists(): os.replace(path, old)
-    os.replace(draft, path)
+    try: os.replace(draft, path)
+    except OSError:
+        if old.exists(): os.replace(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 def clear_drafts(
@@ -188,6 +191,19 @@ def writing(
         raise InputError(f"{folder}: cannot be written ({why}; {room:,.0f} MB are free there); make room, "
                          f"then go on with resume; {kept()}") from e
 
+# %% ../nbs/3_paper/309_guards.ipynb #40f72eb4
+def check_room(
+    folder, # to be written to
+    need:int, # bytes
+    what:str, # such as 'a checkpoint'
+):
+    "`InputError` if something does not fit on the disk of a folder."
+    place = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    if need>free: raise InputError(
+        f"{folder}: {what} needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; make room, or choose another "
+        "folder")
+
 # %% ../nbs/3_paper/309_guards.ipynb #f7a5862d
 @contextmanager
 def only_run(
@@ -239,6 +255,10 @@ class SafeStop(TrainerCallback):
     ):
         self.stop = stop
         self.ending = False
+        self.epoch_began = None # update, and state of PyTorch's random numbers, when this epoch began
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch_began = (state.global_step, torch.get_rng_state())
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = state.best_global_step and Path(args.output_dir)/f'checkpoint-{state.best_global_step}'
@@ -250,13 +270,14 @@ class SafeStop(TrainerCallback):
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if control.should_save or control.should_training_stop: control.should_log = True
+        saves = control.should_save or args.save_strategy=='best' and control.should_evaluate
+        if saves or control.should_training_stop: control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
         where = Path(args.output_dir)/f'checkpoint-{state.global_step}'
         if not self.ending: return
-        if args.process_index==0: print(f'SIGTERM: stopped after update {state.global_step}; {where} is kept, '
-                                        'the same command with resume goes on', file=sys.stderr)
+        said = f'SIGTERM: stopped after update {state.global_step}; {where} is kept: resume goes on from it'
+        if args.process_index==0: print(said, file=sys.stderr)
         raise Terminated(where)
 
 # %% ../nbs/3_paper/309_guards.ipynb #7d4334ac

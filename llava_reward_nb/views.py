@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plain_text', 'text_html', 'thumbnail', 'picture_html', 'note_html', 'number_text', 'bar_html', 'grid_html',
-           'table_html', 'first_note', 'page_html', 'check_page', 'save_page', 'View', 'Gallery', 'value_lines',
-           'score_columns', 'show', 'Pairs', 'show_pairs', 'draw_pictures']
+           'table_html', 'first_note', 'curves_html', 'page_html', 'check_page', 'save_page', 'View', 'Gallery',
+           'value_lines', 'score_columns', 'show', 'Pairs', 'show_pairs', 'draw_pictures']
 
 # %% ../nbs/1_foundations/109_html.ipynb #e8231d35
 import base64, html, io, math, unicodedata
@@ -136,6 +136,33 @@ def first_note(
     "Says that only the first are shown."
     if shown>=total: return ''
     return f'<p>{note_html(f"The first {shown:,} of {total:,} {what} are shown.")}</p>'
+
+# %% ../nbs/1_foundations/109_html.ipynb #b86a6b25
+_INKS = ('rgb(45,125,210)', 'rgb(220,110,30)', 'rgb(40,150,90)', 'rgb(150,90,200)')
+
+def curves_html(
+    x,           # places, k numbers in ascending order
+    curves:dict, # name -> k numbers, not finite where there is none; a name that begins with a space is grey
+    words='',    # below the curves
+)->str: # HTML
+    "Curves over one scale."
+    known = [float(v) for values in curves.values() for v in values if math.isfinite(v)]
+    if not known: return note_html('no numbers to draw')
+    low,high = min(known),max(known)
+    spread = high-low or 1.
+    def point(at, v): return f'{200*(at-x[0])/(x[-1]-x[0] or 1):.1f},{5+90*(high-v)/spread:.1f}'
+    lines,legend,k = [],[],0
+    for name,values in curves.items():
+        is_grey = name.startswith(' ')
+        ink = 'rgba(127,127,127,.55)' if is_grey else _INKS[k%len(_INKS)]
+        k += not is_grey
+        points = ' '.join(point(at, float(v)) for at,v in zip(x, values) if math.isfinite(v))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{ink}" stroke-width="1.5"/>')
+        legend.append(f'<span style="color:{ink}">{text_html(name.strip(), 60)}</span>')
+    ends = f'{number_text(low)} to {number_text(high)}'
+    drawn = f'<svg viewBox="-2 0 204 100" width="300" height="150" role="img">{"".join(lines)}</svg>'
+    named = ' · '.join(dict.fromkeys(legend))
+    return f'<div>{drawn}<br>{named}<br>{note_html(words+" "+ends if words else ends)}</div>'
 
 # %% ../nbs/1_foundations/109_html.ipynb #4331cdc0
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
