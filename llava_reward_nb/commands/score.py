@@ -451,16 +451,20 @@ def _perspectives(model, names, base, num_crops, device, dtype)->dict: # name ->
     rm = load(model, used, base, device, dtype, num_crops)
     return {name:LLaVAReward(rm, name) for name in used}
 
-def _score_bulk(sources:list, rewards, out, how:dict):
+def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, html):
     "Score sources into a folder, and say what was left out."
     from llava_reward_nb.bulk import Rank, score_sources
     if not sources: raise UsageError("name folders, tables, tar files or data sets on the hub")
-    if callable(rewards): rewards = rewards(device=how['device'] or Rank.here().device, dtype=how['dtype'])
+    if html: raise UsageError("--html is a page of some images; leave it out with a folder as --out")
+    check_settings(device, dtype)
+    how = dict(device=device or Rank.here().device, dtype=getattr(torch, dtype) if dtype else None)
+    if callable(rewards): rewards = rewards(device=how['device'], dtype=dtype)
     else: check_names(rewards)
     watched = []
     def how_far(): return str(watched[0].pace) if watched else 'loading'
     try:
-        with heartbeat(how_far): summary = score_sources(sources, rewards, out, watch=watched.append, **how)
+        with heartbeat(how_far):
+            summary = score_sources(sources, rewards, out, **where, **how, watch=watched.append)
     except KeyboardInterrupt:
         raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
     if Rank.here().number: return # the first process of a group says it for all
@@ -512,12 +516,10 @@ def llava_reward_score(
         raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, "
                          "--num-crops and --model out")
     if is_folder(out):
-        check_settings(device, dtype, None, batch_size, num_crops)
-        how = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column, device=device,
-                   dtype=getattr(torch, dtype) if dtype else None)
+        where = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column)
         by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops)
-        rewards = list(reward) if reward else by_model
-        return _score_bulk([*images, *([table] if table else [])], rewards, out, how)
+        sources = [*images, *([table] if table else [])]
+        return _score_bulk(sources, list(reward or ()) or by_model, out, where, device, dtype, html)
     needed = not table or _need_prompts(reward, model or 'tiny', perspective)
     items = _items_of(images, prompt, table, image_column, prompt_column, out, needed=needed)
     check_settings(device, dtype, out, batch_size, num_crops)
