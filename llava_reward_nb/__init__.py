@@ -12,6 +12,7 @@ _NAMES = {  # name: the module that defines it
     **dict.fromkeys(('CheckpointError', 'InputError', 'load_image'), 'core'),
     **dict.fromkeys(('read_table', 'write_table'), 'files'),
     'MODELS': 'weights',
+    **dict.fromkeys(('show', 'show_pairs'), 'views'),
     **dict.fromkeys(('RewardModel', 'PerspectiveConfig'), 'model'),
     **dict.fromkeys(('RewardConfig', 'RewardTrainer', 'train_perspective'), 'trainer'),
     **dict.fromkeys(('RewardRecords', 'load_records'), 'data'),

@@ -144,12 +144,13 @@ def token_counts(self:Backbone,
 @patch
 def to_device(self:Backbone,
     batch:dict, # what `encode` or `with_prompts` gave
-    device,     # torch device
+    device,     # torch device; None: where each tensor is, only the precision changes
 )->dict: # the same; its sizes stay on the CPU
     "A batch for the model: pixels in the precision of the tower."
     dtype = next(self.tower.parameters()).dtype
     def moved(t):
         if t.is_floating_point(): t = t.to(dtype)
+        if device is None: return t
         return t.to(device, non_blocking=torch.device(device).type=='cuda')
     return {k:t if k in self.sizes else moved(t) for k,t in batch.items()}
 

@@ -90,6 +90,8 @@ def _write(o, doc:str):
     except (AttributeError, TypeError): pass # made in C
 
 # %% ../nbs/1_foundations/100_docments.ipynb #6af4db78
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
 def _document_function(lines, owner, f):
     doc = _docstring(ast.get_docstring(f) or '', _parameters(lines, f), _result(lines, f))
     for o in _targets(owner, f): _write(o, doc)
@@ -99,7 +101,7 @@ def _document_class(lines, c, node):
               if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     if any(said for *_,said in fields): _write(c, _docstring(ast.get_docstring(node) or '', fields))
     for f in node.body:
-        if isinstance(f, ast.FunctionDef): _document_function(lines, c, f)
+        if isinstance(f, _FUNCTIONS): _document_function(lines, c, f)
 
 def document(
     module:str, # its `__name__`
@@ -109,7 +111,7 @@ def document(
     except (OSError, TypeError): return # a notebook, or a program without sources
     lines, owner = source.split('\n'), sys.modules[module]
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef): _document_function(lines, owner, node)
+        if isinstance(node, _FUNCTIONS): _document_function(lines, owner, node)
         elif isinstance(node, ast.ClassDef): _document_class(lines, getattr(owner, node.name), node)
 
 # %% ../nbs/1_foundations/100_docments.ipynb #92890a88

@@ -105,7 +105,8 @@ def _no_memory(e:Exception)->bool: # MPS and some libraries of CUDA raise a plai
 def _encoded(self:Engine, encode, items:list)->dict:
     batch = encode(items)
     if self.device.type!='cuda': return batch
-    return {k:v.pin_memory() if isinstance(v, torch.Tensor) else v for k,v in batch.items()}
+    def pinned(v): return v.pin_memory() if isinstance(v, torch.Tensor) and v.device.type=='cpu' else v
+    return {k:pinned(v) for k,v in batch.items()}
 
 @patch
 def _computed(self:Engine, compute, batch:dict, items:list)->dict|None: # None: memory ran out

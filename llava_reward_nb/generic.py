@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CAPTION', 'BACKBONES', 'framed_ids', 'Frame', 'make_frame', 'QwenProcessor', 'MistralProcessor', 'need_file',
            'load_chat_tokenizer', 'load_image_processor', 'load_processor', 'ImageText', 'QwenText', 'Qwen25Text',
-           'LlavaNextText', 'tower_blocks', 'instead', 'TowerPass', 'record_calls', 'replay_calls', 'unread_outputs',
-           'without_unread', 'find_projectors', 'decoder_linears', 'ImageTextBackbone', 'QwenBackbone',
-           'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class', 'load_backbone', 'resized']
+           'LlavaNextText', 'normalized', 'qwen_patches', 'anyres_tiles', 'tower_blocks', 'instead', 'TowerPass',
+           'record_calls', 'replay_calls', 'unread_outputs', 'without_unread', 'find_projectors', 'decoder_linears',
+           'ImageTextBackbone', 'QwenBackbone', 'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class',
+           'load_backbone', 'resized']
 
 # %% ../nbs/3_paper/304_generic.ipynb #bbc8f879
 import copy, importlib.util, inspect, json, math, re, threading
@@ -25,11 +26,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import __version__ as transformers_version
 
 from .backbones import Backbone, PassLock, Phi3VBackbone, Reading, pad_visual, stored_dtype
-from .core import CheckpointError, InputError, default_dtype, reward_inputs
+from .core import CheckpointError, InputError, as_prompts, default_dtype
 from .docments import document
 from .files import atomic_path
 from llava_reward_nb.phi3v import (config_facts, exact_patches, load_tokenizer, plain_tokenizer, read_config,
     tokenizer_hash)
+from .pixels import as_pictures, map_pictures, picture_size, resize_bytes, to_pil
 from llava_reward_nb.weights import (blame, how_to_fetch, hub_folder, load_pretrained, read_json,
     weight_files)
 
@@ -461,15 +463,22 @@ def pixels(self:ImageText,
     return {k:v for k,v in out.items() if isinstance(v, Tensor) and k not in _TEXT}
 
 @patch
+def takes_bytes(self:ImageText)->bool:
+    "Whether there is a `pixels_of_bytes`, which gives for pictures as bytes what `pixels` gives for images."
+    return False
+
+@patch
 def __call__(self:ImageText,
-    images,  # one image or n of them, see `as_images`
+    images,  # one image or n of them, see `as_pictures`
     prompts, # one for all, or n
-)->dict: # tensors on the CPU
+)->dict: # tensors on the CPU; pixels where the arrays are
     "A batch for the model; `InputError` names the image or prompt that cannot be used."
-    images,prompts = reward_inputs(images, prompts)
-    sizes = [im.size for im in images]
+    images = as_pictures(images)
+    prompts = as_prompts(prompts, len(images))
+    sizes = [picture_size(im) for im in images]
     rows = self.rows(sizes, prompts)
-    pixels = self.pixels(images)
+    as_bytes = self.takes_bytes() and all(isinstance(im, Tensor) for im in images)
+    pixels = self.pixels_of_bytes(images) if as_bytes else self.pixels([to_pil(im) for im in images])
     return dict(**self.pad(rows, sizes, pixels.get('image_grid_thw')), **pixels)
 
 # %% ../nbs/3_paper/304_generic.ipynb #a50e96f9
@@ -564,6 +573,86 @@ class LlavaNextText(ImageText):
             columns -= (columns-kept)//2*2
         n = self.side**2+rows*(columns+1)
         return self.template.replace(self.processor.image_token, self.processor.image_token*n)
+
+# %% ../nbs/3_paper/304_generic.ipynb #c998f196
+def normalized(
+    x:Tensor, # (…,3,h,w) float in [0,1]
+    settings, # of an image processor
+)->Tensor: # the same shape
+    "Subtract the mean of an image processor's settings and divide by its standard deviation, per channel."
+    mean,std = (x.new_tensor(v)[:,None,None] for v in (settings.image_mean, settings.image_std))
+    return (x-mean)/std
+
+def qwen_patches(
+    x:Tensor, # normalised images of one size, (n,3,h,w)
+    settings, # of Qwen's image processor
+)->tuple: # patches (n, p, numbers), grid (n,3) int64 on the CPU
+    "Images as the tower of a Qwen-VL reads them."
+    n,c,h,w = x.shape
+    k,m,frames = settings.patch_size,settings.merge_size,settings.temporal_patch_size
+    x = x.view(n, c, h//k//m, m, k, w//k//m, m, k).permute(0,2,5,3,6,1,4,7)[...,None,:,:]
+    x = x.expand(*x.shape[:6], frames, k, k)
+    return x.reshape(n, -1, c*frames*k*k), torch.tensor([[1, h//k, w//k]]*n)
+
+def anyres_tiles(
+    x:Tensor, # images of one size, (n,3,h,w)
+    settings, # of LLaVA-1.6's image processor
+    resize,   # function of images and a size (width, height)
+)->Tensor: # (n, 1+tiles, 3, c, c)
+    "A view of the whole, and the tiles of the best resolution."
+    from transformers.image_processing_utils import select_best_resolution
+    height,width = x.shape[2:]
+    H,W = select_best_resolution((height, width), settings.image_grid_pinpoints)
+    scale = min(W/width, H/height)
+    w,h = min(math.ceil(width*scale), W), min(math.ceil(height*scale), H)
+    if W/width<H/height: w = W # whatever the rounding
+    else: h = H
+    left,top = (W-w)//2,(H-h)//2
+    whole = F.pad(resize(x, (w, h)), (left, W-w-left, top, H-h-top))
+    k = settings.crop_size['height']
+    tiles = whole.unfold(2, k, k).unfold(3, k, k).permute(0,2,3,1,4,5).flatten(1, 2)
+    return torch.cat([resize(x, (k, k))[:,None], tiles], 1)
+
+# %% ../nbs/3_paper/304_generic.ipynb #e0f49d8b
+def _usual_steps(settings)->bool: # of an image processor
+    steps = all(getattr(settings, s, False) for s in ('do_resize', 'do_rescale', 'do_normalize'))
+    return steps and settings.resample==Image.Resampling.BICUBIC
+
+@patch
+def takes_bytes(self:QwenText)->bool: return _usual_steps(self.image_processor)
+
+@patch
+def pixels_of_bytes(self:QwenText,
+    pictures:list, # as bytes (3,h,w)
+)->dict: # pixel_values (patches, n) on their device, image_grid_thw (b,3)
+    "`pixels` of bytes."
+    p = self.image_processor
+    def laid_out(x):
+        size = picture_size(x)
+        x = resize_bytes(resize_bytes(x, self.first_size(size)), self.last_size(size))
+        return zip(*qwen_patches(normalized(x*p.rescale_factor, p), p))
+    made = map_pictures(laid_out, pictures)
+    return dict(pixel_values=torch.cat([patches for patches,_ in made]),
+                image_grid_thw=torch.stack([grid for _,grid in made]))
+
+@patch
+def takes_bytes(self:LlavaNextText)->bool:
+    p = self.image_processor
+    square = p.crop_size['height']==p.crop_size['width']==p.size['shortest_edge']
+    return square and _usual_steps(p)
+
+@patch
+def pixels_of_bytes(self:LlavaNextText,
+    pictures:list, # as bytes (3,h,w)
+)->dict: # pixel_values (b, most tiles, 3, c, c) on their device, image_sizes (b,2)
+    "`pixels` of bytes."
+    p = self.image_processor
+    def laid_out(x): return normalized(anyres_tiles(x, p, resize_bytes)*p.rescale_factor, p)
+    tiles = map_pictures(laid_out, pictures)
+    most = max(map(len, tiles))
+    filled = [F.pad(t, (0,0, 0,0, 0,0, 0,most-len(t))) for t in tiles]
+    sizes = [picture_size(x)[::-1] for x in pictures]
+    return dict(pixel_values=torch.stack(filled), image_sizes=torch.tensor(sizes))
 
 # %% ../nbs/3_paper/304_generic.ipynb #a3acdefd
 def tower_blocks(
@@ -1034,10 +1123,6 @@ def resized(
     if tuple(x.shape[:1:-1])==tuple(size): return x
     return F.interpolate(x, size=size[::-1], mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
 
-def _normalized(x:Tensor, settings)->Tensor: # of an image processor
-    mean,std = (x.new_tensor(v)[:,None,None] for v in (settings.image_mean, settings.image_std))
-    return (x-mean)/std
-
 @patch
 def encode_pixels(self:QwenBackbone,
     pixels:Tensor, # images, (n,3,h,w), float in [0,1]
@@ -1047,14 +1132,10 @@ def encode_pixels(self:QwenBackbone,
     text,p = self.processor,self.processor.image_processor
     size = tuple(pixels.shape[:1:-1])
     rows = text.rows([size]*len(pixels), prompts)
-    x = _normalized(resized(resized(pixels, text.first_size(size)), text.last_size(size)), p)
-    n,c,h,w = x.shape
-    k,m,frames = p.patch_size,p.merge_size,p.temporal_patch_size
-    x = x.view(n, c, h//k//m, m, k, w//k//m, m, k).permute(0,2,5,3,6,1,4,7)[...,None,:,:]
-    x = x.expand(*x.shape[:6], frames, k, k).reshape(-1, c*frames*k*k)
-    grid = torch.tensor([[1, h//k, w//k]]*n)
-    words = self.to_device(text.pad(rows, [size]*n, grid), pixels.device)
-    return dict(**words, pixel_values=x, image_grid_thw=grid)
+    x = normalized(resized(resized(pixels, text.first_size(size)), text.last_size(size)), p)
+    patches,grid = qwen_patches(x, p)
+    words = self.to_device(text.pad(rows, [size]*len(pixels), grid), pixels.device)
+    return dict(**words, pixel_values=patches.flatten(0, 1), image_grid_thw=grid)
 
 # %% ../nbs/3_paper/304_generic.ipynb #f403516d
 @patch
@@ -1063,20 +1144,10 @@ def encode_pixels(self:LlavaNextBackbone,
     prompts:list,  # n strings
 )->dict: # as `encode`, with gradient from pixel_values to pixels
     "Model input for a tensor of images; errors as `encode`."
-    from transformers.image_processing_utils import select_best_resolution
     text,p = self.processor,self.processor.image_processor
     width,height = size = tuple(pixels.shape[:1:-1])
     rows = text.rows([size]*len(pixels), prompts)
-    H,W = select_best_resolution((height, width), p.image_grid_pinpoints)
-    scale = min(W/width, H/height)
-    w,h = min(math.ceil(width*scale), W), min(math.ceil(height*scale), H)
-    if W/width<H/height: w = W # whatever the rounding
-    else: h = H
-    left,top = (W-w)//2,(H-h)//2
-    whole = F.pad(resized(pixels, (w, h)), (left, W-w-left, top, H-h-top))
-    k = p.crop_size['height']
-    tiles = whole.unfold(2, k, k).unfold(3, k, k).permute(0,2,3,1,4,5).flatten(1, 2)
-    x = _normalized(torch.cat([resized(pixels, (k, k))[:,None], tiles], 1), p)
+    x = normalized(anyres_tiles(pixels, p, resized), p)
     words = self.to_device(text.pad(rows, [size]*len(pixels)), pixels.device)
     return dict(**words, pixel_values=x, image_sizes=torch.tensor([[height, width]]*len(pixels)))
 

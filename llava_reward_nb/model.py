@@ -22,11 +22,12 @@ from . import __version__
 from .backbones import PassLock, evaluating, fast_adapters, same_base
 from .generic import load_backbone
 from .core import (CheckpointError, InputError, as_path, as_prompts, default_device, image_key,
-    image_list, image_size, load_image)
+    image_list, image_size)
 from .docments import document
 from .engine import Engine, fill_batches, in_threads
 from .files import atomic_path
 from .losses import LOSSES, make_loss
+from .pixels import as_rgb, open_picture
 from .layouts import check_origin, origin_of, our_modules, published_config, read_published
 from .skipca import ValueHead
 from .store import make_identity, text_hash
@@ -454,9 +455,9 @@ def embed_all(self:RewardModel,
 @torch.compiler.disable
 def _encode(self:RewardModel, plan:_Plan, items:list)->dict:
     "Open some images and make them, with their first prompts, what the backbone reads."
-    opened = in_threads(lambda k: load_image(plan.images[k], plan.names[k]), items)
+    opened = in_threads(lambda k: as_rgb(open_picture(plan.images[k], plan.names[k], self.device)), items)
     batch = self.backbone.encode(opened, [plan.prompts[plan.rows[k][0]] for k in items])
-    return self.backbone.to_device(batch, 'cpu') # pixels are cast here, in the engine's thread
+    return self.backbone.to_device(batch, None) # pixels are cast here, in the engine's thread
 
 @patch
 def _pass(self:RewardModel, plan:_Plan, batch:dict, items:list, names:list, budget:int)->dict:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_L14_336', 'SUB_GN', 'GLB_GN', 'VISION_CHUNK', 'Phi3VConfig', 'read_config', 'hd_shape', 'hd_transform',
-           'num_image_tokens', 'token_order', 'hd_crops', 'Phi3VImageProcessor', 'plain_tokenizer', 'plain_ids',
-           'Phi3VProcessor', 'load_tokenizer', 'check_vocabulary', 'tokenizer_hash', 'config_facts', 'LongRope',
-           'PatchConv2d', 'PatchConv3d', 'exact_patches', 'Phi3VModel', 'published_name', 'unused_names']
+           'hd_bytes', 'num_image_tokens', 'token_order', 'hd_crops', 'Phi3VImageProcessor', 'plain_tokenizer',
+           'plain_ids', 'Phi3VProcessor', 'load_tokenizer', 'check_vocabulary', 'tokenizer_hash', 'config_facts',
+           'LongRope', 'PatchConv2d', 'PatchConv3d', 'exact_patches', 'Phi3VModel', 'published_name', 'unused_names']
 
 # %% ../nbs/3_paper/302_phi3v.ipynb #b356956b
 import json, math, re
@@ -25,9 +25,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3Model, PreTrainedTokenizerFast
 
-from .core import CLIP_MEAN, CLIP_STD, CheckpointError, InputError, as_images, reward_inputs
+from .core import CLIP_MEAN, CLIP_STD, CheckpointError, InputError, as_prompts
 from .docments import document
 from .engine import in_threads
+from .pixels import as_pictures, one_device, picture_size, resize_bytes
 from .files import atomic_path
 from .weights import blame, how_to_fetch, load_weights, read_json, weight_files
 from .store import text_hash
@@ -263,6 +264,22 @@ def hd_transform(
     out[top:top+h] = np.asarray(image.resize((w,h), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(out.transpose(1,0,2)) if flip else out
 
+# %% ../nbs/3_paper/302_phi3v.ipynb #c695cc05
+def hd_bytes(
+    x:Tensor, # RGB picture as bytes, (3, h, w) uint8
+    num_crops:int=16, # Most tiles, >= 1
+    crop_size:int=336, # Side of a tile, pixels
+    name:str='image', # How to call the image in errors
+)->Tensor: # (3, H, W) uint8, on the same device
+    "`hd_transform` of bytes."
+    flip = x.shape[2]<x.shape[1]
+    if flip: x = x.transpose(1,2)
+    w,h = _hd_resize(x.shape[2], x.shape[1], num_crops, crop_size, name)
+    tall = crop_size*math.ceil(h/crop_size)
+    top = (tall-h)//2
+    x = F.pad(resize_bytes(x, (w,h), Image.Resampling.BILINEAR), (0, 0, top, tall-h-top), value=255)
+    return x.transpose(1,2) if flip else x
+
 # %% ../nbs/3_paper/302_phi3v.ipynb #4929ae83
 def num_image_tokens(
     h:int, # Rows of tiles
@@ -290,15 +307,17 @@ def token_order(
 
 # %% ../nbs/3_paper/302_phi3v.ipynb #c78376a4
 def hd_crops(
-    hd:np.ndarray, # (H, W, 3) uint8 from `hd_transform`
+    hd, # (H, W, 3) uint8 array from `hd_transform`, or (3, H, W) tensor from `hd_bytes`
     crop_size:int=336, # Side of a tile, pixels
     mean:tuple=CLIP_MEAN, # Of the R, G, B channels, in [0,1]
     std:tuple=CLIP_STD, # Of the same
 )->Tensor: # (n, 3, crop_size, crop_size) float32: global view, then tiles as read; or the one tile alone
     "Normalise, and cut into tiles after a bicubic global view."
-    x = torch.from_numpy(hd).permute(2,0,1).contiguous().float().div_(255)
-    x.sub_(torch.tensor(mean)[:,None,None]).div_(torch.tensor(std)[:,None,None])
-    c, h, w = crop_size, hd.shape[0]//crop_size, hd.shape[1]//crop_size
+    x = hd if isinstance(hd, Tensor) else torch.from_numpy(hd).permute(2,0,1)
+    x = x.contiguous().float().div_(255)
+    mean,std = (torch.tensor(v, device=x.device)[:,None,None] for v in (mean,std))
+    x.sub_(mean).div_(std)
+    c, h, w = crop_size, x.shape[1]//crop_size, x.shape[2]//crop_size
     if h*w==1: return x[None]
     tiles = x.view(3,h,c,w,c).permute(1,3,0,2,4).reshape(-1,3,c,c)
     return torch.cat([F.interpolate(x[None], size=(c,c), mode='bicubic'), tiles])
@@ -320,10 +339,11 @@ class Phi3VImageProcessor:
 # %% ../nbs/3_paper/302_phi3v.ipynb #2f3b205d
 @patch
 def sizes(self:Phi3VImageProcessor,
-    images:list, # RGB PIL images
+    images:list, # RGB pictures
 )->list: # (H, W) of each HD image
     "Sizes of the HD images; `InputError` names the image that is too thin."
-    return [hd_shape(*im.size, self.num_crops, self.crop_size, f'image {i}') for i,im in enumerate(images)]
+    sizes = map(picture_size, images)
+    return [hd_shape(*size, self.num_crops, self.crop_size, f'image {i}') for i,size in enumerate(sizes)]
 
 @patch
 def num_tokens(self:Phi3VImageProcessor,
@@ -335,15 +355,17 @@ def num_tokens(self:Phi3VImageProcessor,
 # %% ../nbs/3_paper/302_phi3v.ipynb #37d0271c
 @patch
 def __call__(self:Phi3VImageProcessor,
-    images, # One image or n of them, see `as_images`
-)->dict: # pixel_values (crops,3,c,c) float32, image_sizes (n,2) int64
+    images, # One image or n of them, see `as_pictures`
+)->dict: # pixel_values (crops,3,c,c) float32, on the device of arrays; image_sizes (n,2) int64
     "Crops of all images in a row, and the HD sizes that say how many belong to each."
-    images = as_images(images)
+    images = as_pictures(images)
     sizes = self.sizes(images)
     def cut(im):
-        hd = hd_transform(im, self.num_crops, self.crop_size)
+        transform = hd_bytes if isinstance(im, Tensor) else hd_transform
+        hd = transform(im, self.num_crops, self.crop_size)
         return hd_crops(hd, self.crop_size, self.mean, self.std)
-    return dict(pixel_values=torch.cat(in_threads(cut, images)), image_sizes=torch.tensor(sizes))
+    crops = one_device(in_threads(cut, images))
+    return dict(pixel_values=torch.cat(crops), image_sizes=torch.tensor(sizes))
 
 # %% ../nbs/3_paper/302_phi3v.ipynb #a40e0418
 @lru_cache(maxsize=8)
@@ -431,11 +453,12 @@ def token_counts(self:Phi3VProcessor,
 
 @patch
 def __call__(self:Phi3VProcessor,
-    images, # One image or n of them, see `as_images`
+    images, # One image or n of them, see `as_pictures`
     prompts, # One prompt or n of them
 )->dict: # input_ids, attention_mask (n,s), padded right; pixel_values (crops,3,c,c); image_sizes (n,2)
     "Everything `Phi3VModel` reads; `InputError` names the image or prompt that cannot be used."
-    images,prompts = reward_inputs(images, prompts)
+    images = as_pictures(images)
+    prompts = as_prompts(prompts, len(images))
     visual = [self.image_processor.num_tokens(s) for s in self.image_processor.sizes(images)]
     rows = [self.prompt_ids(p, n) for p,n in zip(prompts, visual)]
     self.check_lengths(rows)

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule', 'learning_rates', 'planned_updates',
-           'check_plan', 'check_records', 'RewardTrainer', 'checkpoints', 'train_perspective']
+           'check_plan', 'check_records', 'RewardTrainer', 'mean_loss', 'train_perspective']
 
 # %% ../nbs/3_paper/312_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
 from fastcore.basics import patch
+from accelerate.data_loader import prepare_data_loader
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from . import __version__
@@ -23,11 +25,15 @@ from .core import CheckpointError, InputError
 from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .docments import document
 from .files import atomic_path
+from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
+    check_checkpoint, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last, last_checkpoint,
+    named_records, only_run, publish, seal, writing)
 from .losses import cls_prob
-from .model import CARD, PerspectiveConfig, RewardModel, TrainingFacts, saved_config
+from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
 from .stats import TIE, accuracy, f1, mean, pair_decisions, recall, threshold_decisions
-from .store import file_hash, folder_lock, tensors_hash
+from .store import tensors_hash
+from .vision_cache import CachedVision, fill_cache
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6a5e9089
 def pairwise_accuracy(
@@ -131,6 +137,7 @@ class RewardConfig(TrainingArguments):
     lora_rank:int = 128                  # rank of the LoRA matrices of a new perspective, >= 1
     lora_alpha:int = 256                 # their scale is lora_alpha/lora_rank
     lora_dropout:float = .05             # on their input, 0 to below 1
+    vision_cache:str|None = None         # folder for features of the frozen tower; None: computed each time
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
@@ -256,6 +263,8 @@ class RewardTrainer(Trainer):
     "Trains the active perspective; ValueError if the records do not fit its loss or nothing is trainable."
     start = None  # for `recipe`: hash of the weights that the perspective starts with, if they are not new
     inputs = None # for `recipe`: identities of base and records when training began
+    draft = None  # where a checkpoint is being written
+    overflows = 0 # updates in a row that fp16's scaler has left out
     def __init__(self,
         model:RewardModel,  # its active perspective is trained
         args:RewardConfig,  # the recipe
@@ -266,6 +275,9 @@ class RewardTrainer(Trainer):
         self.perspective = model.active
         self.loss = model.config.make_loss()
         self.measured = {} # metric of the weights as they are -> value and records, for `facts`
+        self.places = []   # of the records of the update that is computed
+        self.stop = StopSignal()
+        self.filled = []   # records whose images the vision cache has
         train_dataset = _as_records(train_dataset)
         eval_dataset = _as_records(eval_dataset)
         for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
@@ -275,7 +287,7 @@ class RewardTrainer(Trainer):
             f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: "
             "load it again without merge()")
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
-        usual = dict(model=model, args=args, data_collator=RewardCollator(processor),
+        usual = dict(model=model, args=args, data_collator=PlacedCollator(RewardCollator(processor)),
                      train_dataset=train_dataset, eval_dataset=eval_dataset,
                      compute_metrics=lambda seen: self.metrics(seen))
         super().__init__(**{**usual, **kwargs})
@@ -284,6 +296,37 @@ class RewardTrainer(Trainer):
         self.label_names = ['target' if self.loss.pairs else 'label']
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
+        self.watch = SafeStop(self.stop)
+        self.add_callback(self.watch)
+        self.vision = self._cached_vision() if args.vision_cache else None
+        if self.vision: self.data_collator.collator = self.vision.collator(self.data_collator.collator)
+
+    def _cached_vision(self)->CachedVision:
+        "The tower with a cache, in the precision of this run."
+        precision = 'bfloat16' if self.args.bf16 else 'float16' if self.args.fp16 else 'none'
+        return CachedVision(self.args.vision_cache, self.model, precision, self.accelerator.autocast)
+
+# %% ../nbs/3_paper/312_trainer.ipynb #e6b59801
+@patch
+def _fill_cache(self:RewardTrainer,
+    records, # `RewardRecords`, a dict of several, or None
+):
+    "Compute the features that the cache lacks, all processes together."
+    if not self.vision: return
+    for one in _several(records):
+        if any(one is known for known in self.filled): continue
+        fill_cache(self.vision, one, self.args.process_index, self.args.world_size)
+        self.filled.append(one)
+    self.accelerator.wait_for_everyone()
+
+@patch
+def _prepare_inputs(self:RewardTrainer,
+    inputs:dict, # a batch of the collator
+)->dict: # the same on the model's device
+    "A batch for the model; features of single images are joined."
+    inputs = Trainer._prepare_inputs(self, inputs)
+    if isinstance(inputs.get('features'), list): inputs['features'] = self.vision.join(inputs['features'])
+    return inputs
 
 # %% ../nbs/3_paper/312_trainer.ipynb #8774a6e9
 @patch
@@ -313,16 +356,48 @@ def create_scheduler(self:RewardTrainer,
         self._created_lr_scheduler = True
     return self.lr_scheduler
 
+# %% ../nbs/3_paper/312_trainer.ipynb #3cd9f213
+@patch
+def get_train_dataloader(self:RewardTrainer): # of batches that know their records
+    "The batches of this process; no record is repeated to fill the last ones."
+    loader = self._get_dataloader(
+        PlacedRecords(self.train_dataset), 'Training', self._train_batch_size, self._get_train_sampler, True)
+    args = self.args
+    if args.world_size==1: return loader
+    shares = Shares(loader.batch_sampler.batch_sampler, args.world_size, args.process_index)
+    kept = ('collate_fn', 'num_workers', 'pin_memory', 'worker_init_fn', 'multiprocessing_context',
+            'prefetch_factor', 'persistent_workers', 'in_order')
+    same = {k:getattr(loader, k) for k in kept if hasattr(loader, k)}
+    mine = DataLoader(loader.dataset, batch_sampler=shares, **same)
+    return prepare_data_loader(mine, args.device, num_processes=1, process_index=0, put_on_device=True)
+
 # %% ../nbs/3_paper/312_trainer.ipynb #904fec9d
 @patch
 def get_batch_samples(self:RewardTrainer,
     epoch_iterator,  # of batches
     num_batches:int, # for one update
-    device,          # unused: the count stays an int
-)->tuple: # list of batches, number of records in them
+    device,          # for the message to other processes
+)->tuple: # list of batches, records in them (of all processes: their mean)
     "The batches of one update, and how many records they hold."
-    batches,_ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-    return batches, sum(len(b[self.label_names[0]]) for b in batches)
+    self.places = []
+    try: batches,_ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+    except InputError:
+        self._keep_last_update()
+        raise
+    n = sum(int((b['places']>=0).sum()) for b in batches)
+    if self.args.world_size==1: return batches, n
+    counts = self.accelerator.gather(torch.tensor([n], device=device))
+    return batches, counts.sum().item()/self.args.world_size
+
+@patch
+def _keep_last_update(self:RewardTrainer):
+    "A checkpoint of the last update, if one process can write it and it is not there yet."
+    step = self.state.global_step
+    there = (Path(self.args.output_dir)/f'checkpoint-{step}').exists()
+    if self.args.world_size>1 or there or step==self._initial_global_step: return
+    began,random = self.watch.epoch_began
+    if began==step: torch.set_rng_state(random) # a run that goes on from here begins the epoch again
+    self._save_checkpoint(self.model_wrapped, None)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6e774b67
 @patch
@@ -365,9 +440,10 @@ def evaluate(self:RewardTrainer,
     **kwargs,          # see `Trainer.evaluate`
 )->dict: # eval_loss and the other metrics, and times
     "Measure the weights as they are."
-    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
     records = self.eval_dataset if eval_dataset is None else eval_dataset
     if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
+    self._fill_cache(records)
+    metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
     if isinstance(records, RewardRecords):
         told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
         where = f'{_files(records)} ({len(records)} {records.kind}s)'
@@ -454,68 +530,60 @@ def _save(self:RewardTrainer,
         f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: "
         f"lower learning_rate {self.args.learning_rate:g}; {self.kept()}")
     folder = Path(output_dir or self.args.output_dir)
-    self.model.save_perspective(self.perspective, folder/self.perspective, training=self.facts())
-    recipe = json.dumps(self.recipe(), indent=1)
-    with atomic_path(folder/'training_args.json') as p: p.write_text(recipe+'\n')
+    with nullcontext() if self.draft else writing(folder, self.kept):
+        self.model.save_perspective(self.perspective, folder/self.perspective, training=self.facts())
+        recipe = json.dumps(self.recipe(), indent=1)
+        with atomic_path(folder/'training_args.json') as p: p.write_text(recipe+'\n')
+
+@patch
+def save_state(self:RewardTrainer):
+    "Write the place in the run and its log, whole or not at all."
+    path = Path(self.args.output_dir)/'trainer_state.json'
+    if not self.is_world_process_zero(): return
+    with writing(path, self.kept), atomic_path(path) as p: self.state.save_to_json(str(p))
+
+@patch
+def kept(self:RewardTrainer)->str: # words for an error
+    "What is left of a run that stops here."
+    found = list(checkpoints(self.args.output_dir))
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 # %% ../nbs/3_paper/312_trainer.ipynb #c736229b
-def _listed(folder:Path)->list:
-    "The files of a checkpoint that one process wrote and nobody edits, by their names in it."
-    files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name not in ('files.json', CARD))
-    by_others = re.compile(r'rng_state_\d+\.pth')
-    return [f.relative_to(folder).as_posix() for f in files if not by_others.fullmatch(f.name)]
+@patch
+def _get_output_dir(self:RewardTrainer,
+    trial, # unused
+)->str:
+    "Where `Trainer` writes: the run's folder, or a draft in it."
+    return str(self.draft or self.args.output_dir)
+
+@patch
+def _seal(self:RewardTrainer,
+    path:Path, # where the checkpoint in the draft is to be
+):
+    "Give the checkpoint in the draft its name, and delete older ones."
+    self.state.save_to_json(str(self.draft/path.name/'trainer_state.json'))
+    seal(self.draft/path.name)
+    publish(self.draft/path.name, path)
+    keep_last(path.parent, self.args.save_total_limit, self.state.best_model_checkpoint, path)
 
 @patch
 def _save_checkpoint(self:RewardTrainer, model, trial):
-    "Write a checkpoint, and the list of its files last."
-    folder = Path(self._get_output_dir(trial))/f'checkpoint-{self.state.global_step}'
-    if self.args.should_save and folder.exists(): shutil.rmtree(folder)
+    "Write a checkpoint, which is there when it is whole."
+    path = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
+    self.draft = draft_folder(path)
+    try:
+        if self.args.should_save: shutil.rmtree(self.draft, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with writing(path, self.kept):
+            Trainer._save_checkpoint(self, model, trial)
+            best = self.state.best_global_step
+            if best: self.state.best_model_checkpoint = str(path.with_name(f'checkpoint-{best}'))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save: self._seal(path)
+    finally:
+        if self.args.should_save: shutil.rmtree(self.draft, ignore_errors=True)
+        self.draft = None
     self.accelerator.wait_for_everyone()
-    Trainer._save_checkpoint(self, model, trial)
-    if not self.args.should_save: return
-    files = {f:[(folder/f).stat().st_size, file_hash(folder/f)] for f in _listed(folder)}
-    with atomic_path(folder/'files.json') as p: p.write_text(json.dumps(files, indent=1)+'\n')
-
-# %% ../nbs/3_paper/312_trainer.ipynb #39302128
-def checkpoints(
-    folder, # a run's output_dir
-)->dict: # whole checkpoint folder -> name of the perspective in it, by ascending step
-    "The whole checkpoints of a run; those that a killed process left half-written are not among them."
-    names = {path:_complete(path) for path in _numbered(folder)}
-    return {path:name for path,name in names.items() if name}
-
-def _numbered(folder)->list:
-    "Folders of checkpoints, whole or not, by ascending step."
-    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name)]
-    return sorted(found, key=lambda p: int(p.name.partition('-')[2]))
-
-def _complete(folder:Path):
-    "Name of the perspective in a checkpoint, None if it is not whole."
-    try: return _check_checkpoint(folder)
-    except CheckpointError: return None
-
-def _check_checkpoint(
-    folder:Path,  # of a checkpoint
-    hashes=False, # read all files, and not only their sizes
-)->str: # name of the perspective in it
-    "`CheckpointError` naming the file that is missing or damaged."
-    files = read_json(folder/'files.json')
-    listed = lambda x: isinstance(x, list) and len(x)==2
-    if not all(map(listed, files.values())): raise CheckpointError(
-        f"{folder/'files.json'}: does not list sizes and hashes; the checkpoint is not whole")
-    need = {'training_args.json', 'trainer_state.json', 'optimizer.pt', 'scheduler.pt'}
-    names = [f.removesuffix('/reward_config.json') for f in files if f.endswith('/reward_config.json')]
-    lacks = sorted(need-set(files))
-    if len(names)!=1 or lacks or not any(folder.glob('rng_state*.pth')): raise CheckpointError(
-        f"{folder}: lacks {', '.join(lacks) or 'a perspective or its rng_state'}; it is no whole checkpoint")
-    for f,(size,digest) in files.items():
-        path = folder/f
-        if not path.is_file(): raise CheckpointError(f"{path}: is missing; the checkpoint is not whole")
-        if path.stat().st_size!=size: raise CheckpointError(
-            f"{path}: has {path.stat().st_size} bytes of {size}; the checkpoint is not whole")
-        if hashes and file_hash(path)!=digest: raise CheckpointError(
-            f"{path}: is not as it was written; the disk or a copy spoilt it")
-    return names[0]
 
 # %% ../nbs/3_paper/312_trainer.ipynb #f56db81a
 def _differences(old:dict, new:dict)->str:
@@ -545,75 +613,91 @@ def _load_from_checkpoint(self:RewardTrainer,
 @patch
 def _load_best_model(self:RewardTrainer):
     "What `load_best_model_at_end` does."
+    check_checkpoint(Path(self.state.best_model_checkpoint), hashes=True)
     self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #41450e33
 @patch
+def _last_checkpoint(self:RewardTrainer)->Path|None: # the same in every process
+    "The last checkpoint that is as it was written; damaged ones are set aside."
+    found = [None]
+    if self.args.process_index==0:
+        clear_drafts(self.args.output_dir)
+        found = [last_checkpoint(self.args.output_dir)]
+    if self.args.world_size>1: torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+@patch
 def _checkpoint(self:RewardTrainer,
-    wanted, # True: the last whole checkpoint of output_dir; or a checkpoint's folder; None: start
+    wanted, # True: the last good checkpoint of output_dir; or a checkpoint's folder; None: start
 ): # Path or None
     "The checkpoint to go on from; ValueError if there is none, or one would be overwritten."
     where = self.args.output_dir
-    found = checkpoints(where)
-    others = set(found.values())-{self.perspective}
+    others = set(checkpoints(where).values())-{self.perspective}
     if others: raise ValueError(
         f"{where}: has checkpoints of perspective {', '.join(others)!r}; give each its own output_dir")
-    if wanted is True: return self._last_checkpoint()
+    if wanted is True:
+        found = self._last_checkpoint()
+        if found: return found
+        raise ValueError(
+            f"{where}: has no complete checkpoint to go on from; start with resume_from_checkpoint=None")
     if wanted:
-        try: _check_checkpoint(Path(wanted), hashes=True)
+        try: check_checkpoint(Path(wanted), hashes=True)
         except CheckpointError as e: raise ValueError(
             f"{wanted}: is not a complete checkpoint ({e}); pass another, or True for the last") from None
         return Path(wanted)
-    if found: raise ValueError(
+    if checkpoint_folders(where): raise ValueError(
         f"{where}: has checkpoints of an earlier run; go on with resume_from_checkpoint=True, delete them, "
         "or choose another output_dir")
-    for p in _numbered(where): warnings.warn(f"{p}: is not whole; the run starts anew", stacklevel=3)
     return None
 
-@patch
-def _last_checkpoint(self:RewardTrainer):
-    "The last checkpoint that is as it was written; ValueError if there is none."
-    where = self.args.output_dir
-    for path in reversed(_numbered(where)):
-        try: _check_checkpoint(path, hashes=True)
-        except CheckpointError as e: warnings.warn(f"passed over: {e}", stacklevel=4)
-        else: return path
-    raise ValueError(
-        f"{where}: has no complete checkpoint to go on from; start with resume_from_checkpoint=None")
-
 # %% ../nbs/3_paper/312_trainer.ipynb #1c178b21
-@contextmanager
-def _only_run(args):
-    "This process alone trains into output_dir."
-    if args.process_index: yield # the first process has the lock for all
-    else:
-        with folder_lock(args.output_dir, wait=False): yield
-
 def _reason(e:Exception)->str:
     "The message of an error; of one from a worker process, without the worker's traceback."
     return re.sub(r'^[\w.]*InputError: ', '', str(e).strip().splitlines()[-1])
 
 @patch
+def _run(self:RewardTrainer, checkpoint, **kwargs):
+    "`Trainer.train`; an unreadable image, or a stop, leaves a checkpoint and a usable model."
+    self.model.set_perspective(self.perspective)
+    try:
+        with self.stop:
+            return Trainer.train(self, resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+    except InputError as e: raise InputError(f"{_reason(e)}; mend it and go on: {self.kept()}") from e
+    finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+
+@patch
 def train(self:RewardTrainer,
-    resume_from_checkpoint=None, # True: the last whole checkpoint of output_dir; or its folder; None: start
+    resume_from_checkpoint=None, # True: the last good checkpoint of output_dir; or its folder; None: start
     **kwargs,                    # see `Trainer.train`
 ): # `TrainOutput`
     "Train; ValueError if nothing could be learnt, or output_dir holds (or lacks) an earlier run."
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
-    with _only_run(self.args):
+    with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train
-        self.model.set_perspective(self.perspective)
+        for records in (self.train_dataset, self.eval_dataset): self._fill_cache(records)
         before = _norms(self.model)
-        try: out = Trainer.train(self, resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
-        except InputError as e: raise InputError(f"{_reason(e)}; mend it and go on: {self.kept()}") from e
-        finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        out = self._run(checkpoint, **kwargs)
         if not checkpoint: _check_moved(before, _norms(self.model), out.global_step)
     return out
 
 # %% ../nbs/3_paper/312_trainer.ipynb #5c471c2b
+_OVERFLOWS = 20 # updates in a row that float16 may lose; its scale, 65536 at first, is then below 1
+
+@patch
+def _broken(self:RewardTrainer,
+    what:str, # such as 'the loss is nan'
+)->ValueError: # to raise
+    "The error of a number that is not finite."
+    records = named_records(self.places, self.train_dataset.name)
+    return ValueError(
+        f"{what} at step {self.state.global_step+1}, with {records}; the run cannot recover: lower "
+        f"learning_rate {self.args.learning_rate:g}, or look for what the base makes of these records; "
+        f"{self.kept()}")
+
 @patch
 def training_step(self:RewardTrainer,
     model,                   # the model, possibly wrapped
@@ -622,18 +706,40 @@ def training_step(self:RewardTrainer,
 )->torch.Tensor: # loss ()
     "Loss and gradients of one batch; ValueError if the loss is not finite, before it changes any weight."
     self.measured.clear()
-    loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
-    if not loss.isfinite(): raise ValueError(
-        f"the loss is {loss.item()} at step {self.state.global_step+1}; the run cannot recover: lower "
-        f"learning_rate {self.args.learning_rate:g}, or look for what the base makes of the last records; "
-        f"{self.kept()}")
+    places = inputs.pop('places').tolist()
+    self.places += places
+    only_fills = max(places)<0
+    count = math.inf if only_fills else num_items_in_batch # a loss divided by infinity counts nothing
+    loss = Trainer.training_step(self, model, inputs, count)
+    if not loss.isfinite(): raise self._broken(f"the loss is {loss.item()}")
     return loss
 
 @patch
-def kept(self:RewardTrainer)->str: # words for an error
-    "What is left of a run that stops here."
-    found = list(checkpoints(self.args.output_dir))
-    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+def _get_grad_norm(self:RewardTrainer, model, grad_norm=None): # float or tensor
+    "The norm of the gradient; ValueError if it is not finite, before it changes any weight."
+    norm = Trainer._get_grad_norm(self, model, grad_norm)
+    if math.isfinite(norm): self.overflows = 0
+    elif self.accelerator.scaler is not None and self.overflows<_OVERFLOWS: self.overflows += 1
+    else: raise self._broken(f"the norm of the gradient is {float(norm)}")
+    return norm
+
+# %% ../nbs/3_paper/312_trainer.ipynb #6ead5594
+@patch
+def can_resume(self:RewardTrainer)->bool: # the same in every process
+    "Whether there is a good checkpoint; damaged ones are set aside, with a warning."
+    with only_run(self.args): return self._last_checkpoint() is not None
+
+def mean_loss(
+    history:list, # the log of a run from its beginning, `trainer.state.log_history`
+)->float: # nan if no loss is in it
+    "Mean training loss of all updates; each entry of the log has the mean since the entry before."
+    total = 0.
+    last = 0
+    for entry in history:
+        if 'loss' not in entry: continue
+        total += entry['loss']*(entry['step']-last)
+        last = entry['step']
+    return total/last if last else math.nan
 
 # %% ../nbs/3_paper/312_trainer.ipynb #7a53a4fa
 def train_perspective(
@@ -662,12 +768,12 @@ def train_perspective(
     else: model.add_perspective(name, config, args.lora_rank, args.lora_alpha, args.lora_dropout)
     trainer = RewardTrainer(model, args, records, eval_records, **kwargs)
     if further: trainer.start = tensors_hash({n:p for n,p in model.named_parameters() if p.requires_grad})
-    result = trainer.train(resume and bool(checkpoints(args.output_dir)))
+    trainer.train(resume and trainer.can_resume())
     trainer.save_model()
     trainer.save_state()
     measured = trainer.evaluate() if eval_records else {}
     if args.should_save: model.write_card(name, Path(args.output_dir)/name, trainer.facts())
-    return dict(train_loss=result.training_loss, **measured)
+    return dict(train_loss=mean_loss(trainer.state.log_history), **measured)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #ca251278
 document(__name__)

@@ -46,3 +46,34 @@ def make_checkpoint():
 def image():
     "Function from a name (`sq_a`, `port`, …) to that PIL image."
     return script(PHI3V/'make_images.py').make_image
+
+
+@pytest.fixture(scope='session')
+def lab(tmp_path_factory):
+    "A JupyterLab server for all tests that need one; skipped where Chromium cannot be had."
+    from browser import Lab, chromium
+    chromium()
+    server = Lab(tmp_path_factory.mktemp('lab')).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope='session')
+def browser():
+    "Headless Chromium."
+    from browser import chromium
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        found = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def window(browser):
+    "A new page; whoever uses it asks for its `complaints`."
+    from browser import Window
+    shown = Window(browser)
+    yield shown
+    shown.page.close()

@@ -19,7 +19,7 @@ def functions(module):
             f = getattr(f, '__func__', f)
             if not inspect.isfunction(f) or f.__module__ != module.__name__: continue
             if not (inspect.getsourcefile(f) or '').startswith(str(ROOT/LIB)): continue  # `__init__` of a dataclass
-            head = next(line for line in inspect.getsourcelines(f)[0] if line.strip().startswith('def '))
+            head = next(line for line in inspect.getsourcelines(f)[0] if line.strip().startswith(('def ', 'async def ')))
             if head.startswith(' ') and re.search(r'\)(->[^:]*)?:', head): continue
             yield label, f
 

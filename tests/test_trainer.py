@@ -13,8 +13,9 @@ from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.phi3v import Phi3VModel
 from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
 from llava_reward_nb.store import folder_lock
-from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, checkpoints, label_metrics, pairwise_accuracy,
-                                     planned_updates, train_perspective)
+from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, label_metrics, pairwise_accuracy,
+    planned_updates, train_perspective)
+from llava_reward_nb.guards import checkpoints
 
 TOL = dict(atol=2e-5, rtol=0)
 
@@ -173,7 +174,7 @@ def test_killed_between_checkpoints(uninterrupted, tmp_path):
 def test_killed_while_saving(uninterrupted, tmp_path):
     process = start(tmp_path, 'saving')
     assert process.wait() == -signal.SIGKILL
-    assert (tmp_path/'checkpoint-6'/'alignment').exists()
+    assert (tmp_path/'.checkpoint-6.draft'/'checkpoint-6'/'alignment').exists() and not (tmp_path/'checkpoint-6').exists()
     assert [p.name for p in checkpoints(tmp_path)] == ['checkpoint-3']
     finish(start(tmp_path))
     assert same(weights(tmp_path/'alignment'), uninterrupted)
@@ -319,7 +320,7 @@ def test_a_file_that_vanishes_is_named_by_a_worker(tmp_path):
     recipe, t.recipe = t.recipe(), lambda: recipe
     gone.unlink()
     with pytest.raises(InputError) as e: t.train()
-    assert str(e.value).startswith(f'{gone}: no such file') and 'no checkpoint yet' in str(e.value)
+    assert str(e.value).startswith(f'record 5, chosen_path: {gone}: no such file') and 'no checkpoint yet' in str(e.value)
 
 
 def test_a_half_precision_base_whose_tower_gives_float32(tmp_path, monkeypatch):

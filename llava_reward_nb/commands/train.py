@@ -86,7 +86,7 @@ def _new_head(
 def _check_place(out:Path, name:str, resume:bool):
     "`InputError` for a name that cannot be used, or a folder that cannot be written or has a run already."
     from llava_reward_nb.model import name_fault
-    from llava_reward_nb.trainer import checkpoints
+    from llava_reward_nb.guards import checkpoints
     fault = name_fault(name)
     if fault: raise InputError(f"--name {name!r} cannot be used: {fault}; choose another")
     if (out/name).exists() and not resume: raise InputError(
@@ -130,7 +130,8 @@ def _eval_printer():
 # %% ../../nbs/9_doors/903_train.ipynb #b785a505
 def _train(rm, name, train, held_out, args, config, resume):
     "Train and report; after Ctrl-C, say how to go on."
-    from llava_reward_nb.trainer import checkpoints, train_perspective
+    from llava_reward_nb.trainer import train_perspective
+    from llava_reward_nb.guards import checkpoints
     print(f"{train}{f'; held out: {held_out}' if held_out else ''}")
     out = Path(args.output_dir)
     callbacks = [_eval_printer()]

@@ -23,9 +23,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig,
 from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
 from ..core import (CLIP_MEAN, CLIP_STD, CheckpointError, InputError, MAX_PIXELS, as_path,
-    as_prompts, default_device, image_list, image_size, open_image)
+    as_prompts, default_device, image_list, image_size)
 from ..docments import document
 from ..files import atomic_path
+from ..pixels import (as_rgb, map_pictures, one_device, open_picture, picture_size,
+    resize_bytes, to_bytes)
 from ..weights import hub_arguments, hub_folder, load_weights, read_tensors
 from ..phi3v import check_vocabulary, config_facts, exact_patches, read_config, tokenizer_hash
 from ..weights import blame
@@ -56,19 +58,22 @@ def crop_start(
 
 # %% ../../nbs/4_rewards/400_clip.ipynb #117e6772
 def crop_image(
-    im:Image.Image, # Image in any mode
-    size:int,       # Side of the square, pixels
-    rule:str,       # Rounding of the crop, see `crop_start`
-)->Image.Image: # RGB, (size, size)
+    im,       # Image in any mode, or bytes of pictures (...,3,h,w)
+    size:int, # Side of the square, pixels
+    rule:str, # Rounding of the crop, see `crop_start`
+): # RGB image or bytes, (size, size)
     "Resize the shortest side (bicubic), cut out the middle, then convert to RGB."
-    w,h = shortest_side(*im.size, size)
+    w,h = shortest_side(*picture_size(im), size)
     l,t = crop_start(w, size, rule), crop_start(h, size, rule)
+    if isinstance(im, Tensor): return resize_bytes(im, (w,h))[..., t:t+size, l:l+size]
     return im.resize((w,h), Image.Resampling.BICUBIC).crop((l, t, l+size, t+size)).convert('RGB')
 
 def to_floats(
-    images:list, # RGB PIL images of one size
+    images:list, # RGB pictures of one size
 )->Tensor: # (n,3,h,w) float32 in [0,1]
-    "Bytes to floats."
+    "Bytes to floats, where an array among them is."
+    if any(isinstance(im, Tensor) for im in images):
+        return torch.stack(one_device([to_bytes(im) for im in images])).float()/255
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).float()/255
 
 # %% ../../nbs/4_rewards/400_clip.ipynb #393bb8a9
@@ -209,10 +214,10 @@ class ClipReward:
             facts |= dict(rule=self.rule, cleaned=self.cleaned)
             return make_identity(type(self).__name__, facts, [self.model])
     def preprocess(self,
-        images:list, # n PIL images
+        images:list, # n pictures
     )->Tensor: # (n,3,size,size) float32, normalised
         "Crop and normalise images."
-        return normalise(to_floats([crop_image(im, self.size, self.rule) for im in images]))
+        return normalise(to_floats(map_pictures(lambda im: crop_image(im, self.size, self.rule), images)))
     def preprocess_pixels(self,
         x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
     )->Tensor: # (n,3,size,size), normalised
@@ -261,13 +266,14 @@ def features(self:ClipReward,
 def opened_batches(
     images:list,    # Images, of `image_list`
     batch_size:int, # Images at once, >= 1
-): # Yields (position of the first, list of PIL images)
+    device=None,    # Where arrays go as bytes; None: they stay
+): # Yields (position of the first, list of pictures)
     "Open images batch by batch; `InputError` names the first that cannot be used by its path or position."
     if batch_size<1: raise ValueError(f"batch_size {batch_size}; needed: at least 1")
     for x in images:
         if isinstance(x, (str, os.PathLike)): image_size(x)
     for i in range(0, len(images), batch_size):
-        yield i, [open_image(x, f'image {j}') for j,x in enumerate(images[i:i+batch_size], i)]
+        yield i, [open_picture(x, f'image {j}', device) for j,x in enumerate(images[i:i+batch_size], i)]
 
 # %% ../../nbs/4_rewards/400_clip.ipynb #09adf6cb
 @patch
@@ -277,7 +283,7 @@ def embed_images(self:ClipReward,
     batch_size:int=16, # Images at once
 )->Tensor: # (n,p) float32 unit vectors
     "Open, preprocess and embed images; `InputError` names the first that cannot be used."
-    batches = opened_batches(image_list(images), batch_size)
+    batches = opened_batches(image_list(images), batch_size, self.device)
     return torch.cat([self.features(self.preprocess(opened)) for _,opened in batches])
 
 # %% ../../nbs/4_rewards/400_clip.ipynb #4280c9f8
@@ -390,10 +396,10 @@ class PickScore(ClipReward):
         "The learnt temperature."
         return self.model.logit_scale.float().exp()
     def preprocess(self,
-        images:list, # n PIL images
+        images:list, # n pictures
     )->Tensor: # (n,3,size,size) float32, normalised
         "Crop and normalise images."
-        return super().preprocess([im.convert('RGB') for im in images])
+        return super().preprocess([as_rgb(im) for im in images])
 
 @patch
 def preference(self:PickScore,
@@ -556,10 +562,13 @@ class HPSv2(ClipReward):
     name, range, default = 'hpsv2.1', 'cosine, about 0.15 to 0.40', 'xswu/HPSv2'
     tokenizer_id = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
     def preprocess(self,
-        images:list, # n PIL images
+        images:list, # n pictures
     )->Tensor: # (n,3,size,size) float32, normalised
         "Letterbox and normalise images."
-        return torch.cat([self.preprocess_pixels(to_floats([im.convert('RGB')])) for im in images])
+        def boxed(picture):
+            if isinstance(picture, Tensor): return self.preprocess_pixels(picture.float()/255)
+            return self.preprocess_pixels(to_floats([as_rgb(picture)]))[0]
+        return torch.stack(one_device(map_pictures(boxed, images)))
     def preprocess_pixels(self,
         x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
     )->Tensor: # (n,3,size,size), normalised
@@ -691,9 +700,9 @@ def __call__(self:AestheticScore,
     "Score images; `InputError` names the first that cannot be used."
     items, out = image_list(images), []
     as_prompts(prompts, len(items))
-    for _,opened in opened_batches(items, batch_size):
-        if self.rule=='down': opened = [im.convert('RGB') for im in opened]
-        x = normalise(to_floats([crop_image(im, self.size, self.rule) for im in opened]))
+    for _,opened in opened_batches(items, batch_size, self.device):
+        if self.rule=='down': opened = [as_rgb(im) for im in opened]
+        x = normalise(to_floats(map_pictures(lambda im: crop_image(im, self.size, self.rule), opened)))
         with self.lock, evaluating(self.model): out.append(self.model(x.to(self.device, self.dtype)))
     return torch.cat(out).cpu()
 

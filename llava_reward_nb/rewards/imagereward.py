@@ -17,6 +17,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from fastcore.basics import patch
 from ..backbones import PassLock, evaluating
 from ..docments import document
+from ..pixels import map_pictures
 from .clip import (check_pixels, check_unicode, crop_image, crop_pixels, find_file,
     normalise, opened_batches, reward_mlp, to_floats)
 from ..core import CheckpointError, as_prompts, default_device, image_list
@@ -149,10 +150,10 @@ class ImageReward:
         self.model = exact_patches(model).to(self.device).eval().requires_grad_(False)
         self.model.layers.float()
     def preprocess(self,
-        images:list, # n PIL images
+        images:list, # n pictures
     )->Tensor: # (n,3,size,size) float32, normalised
         "Crop and normalise images."
-        return normalise(to_floats([crop_image(im, self.size, 'even') for im in images]))
+        return normalise(to_floats(map_pictures(lambda im: crop_image(im, self.size, 'even'), images)))
     def preprocess_pixels(self,
         x:Tensor, # (n,3,h,w) float in [0,1], may carry gradients
     )->Tensor: # (n,3,size,size), normalised
@@ -203,7 +204,7 @@ def __call__(self:ImageReward,
     "Score images for prompts; `InputError` if they are bad or do not pair up."
     items = image_list(images)
     prompts, out = check_unicode(as_prompts(prompts, len(items))), []
-    for i,opened in opened_batches(items, batch_size):
+    for i,opened in opened_batches(items, batch_size, self.device):
         out.append(self.raw(self.preprocess(opened), prompts[i:i+batch_size])[0])
     return ((torch.cat(out)-MEAN)/STD).cpu()
 

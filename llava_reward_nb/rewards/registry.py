@@ -88,7 +88,7 @@ SHORT = { # name -> spec
 
 # %% ../../nbs/4_rewards/405_registry.ipynb #beec89e1
 def load_reward(
-    spec,                   # 'name', 'name:path_or_id', 'tiny', 'tiny/perspective', a folder, or a callable
+    spec,                   # 'name', 'name:path_or_id', 'tiny', 'tiny/perspective', folder, address, callable
     device:str=None,        # where it runs; None: the best device there is
     dtype:torch.dtype=None, # of the weights; None: what the reward uses by default
     **kw,                   # further arguments of its `from_pretrained`
@@ -96,6 +96,9 @@ def load_reward(
     "Load a reward by name; ValueError lists the names if there is none like it."
     if callable(spec): return spec
     asked = str(spec)
+    if asked.startswith(('http://', 'https://')):
+        remote = import_module('llava_reward_nb.client').RemoteReward # no chapter before that one needs it
+        return remote.from_pretrained(asked, device, dtype, **kw)
     name,_,where = str(SHORT.get(spec, spec)).partition(':')
     if name in REWARDS:
         entry = REWARDS[name]

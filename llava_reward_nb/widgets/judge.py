@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core import CheckpointError, InputError, as_path, as_scores, image_list
+from ..core import CheckpointError, InputError, as_path, as_scores, image_list, reward_inputs
 from ..docments import document
 from ..model import RewardModel
 from ..rewards.llava import LLaVAReward, split_perspective
@@ -31,6 +31,11 @@ class ModelJudge:
         if not self.names: raise InputError(
             "the reward model has no perspective; load one, or train one with train_perspective")
 
+    @property
+    def general(self)->list:
+        "Columns that know preferences and no scores."
+        return [name for name in self.names if self.model.configs[name].loss=='gpm']
+
     def losses(self)->dict: # column -> what turns vectors into values
         return {name:self.model.configs[name].make_loss() for name in self.names}
 
@@ -47,10 +52,11 @@ class ModelJudge:
     )->Tensor: # (n,); NaN where an image has none
         "What each image is worth."
         loss = self.losses()[name]
-        if self.model.configs[name].loss!='gpm': return loss.score(vectors)
+        if name not in self.general: return loss.score(vectors)
         n = len(vectors)
         if n<2: return torch.full((n,), torch.nan)
-        return (loss.prob(vectors[:,None], vectors[None]).sum(1)-.5)/(n-1)
+        wins = [loss.prob(some[:,None], vectors[None]).sum(1) for some in vectors.split(256)] # n x n is large
+        return (torch.cat(wins)-.5)/(n-1)
 
     def prob(self,
         name:str, # a column
@@ -63,6 +69,7 @@ class ModelJudge:
 # %% ../../nbs/9_doors/916_judge.ipynb #c85f93de
 class RewardsJudge:
     "Rewards as columns."
+    general = () # columns that know preferences and no scores
     def __init__(self,
         rewards:Mapping, # name -> callable
     ):
@@ -77,9 +84,9 @@ class RewardsJudge:
         images:list, # n of them
         prompts,     # one for all, or n
     )->dict: # column -> (n,1)
-        "Scores of every reward."
+        "Scores of every reward; each image is opened once. `InputError` names one that cannot be used."
+        images,prompts = reward_inputs(images, prompts)
         n = len(images)
-        prompts = [prompts]*n if isinstance(prompts, str) else list(prompts)
         scores = {str(k):as_scores(r(images, prompts), n, f'reward {k!r}') for k,r in self.rewards.items()}
         return {k:s.float()[:,None] for k,s in scores.items()}
 
