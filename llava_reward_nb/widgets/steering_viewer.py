@@ -7,10 +7,8 @@ __all__ = ['SeenEnough', 'SteeringRun', 'look_html', 'tree_html', 'SteeringViewe
 
 # %% ../../nbs/9_doors/922_steering_viewer.ipynb #bfe692d7
 import html, io, math
-from collections.abc import Callable
 
 import torch
-from PIL import Image
 from fastcore.basics import patch
 from ipywidgets import Button, HBox, IntSlider, Layout, Text, VBox
 
@@ -19,7 +17,8 @@ from ..docments import document
 from ..rewards.registry import load_reward
 from ..steering.hook import steer
 from ..steering.pipelines import load_pipeline, split_arguments
-from .stage import Job, Stage, Worker, picture_uri, still_html
+from ..views import plain_text, show, thumbnail
+from .stage import Stage, Still, Worker
 
 # %% ../../nbs/9_doors/922_steering_viewer.ipynb #ff3f6eff
 class SeenEnough(Exception):
@@ -208,7 +207,9 @@ def wait(self:SteeringViewer,
     seconds:float=None, # at most; None: as long as it takes
 )->bool: # whether it is done
     "Wait until the run has ended."
-    return self.worker.wait(seconds)
+    is_done = self.worker.wait(seconds)
+    self._changed()
+    return is_done
 
 @property
 def _images(self)->list: return self.run.images if self.run else []
@@ -246,7 +247,7 @@ def _draw(self:SteeringViewer):
         here = {(look,slot) for run,look,slot in self.kept if run==self.runs}
         parts += [f'<div class="lr-prompt">{html.escape(self.run.prompt)}</div>', look_html(looks, at, here),
                   tree_html(looks, at)]
-        self.stage.pictures = {f'{at}.{slot}':picture_uri(im) for slot,im in enumerate(looks[at].thumbs[0])}
+        self.stage.pictures = {f'{at}.{slot}':thumbnail(im, 192) for slot,im in enumerate(looks[at].thumbs[0])}
     self.stage.html = ''.join(parts)
     self.store.disabled = not self.kept
 
@@ -280,10 +281,23 @@ def save(self:SteeringViewer):
         self.stage.save(f'run{run}-look{look}-particle{slot}.png', out.getvalue())
 
 @patch
+def still(self:SteeringViewer)->Still:
+    "The look that is shown, as a static picture."
+    if not (self.run and self.run.looks): return Still(html.escape(self._status()), 'Steering')
+    look = self.run.looks[self.at.value]
+    particles = show(look.thumbs[0], self.run.prompt, {f'reward at step {look.step}':look.rewards[0]})
+    return Still(particles.html()+tree_html(self.run.looks, self.at.value), plain_text(self.run.prompt))
+
+@patch
+def __repr__(self:SteeringViewer)->str:
+    looks = len(self.run.looks) if self.run else 0
+    return f'SteeringViewer({self.words.value!r}, {looks} looks, {len(self.kept)} kept)'
+
+@patch
 def _repr_mimebundle_(self:SteeringViewer, **kwargs):
     "The live widget, and its content for places without a kernel."
     live = VBox._repr_mimebundle_(self, **kwargs)
-    return {**(live or {}), 'text/html':still_html(self.stage.html, self.stage.pictures)}
+    return {**live, 'text/html':self.still().html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/922_steering_viewer.ipynb #539a3288
 document(__name__)
