@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule', 'learning_rates', 'planned_updates',
-           'check_plan', 'check_records', 'RewardTrainer', 'mean_loss', 'train_perspective']
+           'check_plan', 'check_records', 'RewardTrainer', 'batch_loss', 'mean_loss', 'train_perspective']
 
 # %% ../nbs/3_paper/312_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from . import __version__
+from .batches import check_loss_options, check_ratings, training_loss
 from .core import CheckpointError, InputError
 from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .docments import document
 from .files import atomic_path
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
-    check_checkpoint, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last, last_checkpoint,
-    named_records, only_run, publish, seal, writing)
+    check_checkpoint, check_room, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last,
+    last_checkpoint, named_records, only_run, publish, seal, writing)
 from .losses import cls_prob
 from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
@@ -68,7 +69,7 @@ _SHARDS = "the weights would lie in pieces on several processes; one process a G
 _HALVES = "it would round the trained weights to 16 bits for good; what is trained stays float32"
 _UPLOAD = "upload the perspective's folder when the run is done: hf upload OWNER/NAME FOLDER"
 _REFUSED = dict( # arguments of `TrainingArguments` that this trainer does not honour, and why
-    label_smoothing_factor="the records say the target: equal ratings make a pair a tie, with target 1/2",
+    label_smoothing_factor="it works on a field that our batches do not have; set smoothing",
     remove_unused_columns="the collator needs the fields of the records",
     label_names="the loss knows its target",
     length_column_name="records have no length", neftune_noise_alpha="the input embeddings are frozen",
@@ -137,12 +138,19 @@ class RewardConfig(TrainingArguments):
     lora_rank:int = 128                  # rank of the LoRA matrices of a new perspective, >= 1
     lora_alpha:int = 256                 # their scale is lora_alpha/lora_rank
     lora_dropout:float = .05             # on their input, 0 to below 1
+    margin:float = 0.                    # 'bt': gap that the better image is asked for, units of the score
+    margin_by_ratings:bool = False       # the margin counts once for each point between the two ratings
+    focal_gamma:float = 0.               # focal exponent, >= 0; 0 leaves the factor out
+    smoothing:float = 0.                 # share of judgements taken to be slips, 0 to below 0.5
+    class_weights:list|str|None = None   # 'cls': of label 0 and 1, or 'balanced'; None: 1 and 1
+    ties:str = 'average'                 # 'pl': 'average' over orders of equal ranks, or 'refuse'
     vision_cache:str|None = None         # folder for features of the frozen tower; None: computed each time
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
         _check_arguments(self)
         _check_numbers(self)
+        check_loss_options(self)
         if self.fp16 and not gpu: raise ValueError("fp16=True needs a GPU; use bf16=True, or neither")
         if self.bf16 is None: self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory = self.dataloader_pin_memory and gpu # else torch warns at every loop
@@ -247,12 +255,14 @@ def check_records(
     records,                  # `RewardRecords`, or a dict of several
     config:PerspectiveConfig, # says which loss
     name:str,                 # of the perspective, for errors
+    args=None,                # the recipe; None: its options are not checked
 ):
-    "ValueError if these records cannot teach this loss."
+    "ValueError if these records cannot teach this loss, or lack what its options need."
     for r in _several(records):
         if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
             f"{r.name}: {r.kind}s, but perspective {name!r} has loss {config.loss!r}; "
-            "'bt' and 'gpm' learn from pairs, 'cls' from labels")
+            "'bt', 'gpm' and 'gauss' learn from pairs, 'cls' from labels")
+        if args is not None and args.margin_by_ratings: check_ratings(r)
 
 def _check_fit(records, processor):
     "`InputError` naming all records that the model cannot take."
@@ -273,21 +283,22 @@ class RewardTrainer(Trainer):
         **kwargs,           # more arguments of `Trainer`, such as callbacks
     ):
         self.perspective = model.active
-        self.loss = model.config.make_loss()
         self.measured = {} # metric of the weights as they are -> value and records, for `facts`
         self.places = []   # of the records of the update that is computed
         self.stop = StopSignal()
         self.filled = []   # records whose images the vision cache has
         train_dataset = _as_records(train_dataset)
         eval_dataset = _as_records(eval_dataset)
-        for r in train_dataset,eval_dataset: check_records(r, model.config, model.active)
+        for r in train_dataset,eval_dataset: check_records(r, model.config, model.active, args)
+        self.loss = training_loss(model.config, args, train_dataset)
         processor = model.backbone.processor
         for r in train_dataset,eval_dataset: _check_fit(r, processor)
         if not any(p.requires_grad for p in model.parameters()): raise ValueError(
             f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: "
             "load it again without merge()")
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
-        usual = dict(model=model, args=args, data_collator=PlacedCollator(RewardCollator(processor)),
+        collator = PlacedCollator(RewardCollator(processor, args.margin_by_ratings))
+        usual = dict(model=model, args=args, data_collator=collator,
                      train_dataset=train_dataset, eval_dataset=eval_dataset,
                      compute_metrics=lambda seen: self.metrics(seen))
         super().__init__(**{**usual, **kwargs})
@@ -329,6 +340,17 @@ def _prepare_inputs(self:RewardTrainer,
     return inputs
 
 # %% ../nbs/3_paper/312_trainer.ipynb #8774a6e9
+def batch_loss(
+    loss,         # of a class of `LOSSES`
+    vectors,      # head vectors (n,d); for pairs first those of all chosen images
+    target,       # (b,) of pairs or labels
+    points=None,  # differences of ratings (b,), for a margin by ratings
+): # loss (), the mean over records
+    "The loss of one batch."
+    if not loss.pairs: return loss.loss(vectors, target)
+    more = {} if points is None else dict(points=points)
+    return loss.loss(*vectors.chunk(2), target, **more)
+
 @patch
 def compute_loss(self:RewardTrainer,
     model,                     # the model, possibly wrapped
@@ -339,8 +361,8 @@ def compute_loss(self:RewardTrainer,
     "The perspective's loss of one batch, as its share of the update."
     target_name = self.label_names[0]
     target = inputs[target_name]
-    vectors = model(**{k:v for k,v in inputs.items() if k!=target_name})
-    loss = self.loss.loss(*vectors.chunk(2), target) if self.loss.pairs else self.loss.loss(vectors, target)
+    vectors = model(**{k:v for k,v in inputs.items() if k not in (target_name, 'points')})
+    loss = batch_loss(self.loss, vectors, target, inputs.get('points'))
     if num_items_in_batch is not None: loss = loss*len(target)/num_items_in_batch
     return (loss, vectors) if return_outputs else loss
 
@@ -401,6 +423,15 @@ def _keep_last_update(self:RewardTrainer):
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6e774b67
 @patch
+def _rows_of_its_own(self:RewardTrainer,
+    n:int, # records in a batch of this process
+)->int: # 0 to n; those behind only fill the batch
+    "How many records of an evaluation's batch count."
+    state = self.accelerator.gradient_state
+    whole = self.args.world_size==1 or not state.end_of_dataloader or state.remainder<1
+    return n if whole else min(max(state.remainder-self.args.process_index*n, 0), n)
+
+@patch
 def prediction_step(self:RewardTrainer,
     model,                     # the model, possibly wrapped
     inputs:dict,               # a batch of the collator
@@ -411,9 +442,15 @@ def prediction_step(self:RewardTrainer,
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss,v = self.compute_loss(model, inputs, return_outputs=True)
+    target = inputs[self.label_names[0]]
+    real = self._rows_of_its_own(len(target))
+    if 0<real<len(target):
+        vectors = torch.cat([side[:real] for side in (v.chunk(2) if self.loss.pairs else [v])])
+        points = inputs.get('points')
+        loss = batch_loss(self.loss, vectors, target[:real], points if points is None else points[:real])
     if prediction_loss_only: return loss, None, None
     prob = self.loss.prob(*v.chunk(2)) if self.loss.pairs else cls_prob(self.loss.score(v))
-    return loss, prob, inputs[self.label_names[0]]
+    return loss, prob, target
 
 # %% ../nbs/3_paper/312_trainer.ipynb #d79c499c
 @patch
@@ -484,7 +521,8 @@ def _check_weights(self:RewardTrainer):
 _SAME = ('learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_steps', 'num_train_epochs',
          'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'optim', 'optim_args',
          'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay', 'max_grad_norm', 'seed', 'data_seed',
-         'bf16', 'fp16', 'dataloader_drop_last', 'train_sampling_strategy') # decide which weights come out
+         'bf16', 'fp16', 'dataloader_drop_last', 'train_sampling_strategy', 'margin', 'margin_by_ratings',
+         'focal_gamma', 'smoothing', 'class_weights', 'ties') # decide which weights come out
 
 def _base_identity(model:RewardModel)->str:
     "Dtype and hash of the frozen weights, without those of perspectives."
@@ -675,6 +713,9 @@ def train(self:RewardTrainer,
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
+    learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    copies = 3 if 'adam' in str(self.args.optim) else 1 # weights and two moments
+    check_room(self.args.output_dir, 4*copies*learning, 'a checkpoint')
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train
@@ -760,7 +801,8 @@ def train_perspective(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
     usual = PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
     config = config or model.configs.get(name, usual)
-    for r in records,eval_records: check_records(r, config, name)
+    for r in records,eval_records: check_records(r, config, name, args)
+    training_loss(config, args, records)
     check_plan(records, args)
     for r in records,eval_records: _check_fit(r, model.backbone.processor)
     set_seed(args.seed)

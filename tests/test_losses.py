@@ -8,6 +8,10 @@ from torch.testing import assert_close
 
 from llava_reward_nb.losses import (LOSSES, balanced_weights, bt_loss, bt_prob, cls_loss, cls_pair_prob, cls_prob,
                                     gauss_loss, gauss_prob, gp_loss, gp_prob, gp_score, make_loss, pl_loss)
+from llava_reward_nb.model import PerspectiveConfig, RewardModel
+from llava_reward_nb.shapes.records import alignment_pairs, safety_labels
+from llava_reward_nb.trainer import RewardConfig, RewardTrainer
+from llava_reward_nb.weights import MODELS
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'losses.json').read_text())
 T = {k: torch.tensor(v) for k,v in GOLDEN['inputs'].items()}
@@ -197,3 +201,53 @@ def test_gaussian_probabilities_of_swapped_images(ab, tau):
 def test_an_option_that_a_loss_lacks_is_refused():
     for kind,dim,option in (('bt',1,'weights'), ('gpm',2,'ties'), ('gauss',2,'weights'), ('pl',1,'gamma'), ('cls',1,'ties'), ('bt',1,'pairs')):
         with pytest.raises(ValueError, match=f"'{kind}' has no {option}"): make_loss(kind, dim, **{option: 1})
+
+
+# the same losses, options and all, through the trainer
+
+def run_config(folder, **kw):
+    small = dict(use_cpu=True, disable_tqdm=True, save_strategy='no', per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    return RewardConfig(str(folder), **{**small, **kw})
+
+
+def plain_loss(kind, v, truth, points, gamma=0., smoothing=0., margin=0., weights=(1.,1.)):
+    "The loss of head vectors (numpy, float64), written out; tau is .1."
+    if kind == 'cls': return cross_entropy(v[:,0], truth, gamma, smoothing, weights)
+    c, r = v[:len(v)//2], v[len(v)//2:]
+    if kind == 'bt': z = c[:,0]-r[:,0]-(2*truth-1)*margin*points
+    elif kind == 'gpm': z = (c[:,0::2]*r[:,1::2]-c[:,1::2]*r[:,0::2]).sum(1)
+    else: return cross_entropy((c[:,0]-r[:,0])/np.sqrt(.1**2+math.pi/8*(np.exp(2*c[:,1])+np.exp(2*r[:,1]))), truth, gamma, smoothing)
+    return cross_entropy(z/.1, truth, gamma, smoothing)
+
+
+SOFT_PAIRS = [dict(choice_dist=[3,1], c_rate=7, r_rate=1), dict(c_rate=4, r_rate=4), dict(c_rate=2, r_rate=1), dict(c_rate=5, r_rate=1.5)]
+
+
+@pytest.mark.parametrize('kind,dim,gate,options', [
+    ('bt', 1, False, dict(margin=.04)), ('bt', 1, False, dict(margin=.04, margin_by_ratings=True, smoothing=.1)),
+    ('bt', 1, False, dict(focal_gamma=2.)), ('gpm', 2, False, dict(smoothing=.2)), ('gpm', 6, True, dict(focal_gamma=.5)), ('gpm', 6, False, {}),
+    ('gauss', 2, False, dict(smoothing=.1)), ('cls', 1, False, dict(class_weights='balanced')), ('cls', 1, False, dict(class_weights=[3,.5], focal_gamma=1.))])
+def test_through_the_trainer(kind, dim, gate, options, tmp_path):
+    "Loss, and gradients on the head vectors, of a batch of the trainer: soft labels, ties and ratings included."
+    torch.manual_seed(0)
+    rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu')
+    rm.add_perspective('mine', PerspectiveConfig(kind, dim, gate=gate), lora_rank=4, lora_dropout=0.)
+    rows = safety_labels(5, seed=1) if kind == 'cls' else [{**r, **more} for r, more in zip(alignment_pairs(4, seed=1), SOFT_PAIRS)]
+    trainer = RewardTrainer(rm, run_config(tmp_path, **options), rows)
+    records = trainer.train_dataset
+    batch = trainer._prepare_inputs(trainer.data_collator(records[:5].rows))
+    seen = []
+    rm.register_forward_hook(lambda module, inputs, output: (output.retain_grad(), seen.append(output)) and None)
+    loss = trainer.compute_loss(rm, batch, num_items_in_batch=10)
+    loss.backward()
+    vectors = seen[0].detach().double().numpy()
+    truth = np.array([float(r['label' if kind == 'cls' else 'target']) for r in records])
+    points = np.array([r['c_rate']-r['r_rate'] if options.get('margin_by_ratings') else 1. for r in records]) if kind != 'cls' else None
+    weights = options.get('class_weights', (1.,1.))
+    if weights == 'balanced': weights = (5/(2*(5-truth.sum())), 5/(2*truth.sum()))
+    how = dict(gamma=options.get('focal_gamma', 0.), smoothing=options.get('smoothing', 0.), margin=options.get('margin', 0.), weights=weights)
+    plain = lambda v: plain_loss(kind, v, truth, points, **how)*len(truth)/10
+    assert loss.item() == pytest.approx(plain(vectors), rel=1e-4)
+    want = gradient(plain, vectors)
+    np.testing.assert_allclose(seen[0].grad.numpy(), want, rtol=2e-3, atol=1e-4*np.abs(want).max())
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in rm.named_parameters() if p.requires_grad and 'lora_A' not in n)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from transformers import TrainerCallback
 
@@ -20,6 +20,7 @@ from ..core import InputError, image_key
 from ..data import RewardRecords, load_records
 from ..docments import document
 from ..model import RewardModel
+from ..stats import interval, mean
 from ..store import text_hash
 from ..trainer import RewardConfig, train_perspective
 from .judge import cycles, look_each, pair_doubts
@@ -46,8 +47,9 @@ class PairReader:
         new = {(image_key(im),p.prompt):im for p in pairs for im in (p.a, p.b)}
         new = {k:im for k,im in new.items() if k not in self.seen}
         looks = look_each(self.judge, list(new.values()), [prompt for _,prompt in new]) if new else []
-        self.seen |= dict(zip(new, looks))
-        self.pairs |= {p.key:p for p in pairs if all(isinstance(x, Mapping) for x in self._sides(p))}
+        self.seen = self.seen | dict(zip(new, looks)) # a new dict: other threads may be reading the old one
+        usable = {p.key:p for p in pairs if all(isinstance(x, Mapping) for x in self._sides(p))}
+        self.pairs = self.pairs | usable
 
     def _sides(self, pair)->list:
         return [self.seen.get((image_key(im),pair.prompt)) for im in (pair.a, pair.b)]
@@ -55,15 +57,17 @@ class PairReader:
 # %% ../../nbs/9_doors/918_active.ipynb #92e4321d
 @patch
 def leanings(self:PairReader,
-    column:str, # of the judge
+    column:str,    # of the judge
+    keys=None,     # of pairs; None: all that were read
 )->dict: # key -> P(first image preferred): 0, ½ or 1 for a plain reward
-    "What the reward prefers in each pair that was read."
-    if not self.pairs: return {}
-    sides = [self._sides(p) for p in self.pairs.values()]
+    "What the reward prefers in pairs that were read."
+    pairs = {k:p for k,p in self.pairs.items() if keys is None or k in keys}
+    if not pairs: return {}
+    sides = [self._sides(p) for p in pairs.values()]
     a,b = (torch.stack([s[i][column] for s in sides]) for i in (0,1))
     prob = self.judge.prob(column, a, b)
     if prob.isnan().all(): prob = .5+.5*(self.judge.values(column, a)-self.judge.values(column, b)).sign()
-    return dict(zip(self.pairs, prob.tolist()))
+    return dict(zip(pairs, prob.tolist()))
 
 @patch
 def _cyclic(self:PairReader, pairs:list, columns:list)->dict: # key -> 0 to 1
@@ -131,7 +135,13 @@ class Practice:
     def __str__(self):
         steps = ', '.join(f'{a} after {n}' for n,a in self.curve) or 'no answers are held out yet'
         was = f'; the model as it was: {self.before}' if self.before.n else ''
-        return f'{self.name}, trained on {self.records} answers; agreement with others: {steps}{was}'
+        spread = f'; {_spread(self.curve[-1][1])}' if self.curve else ''
+        return f'{self.name}, trained on {self.records} answers; agreement with others: {steps}{was}{spread}'
+
+def _spread(a:Agreement)->str:
+    "How far an agreement may be from what more answers would show."
+    low,high = interval(mean, np.array([1.]*a.agreed+[0.]*(a.n-a.agreed)))
+    return f'95% interval {low:.0%} to {high:.0%}' if low==low else 'too few to tell how sure that is'
 
 def heldout_agreement(
     model:RewardModel,     # with the perspective

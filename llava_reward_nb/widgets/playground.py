@@ -20,7 +20,9 @@ from ..core import InputError, image_list, image_size
 from ..docments import document
 from ..files import atomic_path, write_table
 from ..shapes.prompts import VOCAB
-from ..views import Gallery, first_note, number_text, plain_text, show_pairs, text_html, thumbnail
+from llava_reward_nb.views import (Gallery, first_note, number_text, plain_text, show_pairs, text_html,
+    thumbnail)
+from ..why import heat
 from .judge import ModelJudge, look_each, open_judge
 from .stage import Stage, Still, Worker, one_line
 
@@ -58,6 +60,8 @@ class Board:
         self.chosen = []     # ids of at most two images to compare
         self.note = ''       # one line about the last thing that was done
         self.pictures = {}   # id -> data URI, or '' if there is none
+        self.heats = {}      # (id, prompt, column) -> data URI
+        self.known = (None, {}) # what `values` gave last, and for what
         self.given = 0       # ids so far
         self.dropped = None  # folder of dropped files
         self.lock = threading.RLock()
@@ -134,8 +138,8 @@ def clear(self:Board):
 def ordered(self:Board)->list: # of `Item`
     "The items as they are shown: best first by `order_by`, those without a value last."
     items = self.items[:]
-    if self.order_by not in self.names: return items
-    values = self.values()[self.order_by]
+    values = self.values().get(self.order_by)
+    if values is None: return items
     key = lambda item: -values.get(item.id, math.nan)
     known = [i for i in items if not math.isnan(key(i))]
     return sorted(known, key=key)+[i for i in items if math.isnan(key(i))]
@@ -199,7 +203,14 @@ def _paint(self:Board, job):
 @patch
 def values(self:Board)->dict: # column -> {id: value}; NaN where an image has none
     "What all images that were scored for the present prompt are worth."
-    with self.lock: looks = dict(self.looks.get(self.prompt, {}))
+    with self.lock:
+        looks = dict(self.looks.get(self.prompt, {}))
+        asked = (self.prompt, len(looks), self.names, [i.id for i in self.items])
+    if self.known[0]!=asked: self.known = (asked, self._values(looks))
+    return self.known[1]
+
+@patch
+def _values(self:Board, looks:dict)->dict:
     present = [i.id for i in self.items if isinstance(looks.get(i.id), Mapping)]
     if not present: return {name:{} for name in self.names}
     out = {}
@@ -233,7 +244,7 @@ def rows(self:Board)->list: # of dicts: image, prompt, a column for each perspec
     table = []
     for item in self.ordered():
         is_path = isinstance(item.image, (str, os.PathLike)) and not self._is_dropped(item)
-        scores = {name:values[name].get(item.id, math.nan) for name in self.names}
+        scores = {name:column.get(item.id, math.nan) for name,column in values.items()}
         table.append(dict(image=str(item.image) if is_path else item.name, prompt=self.prompt, **scores,
                           error=reasons.get(item.id, '')))
     return table
@@ -241,6 +252,43 @@ def rows(self:Board)->list: # of dicts: image, prompt, a column for each perspec
 @patch
 def _is_dropped(self:Board, item:Item)->bool:
     return self.dropped is not None and Path(item.image).parent==Path(self.dropped.name)
+
+# %% ../../nbs/9_doors/920_playground.ipynb #a8782e2e
+_HEATS = 200 # maps that are kept
+
+@patch
+def heat_column(self:Board)->str|None: # None: the reward has no map
+    "The perspective whose map is shown."
+    if not isinstance(self.judge, ModelJudge): return None
+    if self.order_by in self.names: return self.order_by
+    return self.judge.model.active if self.judge.model.active in self.names else self.names[0]
+
+@patch
+def look_closer(self:Board,
+    id:int, # of an image on the board
+):
+    "Draw the map of an image, in the thread; `note` says what it shows, or why there is none."
+    def work(job):
+        column = self.heat_column()
+        item = next((i for i in self.items if i.id==id), None)
+        key = (id, self.prompt, column)
+        if item is None or column is None or key in self.heats: return
+        try: found = heat(self.judge.model, item.image, key[1], column)
+        except ValueError as e:
+            self.note = one_line(e)
+            return
+        for old in list(self.heats)[:-_HEATS]: del self.heats[old]
+        self.heats[key] = thumbnail(found.overlay(), 256, 40_000)
+        self.note = f'{item.name}: {found.words()}'
+    self.painter.start('heat', work)
+
+@patch
+def visible(self:Board)->dict: # name -> data URI
+    "The pictures of what is shown: thumbnails, and maps that were drawn."
+    ids = [*self.chosen, *(i.id for i in self.shown())]
+    column = self.heat_column()
+    maps = {f'heat-{k}':self.heats.get((k, self.prompt, column)) for k in ids}
+    return {str(k):self.pictures[k] for k in ids if k in self.pictures} | {k:v for k,v in maps.items() if v}
 
 # %% ../../nbs/9_doors/920_playground.ipynb #bcf8f3f2
 def _bar(name:str, value:float, low:float, high:float)->str:
@@ -258,14 +306,15 @@ def _button(act:str, text:str, value:str='', **attributes)->str:
 def _bars(self:Board, item:Item, values:dict)->str:
     if reason := self.reasons().get(item.id): return f'<div class="lr-bad">{text_html(reason)}</div>'
     ends = lambda name: self.ranges.get(name, (0., 1.))
-    return ''.join(_bar(n, values[n].get(item.id, math.nan), *ends(n)) for n in self.names)
+    return ''.join(_bar(n, values[n].get(item.id, math.nan), *ends(n)) for n in values)
 
 @patch
 def _frame(self:Board, item:Item)->str:
     "Where the picture of an item appears; a small one is enlarged without blur."
     alt = html.escape(plain_text(item.name))
     sharp = ' class="lr-sharp"' if self.pictures.get(item.id, '').startswith('data:image/png') else ''
-    return f'<div class="lr-frame"><img{sharp} alt="{alt}" data-picture="{item.id}"></div>'
+    over = f'<img class="lr-heat" alt="" data-picture="heat-{item.id}">'
+    return f'<div class="lr-frame"><img{sharp} alt="{alt}" data-picture="{item.id}">{over}</div>'
 
 @patch
 def _card(self:Board, item:Item, values:dict)->str:
@@ -273,8 +322,8 @@ def _card(self:Board, item:Item, values:dict)->str:
     chosen = ' lr-chosen' if item.id in self.chosen else ''
     name = html.escape(plain_text(item.name))
     title = f'<div class="lr-name" title="{name}">{text_html(item.name)}</div>'
-    return (f'<div class="lr-card{chosen}" data-act="choose-image" data-value="{item.id}" role="button" '
-            f'tabindex="0" aria-label="{name}">{self._frame(item)}'
+    return (f'<div class="lr-card{chosen}" data-act="choose-image" data-value="{item.id}" '
+            f'data-hover="{item.id}" role="button" tabindex="0" aria-label="{name}">{self._frame(item)}'
             f'{title}{self._bars(item, values)}</div>')
 
 # %% ../../nbs/9_doors/920_playground.ipynb #c149069d
@@ -287,7 +336,7 @@ def versus(self:Board)->str:
     values = self.values()
     lines = []
     for name,p in self.preferences().items():
-        gap = values[name][one.id]-values[name][two.id]
+        gap = values.get(name, {}).get(one.id, math.nan)-values.get(name, {}).get(two.id, math.nan)
         said = f'{p:.0%} for the first' if not math.isnan(p) else f'{gap:+.3g}'
         share = p if not math.isnan(p) else .5+.5*math.copysign(1, gap)*(gap!=0)
         lines.append(f'<div class="lr-bar"><i style="width:{100*share:.0f}%"></i><b>{text_html(name)}</b>'
@@ -347,7 +396,7 @@ def gallery(self:Board,
 )->Gallery: # draws itself
     "Images and values without a widget."
     values = self.values()
-    columns = {name:[values[name].get(i.id, math.nan) for i in items] for name in self.names}
+    columns = {name:[column.get(i.id, math.nan) for i in items] for name,column in values.items()}
     images = [i.image for i in items]
     return Gallery(images, [self.prompt]*len(items), columns, list(range(len(items))), len(items))
 
@@ -366,6 +415,8 @@ def still(self:Board,
     return Still(''.join(parts), plain_text(self.prompt) or 'Playground')
 
 # %% ../../nbs/9_doors/920_playground.ipynb #e4d9e14d
+_STILL = 8 # pictures in what a notebook stores
+
 class Playground(VBox):
     "Drop images, type a prompt, and see what a reward makes of them."
     def __init__(self,
@@ -392,7 +443,8 @@ class Playground(VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return {**bundle, 'text/html':self.board.still().html(), 'text/plain':repr(self)}
+        still = self.board.still(self.board.shown()[:_STILL])
+        return {**bundle, 'text/html':still.html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/920_playground.ipynb #835f6fb6
 @patch
@@ -400,10 +452,8 @@ def draw(self:Playground):
     "Show what there is."
     with self.board.lock:
         start = time.monotonic()
-        board = self.board
-        shown = [*board.chosen, *(i.id for i in board.shown())]
-        self.stage.pictures = {str(k):board.pictures[k] for k in shown if k in board.pictures}
-        self.stage.html = board.page_html()
+        self.stage.html = self.board.page_html()
+        self.stage.pictures = self.board.visible()
         self.drawn = time.monotonic()
         self.took = self.drawn-start
 
@@ -433,6 +483,7 @@ def _hear(self:Playground, kind:str, act:str, value:str):
     "A click or a key."
     board = self.board
     if kind=='key': self.turn(-1 if act=='ArrowLeft' else 1)
+    elif kind=='hover': board.look_closer(int(act))
     elif act=='page': self.turn(int(value))
     elif act=='choose-image': self.choose(int(value))
     elif act=='order': self.order(value or None)

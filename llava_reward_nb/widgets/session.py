@@ -185,12 +185,11 @@ class Journal:
     ):
         "Add lines, all or none of them; OSError or `InputError` if that fails."
         text = ''.join(json.dumps(line, ensure_ascii=True)+'\n' for line in lines).encode()
-        with folder_lock(self.folder), open(self.path, 'ab') as f:
+        with folder_lock(self.folder), open(self.path, 'ab', buffering=0) as f: # closing writes a buffer
             size = f.seek(0, os.SEEK_END)
             try:
-                if not self._ends_whole(size): f.write(b'\n')
-                f.write(text)
-                f.flush()
+                rest = text if self._ends_whole(size) else b'\n'+text
+                while rest: rest = rest[f.write(rest):]
                 os.fsync(f.fileno())
             except BaseException:
                 os.truncate(self.path, size)
@@ -301,11 +300,9 @@ def add(self:LabelSession,
     pairs:list, # of `Pair`
 ):
     "Take more pairs; those that are known stay as they are."
-    new = [p for p in pairs if p.key not in self.pairs]
-    self.pairs |= {p.key:p for p in new}
-    self.order += [p.key for p in new]
     place = lambda key: text_hash(f'{self.seed} place {key}')
-    self.order.sort(key=place)
+    self.pairs = {p.key:p for p in pairs} | self.pairs # a new dict: other threads may be reading the old one
+    self.order = sorted(self.pairs, key=place)
 
 @patch
 def refresh(self:LabelSession):

@@ -238,9 +238,9 @@ export default {{render}};
 
 # %% ../../nbs/9_doors/919_stage.ipynb #a7b4df2c
 STYLE = '''
-.lr-stage { padding: 4px; border-radius: 4px; outline: none; color: var(--jp-content-font-color1, #22262e);
+.lr-stage { padding: 6px; border-radius: 4px; color: var(--jp-content-font-color1, #22262e);
   font: 13px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); }
-.lr-stage:focus-visible, .lr-stage:focus { box-shadow: 0 0 0 2px var(--jp-brand-color1, #1976d2); }
+.lr-stage:focus { outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: -2px; }
 .lr-over { background: var(--jp-brand-color3, #bbdefb); }
 .lr-picker { display: none; }
 button[data-act] { margin: 2px 0; padding: 2px 8px; color: inherit; border-radius: 3px;
@@ -255,7 +255,8 @@ button[data-act]:hover, button.lr-on { background: var(--jp-brand-color3, #bbdef
 .lr-card img, .lr-big img { width: 100%; height: 100%; object-fit: contain; }
 .lr-sharp { image-rendering: pixelated; }
 .lr-heat { position: absolute; inset: 0; opacity: 0; transition: opacity .15s; }
-.lr-card:hover .lr-heat { opacity: 1; }
+.lr-heat:not([src]) { display: none; }
+.lr-card:hover .lr-heat, .lr-card:focus .lr-heat { opacity: 1; }
 .lr-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: 11px; }
 .lr-bar { position: relative; height: 15px; margin-top: 2px; font-size: 11px; line-height: 15px;
   background: var(--jp-layout-color2, #eee); border-radius: 2px; }

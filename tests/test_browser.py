@@ -1,0 +1,136 @@
+"The widgets in JupyterLab, as a person uses them: drop, type, click, press keys, read."
+import re
+
+import pytest
+from PIL import Image
+
+from llava_reward_nb.data import load_records
+from llava_reward_nb.files import read_table
+from llava_reward_nb.shapes.records import alignment_pairs, write_records
+
+PLAY = '''
+import time
+from llava_reward_nb.widgets import Playground
+
+def width(images, prompts):
+    time.sleep(.02*len(images))
+    return [float(im.width+len(p)) for im, p in zip(images, prompts)]
+
+playground = Playground(width, [], 'a red star')
+playground
+'''
+LABEL = '''
+from llava_reward_nb.widgets import Labeller
+labeller = Labeller('shapes', 'labels', 'tiny', perspectives=['alignment'])
+labeller
+'''
+HEAT = '''
+from llava_reward_nb.widgets import Playground
+labeller.wait()
+Playground(labeller.desk.judge, 'shapes/images', 'a red star')
+'''
+DROP = '''async ([name, text, n]) => {
+  const files = new DataTransfer();
+  for (let i = 0; i < n; i++) {
+    const canvas = new OffscreenCanvas(20 + i, 20);
+    const pen = canvas.getContext('2d');
+    pen.fillStyle = `hsl(${37 * i}, 80%, 50%)`;
+    pen.fillRect(0, 0, 20 + i, 20);
+    files.items.add(new File([await canvas.convertToBlob()], `image ${i}.png`));
+  }
+  if (name) files.items.add(new File([text], name));
+  const stage = document.querySelector('.lr-stage');
+  for (const type of ['dragenter', 'dragover', 'drop'])
+    stage.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: files}));
+}'''
+
+
+def drop(page, n, name='', text=''):
+    "Drop n pictures, and a file with a text."
+    page.evaluate(DROP, [name, text, n])
+
+
+def said(page, text): page.locator('.lr-said', has_text=text).first.wait_for()
+
+
+@pytest.fixture(scope='module')
+def many(lab):
+    "Five hundred images."
+    (lab.folder/'many').mkdir()
+    for i in range(500): Image.new('RGB', (400, 300), (i % 256, i // 2, 90)).save(lab.folder/'many'/f'{i:03d}.jpg')
+
+
+@pytest.fixture(scope='module')
+def shapes(lab):
+    "Pairs of the shapes world in the server's folder."
+    write_records(alignment_pairs(12, 0), lab.folder/'shapes')
+    return lab.folder/'shapes'
+
+
+def test_playground(lab, window):
+    page = window.run(lab.notebook('play.ipynb', PLAY))
+    page.locator('.lr-drop').wait_for()
+    drop(page, 3, 'notes.txt', 'no picture')
+    said(page, 'notes.txt: not an image')
+    cards = page.locator('.lr-card')
+    cards.nth(2).locator('.lr-bar', has_text='32').wait_for()  # 22 pixels wide, and a prompt of 10 letters
+    assert cards.nth(2).locator('img').first.get_attribute('src').startswith('data:image/png')
+    prompt = page.get_by_placeholder('prompt')
+    prompt.fill('نجمة 星')
+    cards.first.locator('.lr-bar', has_text='26').wait_for()
+    page.get_by_role('button', name='by width').click()
+    page.wait_for_function("document.querySelector('.lr-card .lr-name').textContent.includes('image 2')")
+    cards.nth(0).click()
+    cards.nth(1).click()
+    page.locator('.lr-versus', has_text='+1').wait_for()
+    with page.expect_download() as download: page.get_by_role('button', name='CSV').click()
+    path = lab.folder/'table.csv'
+    download.value.save_as(path)
+    assert [r['image'] for r in read_table(path)] == ['image 2.png', 'image 1.png', 'image 0.png']
+    page.screenshot(path=lab.folder/'play.png')
+    assert window.complaints() == []
+
+
+def test_five_hundred_images_stay_responsive(lab, window, many):
+    "While the reward is at work, pages turn, and what is typed arrives."
+    page = window.run(lab.notebook('many.ipynb', PLAY.replace("[]", "'many'")))
+    page.locator('.lr-card').nth(23).wait_for()
+    page.get_by_role('button', name='Stop').wait_for()
+    page.locator('.lr-stage').focus()
+    page.keyboard.press('ArrowRight')
+    page.locator('.lr-tools', has_text='2 of 21').wait_for()
+    page.locator('.lr-card img[src]').nth(23).wait_for()
+    page.get_by_placeholder('prompt').fill('x')
+    page.locator('.lr-card .lr-bar', has_text=re.compile(r'\d')).first.wait_for()
+    page.get_by_role('button', name='Stop').click()
+    page.get_by_role('button', name='Stop').wait_for(state='detached')
+    assert window.complaints() == []
+
+
+def test_labeller_and_heat(lab, window, shapes):
+    page = window.run(lab.notebook('label.ipynb', LABEL, HEAT))
+    cells = page.locator('.jp-Notebook .jp-CodeCell')
+    label, play = cells.nth(0), cells.nth(1)
+    label.locator('.lr-big img[src]').nth(1).wait_for()
+    assert 'agreed' not in label.inner_text()
+    label.locator('.lr-stage').focus()
+    for k, key in enumerate(['ArrowLeft', 'ArrowRight', 't', 'd', 'd', 'x'], 1):  # elsewhere the last three delete cells
+        page.keyboard.press(key)
+        said(label, f'{min(k, 3)} answered')
+    page.keyboard.press('u')
+    said(label, '2 answered')
+    page.keyboard.press('s')
+    label.get_by_role('button', name='← left').click()
+    said(label, '3 answered')
+    assert cells.count() == 2
+    said(label, 'the reward agreed with you in')
+    assert len(load_records(lab.folder/'labels/alignment.jsonl')) == 3
+    label.get_by_role('button', name=re.compile('Train on these')).click()
+    said(label, 'my_alignment, trained on')
+    page.screenshot(path=lab.folder/'label.png')
+    play.locator('.lr-card').nth(1).hover()
+    play.locator('.lr-card').nth(1).locator('img.lr-heat[src]').wait_for()
+    said(play, 'attention of SkipCA, perspective alignment')
+    page.wait_for_timeout(300)  # for the screenshot: the map fades in
+    page.screenshot(path=lab.folder/'heat.png')
+    assert window.complaints() == []
