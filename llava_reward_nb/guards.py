@@ -201,8 +201,8 @@ def check_room(
     place = Path(folder).absolute()
     free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
     if need>free: raise InputError(
-        f"{folder}: {what} needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; make room, or choose another "
-        "folder")
+        f"{folder}: {what} needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; make room, or choose "
+        "another folder")
 
 # %% ../nbs/3_paper/309_guards.ipynb #f7a5862d
 @contextmanager

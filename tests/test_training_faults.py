@@ -222,7 +222,7 @@ def train_alike(folder, n, size, resume=False):
     held = load_records(alignment_pairs(5, seed=1))
     measured = train(folder, resume, n, held=held, per_device_train_batch_size=size, gradient_accumulation_steps=1, lora_dropout=0., optim='sgd',
                      lr_scheduler_type='constant', warmup_steps=0, learning_rate=.05, per_device_eval_batch_size=size, **steps)
-    (folder/'measured.json').write_text(json.dumps({k: measured[k] for k in ('eval_accuracy', 'eval_mean_prob', 'train_loss')}))
+    (folder/'measured.json').write_text(json.dumps({k: measured[k] for k in ('eval_accuracy', 'eval_mean_prob', 'eval_loss', 'train_loss')}))
 
 
 def log_of(folder): return [(e['step'], e['loss'], e['grad_norm']) for e in json.loads((folder/'trainer_state.json').read_text())['log_history'] if 'loss' in e]

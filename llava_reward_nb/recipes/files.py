@@ -217,7 +217,8 @@ def _override(text:str)->tuple: # ((section, name), value)
     if not equals: raise InputError(f"{text!r}: a setting is written key=value, such as learning_rate=1e-4")
     place = find_key(key.strip())
     hint = _hint_of(*place)
-    if str in _choices(hint) and raw not in ('null', '~', ''): value = raw
+    is_word = str in _choices(hint) and raw not in ('null', '~', '') and raw[0] not in '[{'
+    if is_word: value = raw
     else: value = read_yaml(raw, key)
     return place, fit_value(value, hint, key)
 
