@@ -27,8 +27,8 @@ from .data import RewardCollator, RewardRecords, check_fit, load_records
 from .docments import document
 from .files import atomic_path
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
-    check_checkpoint, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last, last_checkpoint,
-    named_records, only_run, publish, seal, writing)
+    check_checkpoint, check_room, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last,
+    last_checkpoint, named_records, only_run, publish, seal, writing)
 from .losses import cls_prob
 from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
@@ -297,7 +297,8 @@ class RewardTrainer(Trainer):
             f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: "
             "load it again without merge()")
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
-        usual = dict(model=model, args=args, data_collator=PlacedCollator(RewardCollator(processor, args.margin_by_ratings)),
+        collator = PlacedCollator(RewardCollator(processor, args.margin_by_ratings))
+        usual = dict(model=model, args=args, data_collator=collator,
                      train_dataset=train_dataset, eval_dataset=eval_dataset,
                      compute_metrics=lambda seen: self.metrics(seen))
         super().__init__(**{**usual, **kwargs})
@@ -422,6 +423,15 @@ def _keep_last_update(self:RewardTrainer):
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6e774b67
 @patch
+def _rows_of_its_own(self:RewardTrainer,
+    n:int, # records in a batch of this process
+)->int: # 0 to n; those behind only fill the batch
+    "How many records of an evaluation's batch count."
+    state = self.accelerator.gradient_state
+    whole = self.args.world_size==1 or not state.end_of_dataloader or state.remainder<1
+    return n if whole else min(max(state.remainder-self.args.process_index*n, 0), n)
+
+@patch
 def prediction_step(self:RewardTrainer,
     model,                     # the model, possibly wrapped
     inputs:dict,               # a batch of the collator
@@ -432,9 +442,15 @@ def prediction_step(self:RewardTrainer,
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss,v = self.compute_loss(model, inputs, return_outputs=True)
+    target = inputs[self.label_names[0]]
+    real = self._rows_of_its_own(len(target))
+    if 0<real<len(target):
+        vectors = torch.cat([side[:real] for side in (v.chunk(2) if self.loss.pairs else [v])])
+        points = inputs.get('points')
+        loss = batch_loss(self.loss, vectors, target[:real], points if points is None else points[:real])
     if prediction_loss_only: return loss, None, None
     prob = self.loss.prob(*v.chunk(2)) if self.loss.pairs else cls_prob(self.loss.score(v))
-    return loss, prob, inputs[self.label_names[0]]
+    return loss, prob, target
 
 # %% ../nbs/3_paper/312_trainer.ipynb #d79c499c
 @patch
@@ -697,6 +713,9 @@ def train(self:RewardTrainer,
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
+    learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    copies = 3 if 'adam' in str(self.args.optim) else 1 # weights and two moments
+    check_room(self.args.output_dir, 4*copies*learning, 'a checkpoint')
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train
