@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUTES', 'OPEN', 'ServeConfig', 'look_at_sent', 'check_host', 'fetch', 'Metrics', 'Service', 'Gate', 'refusal',
-           'make_app', 'make_pickle_app', 'bind', 'url_of', 'Running', 'serve', 'LocalServer', 'LoadPoint',
-           'load_point', 'load']
+           'about_rewards', 'make_app', 'make_pickle_app', 'bind', 'url_of', 'Running', 'serve', 'LocalServer',
+           'LoadPoint', 'load_point', 'load']
 
 # %% ../nbs/7_scale/715_serve.ipynb #78dd74b6
 import asyncio, hmac, json, math, signal, socket, threading, time
@@ -14,18 +14,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 
 from . import __version__
-from .batcher import Batcher, Busy, Question
+from .batcher import Batcher, Busy, Question, RewardFamily
 from .contracts import (
     Ask, Scored, WireError, all_scores, check_name, classify_ask, classify_reply, compare_ask, compare_reply,
     flow_factory_ask, image_bytes, is_address, model_name, pickle_ask, pickle_reply, rank_ask, rank_reply,
     read_body, rewards_ask, rewards_reply, unirl_asks, unirl_reply, vllm_score_ask, vllm_score_reply)
 from .core import InputError, image_size, load_image
 from .docments import document
+from .rewards.llava import LLaVAReward
+from .store import identity
 
 # %% ../nbs/7_scale/715_serve.ipynb #be642dba
 @dataclass
@@ -455,6 +458,18 @@ async def _answer(self:Gate, scope, body:bytes, receive, send):
     if over in done: raise WireError(503, "the server shut down before this was answered")
     raise WireError(504, f"no answer within {self.config.timeout:g} seconds; ask for fewer images at a time")
 
+# %% ../nbs/7_scale/715_serve.ipynb #147aa87c
+def _reward_of(family, name:str): # None: it compares only
+    if isinstance(family, RewardFamily): return family.reward
+    return None if name in family.compares else LLaVAReward(family.model, family.perspectives[name])
+
+def about_rewards(
+    families:dict, # name of a reward -> its family
+)->dict: # name -> dict with `identity` (None if unknown) and `range`
+    "Who rewards are."
+    rewards = {name:_reward_of(family, name) for name,family in families.items()}
+    return {name:dict(identity=identity(r), range=str(getattr(r, 'range', ''))) for name,r in rewards.items()}
+
 # %% ../nbs/7_scale/715_serve.ipynb #c280a563
 async def _body(request)->dict:
     "The JSON object of a request, or a form as one."
@@ -490,6 +505,7 @@ def make_app(
     _state_routes(app, service)
     return Gate(app, service)
 
+# %% ../nbs/7_scale/715_serve.ipynb #f58094c0
 def _own_routes(app, service:Service):
     from fastapi import Request
     served = service.names
@@ -504,6 +520,13 @@ def _own_routes(app, service:Service):
         "Score images for prompts: a number for each reward and image, or null and an error."
         ask = rewards_ask(await _body(request), served)
         return rewards_reply(ask, await service.scored(ask))
+
+    known = lru_cache(1)(lambda: about_rewards(service.batcher.families))
+
+    @app.get('/v1/rewards')
+    async def about():
+        "Who the rewards are: identity and range of each."
+        return dict(rewards=await asyncio.to_thread(known))
 
     pairs = _schema('prompts images_a images_b', prompts='l', images_a='l', images_b='l', rewards='l')
     @app.post('/v1/compare', openapi_extra=pairs)
