@@ -151,18 +151,21 @@ class RewardFamily:
         "None: nobody knows how sure it is."
         return None
 
-    def about(self,
-        name:str, # the one name
-    )->dict: # its identity, or None
-        "What decides its scores."
-        return dict(identity=identity(self.reward), range=getattr(self.reward, 'range', None))
+# %% ../nbs/7_scale/713_batcher.ipynb #3cb40368
+@patch
+def about(self:RewardFamily,
+    name:str, # the one name
+)->dict: # its identity, or None
+    "What decides its scores."
+    return dict(identity=identity(self.reward), range=getattr(self.reward, 'range', None))
 
-    def values(self,
-        name:str,    # the one name
-        images:list, # vectors of images for one prompt
-    )->list: # of numbers
-        "What images are ranked by: the scores."
-        return [v[0] for v in images]
+@patch
+def values(self:RewardFamily,
+    name:str,    # the one name
+    images:list, # vectors of images for one prompt
+)->list: # of numbers
+    "What images are ranked by: the scores."
+    return [v[0] for v in images]
 
 # %% ../nbs/7_scale/713_batcher.ipynb #6723d4a3
 def _model_and_perspective(spec:str)->tuple: # (model, perspective), or (None, None) for another reward
