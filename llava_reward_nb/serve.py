@@ -205,6 +205,7 @@ def _reserve(self:Service, pixels:int):
     if self.pixels+pixels>most: raise Busy("too many pixels wait; ask again later", 1)
     self.pixels += pixels
 
+# %% ../nbs/7_scale/715_serve.ipynb #17ab22f1
 @patch
 async def answers(self:Service,
     ask:Ask, # what a request asks
