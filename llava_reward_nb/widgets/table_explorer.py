@@ -150,10 +150,11 @@ def finding_html(self:RunReader,
         lines = [f'{text_html(name)} {value}' for name,value in values.items()]
         name = text_html(f'{self.items.name.get(item, item)}{mark}')
         picture = picture_html(self.image(item), 112, self.items.prompt.get(item, ''))
-        cells.append('<br>'.join([picture, name, *lines]))
+        column = '<br>'.join([picture, name, *lines])
+        cells.append(f'<div style="width:14em;overflow-wrap:anywhere">{column}</div>')
     label = '' if row.kind in ('pair','sample') else f', label {row.label:g}'
     head = text_html(f'{self.items.prompt.get(row.a, "")}{label}')
-    return table_html([], [[f'<b>{head}</b>'], cells])
+    return f'<div><b>{head}</b></div>{table_html([], [cells])}'
 
 # %% ../../nbs/9_doors/923_table_explorer.ipynb #547893b7
 PAGE = 8 # rows that are shown at once
@@ -216,6 +217,14 @@ def table_html(self:TableExplorer)->str:
 
 # %% ../../nbs/9_doors/923_table_explorer.ipynb #25f5a0d2
 @patch
+def _turn_html(self:TableExplorer, step:int, word:str, pages:int)->str:
+    "A button that turns the page; none where there is one page."
+    if pages==1: return ''
+    is_end = not 0<=self.page+step<pages
+    off = ' disabled style="opacity:.4"' if is_end else ''
+    return f'<button data-act="page" data-value="{step}"{off}>{word}</button> '
+
+@patch
 def findings_html(self:TableExplorer)->str:
     "The rows of this page, under a line that says what they are."
     reward,part,kind = self.cell
@@ -225,8 +234,7 @@ def findings_html(self:TableExplorer)->str:
     other = self.against.value
     order = f'where it differs most from {other}' if other and other!=reward else 'the worst first'
     n = f'{len(found)} rows, page {self.page+1} of {pages}'
-    turns = ''.join(f'<button data-act="page" data-value="{step}">{word}</button> '
-                    for step,word in ((-1,'back'), (1,'more'))) if pages>1 else ''
+    turns = ''.join(self._turn_html(step, word, pages) for step,word in ((-1,'back'), (1,'more')))
     shown = found[self.page*PAGE:(self.page+1)*PAGE]
     rows = ''.join(self.reader.finding_html(f) for f in shown)
     line = text_html(f'{reward} on {part or kind}, {order}: {n}')
