@@ -27,6 +27,7 @@ from .core import (MAX_PIXELS, InputError, TransparencyWarning, as_path, image_k
 from .docments import document
 from .files import IMAGE_COLUMNS, PROMPT_COLUMNS, number, read_table
 from .store import file_hash, pixels_hash
+from .views import first_note, grid_html, note_html, picture_html, text_html
 
 # %% ../nbs/3_paper/307_data.ipynb #3c947aeb
 class _Source(NamedTuple):
@@ -531,12 +532,37 @@ def show(self:RewardRecords,
         target = row.get('target', 1.)
         note = ' (tie)' if target==.5 else '' if target==1 else f' ({target:.0%})'
         if self.kind=='label': note = f" ({row['label']})"
-        column[0].set_title(f'{title[:40]}{note}', fontsize=8)
+        column[0].set_title(f'{title[:40]}{note}', fontsize=8, parse_math=False)
     if self.kind!='ranking':
         for one,ax in zip(columns[0], axes[:,0]): ax.set_ylabel(one.field.removesuffix('_path'))
     fig.tight_layout()
     plt.close(fig)
     return fig
+
+# %% ../nbs/3_paper/307_data.ipynb #b9d8fff4
+def _record_html(record:dict, kind:str)->str:
+    "One record: its pictures, its prompt, and what was said."
+    pictures = ' '.join(picture_html(record[field], 96) for field in _image_fields(kind))
+    prompts = [record['prompt']] if isinstance(record['prompt'], str) else record['prompt']
+    words = ' / '.join(text_html(p, 120) for p in prompts)
+    target = record.get('target')
+    if kind=='label': note = f"label {record['label']}"
+    else: note = 'a tie' if target==.5 else f'first preferred: {target:.0%}'
+    return f'{pictures}<br>{words}<br>{note_html(note)}'
+
+@patch
+def _repr_html_(self:RewardRecords)->str:
+    shown = [_record_html(row, self.kind) for row in self.rows[:12]]
+    width = 216 if self.kind=='pair' else 112
+    rest = first_note(len(shown), len(self), f'{self.kind}s')
+    return f'<p>{text_html(self)}</p>{grid_html(shown, width)}{rest}'
+
+@patch
+def plot(self:RewardRecords,
+    n:int=4, # how many, from the start
+): # matplotlib figure
+    "The same as `show`, under the name that all results have."
+    return self.show(n)
 
 # %% ../nbs/3_paper/307_data.ipynb #19f87951
 def _keys(record:dict)->list:

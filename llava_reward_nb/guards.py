@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seal', 'check_checkpoint', 'checkpoint_folders', 'checkpoints', 'draft_folder', 'publish', 'clear_drafts',
-           'keep_last', 'set_aside', 'last_checkpoint', 'writing', 'only_run', 'Terminated', 'StopSignal',
+           'keep_last', 'set_aside', 'last_checkpoint', 'writing', 'check_room', 'only_run', 'Terminated', 'StopSignal',
            'any_process', 'SafeStop', 'Filler', 'PlacedRecords', 'PlacedCollator', 'named_records', 'Shares']
 
 # %% ../nbs/3_paper/309_guards.ipynb #0135c2b1
@@ -192,6 +192,19 @@ def writing(
         raise InputError(f"{folder}: cannot be written ({why}; {room:,.0f} MB are free there); make room, "
                          f"then go on with resume; {kept()}") from e
 
+# %% ../nbs/3_paper/309_guards.ipynb #40f72eb4
+def check_room(
+    folder, # to be written to
+    need:int, # bytes
+    what:str, # such as 'a checkpoint'
+):
+    "`InputError` if something does not fit on the disk of a folder."
+    place = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    if need>free: raise InputError(
+        f"{folder}: {what} needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; make room, or choose "
+        "another folder")
+
 # %% ../nbs/3_paper/309_guards.ipynb #f7a5862d
 @contextmanager
 def only_run(
@@ -258,7 +271,8 @@ class SafeStop(TrainerCallback):
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if control.should_save or control.should_training_stop: control.should_log = True
+        saves = control.should_save or args.save_strategy=='best' and control.should_evaluate
+        if saves or control.should_training_stop: control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
         where = Path(args.output_dir)/f'checkpoint-{state.global_step}'

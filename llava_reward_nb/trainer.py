@@ -28,8 +28,8 @@ from .data import RewardCollator, RewardRecords, check_fit, load_records, token_
 from .docments import document
 from .files import atomic_path
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
-    check_checkpoint, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last, last_checkpoint,
-    named_records, only_run, publish, seal, writing)
+    check_checkpoint, check_room, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last,
+    last_checkpoint, named_records, only_run, publish, seal, writing)
 from .losses import cls_prob
 from .model import PerspectiveConfig, RewardModel, TrainingFacts, saved_config
 from .weights import read_json
@@ -304,8 +304,8 @@ class RewardTrainer(Trainer):
             f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: "
             "load it again without merge()")
         args._n_gpu = min(args.n_gpu, 1) # DataParallel cannot cut a batch of crops into rows
-        collator = RewardCollator(processor, args.margin_by_ratings)
-        usual = dict(model=model, args=args, data_collator=PlacedCollator(collator),
+        collator = PlacedCollator(RewardCollator(processor, args.margin_by_ratings))
+        usual = dict(model=model, args=args, data_collator=collator,
                      train_dataset=train_dataset, eval_dataset=eval_dataset,
                      compute_metrics=lambda seen: self.metrics(seen))
         super().__init__(**{**usual, **kwargs})
@@ -437,6 +437,15 @@ def _keep_last_update(self:RewardTrainer):
 
 # %% ../nbs/3_paper/312_trainer.ipynb #6e774b67
 @patch
+def _rows_of_its_own(self:RewardTrainer,
+    n:int, # records in a batch of this process
+)->int: # 0 to n; those behind only fill the batch
+    "How many records of an evaluation's batch count."
+    state = self.accelerator.gradient_state
+    whole = self.args.world_size==1 or not state.end_of_dataloader or state.remainder<1
+    return n if whole else min(max(state.remainder-self.args.process_index*n, 0), n)
+
+@patch
 def prediction_step(self:RewardTrainer,
     model,                     # the model, possibly wrapped
     inputs:dict,               # a batch of the collator
@@ -447,12 +456,18 @@ def prediction_step(self:RewardTrainer,
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss,v = self.compute_loss(model, inputs, return_outputs=True)
+    target = inputs[self.label_names[0]]
+    real = self._rows_of_its_own(len(target))
+    if 0<real<len(target):
+        rows = int((target[:real]>0).sum()) if self.loss.learns=='ranking' else real
+        vectors = torch.cat([side[:rows] for side in (v.chunk(2) if self.loss.pairs else [v])])
+        points = inputs.get('points')
+        loss = batch_loss(self.loss, vectors, target[:real], points if points is None else points[:real])
     if prediction_loss_only: return loss, None, None
-    truth = inputs[self.label_names[0]]
     if self.loss.learns=='pair': seen = self.loss.prob(*v.chunk(2))
     elif self.loss.learns=='label': seen = cls_prob(self.loss.score(v))
-    else: seen = self.loss.score(laid_out(v, truth))
-    return loss, seen, truth
+    else: seen = self.loss.score(laid_out(v, target))
+    return loss, seen, target
 
 # %% ../nbs/3_paper/312_trainer.ipynb #d79c499c
 @patch
@@ -718,6 +733,9 @@ def train(self:RewardTrainer,
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
     self._check_weights()
+    learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    copies = 3 if 'adam' in str(self.args.optim) else 1 # weights and two moments
+    check_room(self.args.output_dir, 4*copies*learning, 'a checkpoint')
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.recipe() # now, since files may change while we train

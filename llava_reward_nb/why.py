@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'MOST_FACTS', 'lattice', 'phi_boxes', 'qwen_boxes', 'llava_next_boxes', 'token_boxes', 'spread', 'colored',
-           'Heat', 'attention_rows', 'canvas_color', 'gradient_map', 'scorer', 'occlusion_map', 'heat', 'Faithfulness',
-           'faithfulness', 'shape_facts', 'text_facts', 'read_facts', 'chat_facts', 'FactScores', 'score_facts']
+           'Heat', 'attention_rows', 'canvas_color', 'gradient_map', 'scorer', 'occlusion_map', 'heat', 'plot_heats',
+           'Faithfulness', 'faithfulness', 'shape_facts', 'text_facts', 'read_facts', 'chat_facts', 'FactScores',
+           'score_facts']
 
 # %% ../nbs/3_paper/313_why.ipynb #067ac985
 import json, math, re, textwrap
@@ -24,8 +25,8 @@ from .generic import LlavaNextBackbone, QwenBackbone
 from .model import RewardModel
 from .phi3v import hd_shape, token_order
 from .shapes.prompts import make_prompt, parse_prompt
-from .views import (View, bar_html, curves_html, grid_html, note_html, number_text,
-    picture_html, plain_text, table_html, text_html)
+from .views import (View, bar_html, curves_html, draw_pictures, grid_html, note_html,
+    number_text, picture_html, plain_text, table_html, text_html)
 
 # %% ../nbs/3_paper/313_why.ipynb #44580cfd
 def lattice(
@@ -340,11 +341,20 @@ def heat(
     prompt, = as_prompts(prompt, 1)
     if by=='attention': return _attention_heat(model, image, prompt, name)
     is_pair = model.configs[name].loss=='gpm'
-    if by=='gradient': weights = gradient_map(model, image, prompt, name)
-    else: weights = occlusion_map(scorer(model, name, image, prompt), image)
-    score = math.nan if is_pair else model.score(image, prompt, name).item()
     shown = _shown(image)
+    if by=='gradient': weights = gradient_map(model, image, prompt, name)
+    else: weights = occlusion_map(scorer(model, name, shown, prompt), shown) # many copies
+    score = math.nan if is_pair else model.score(image, prompt, name).item()
     return Heat(shown, _resized_sum(weights, shown.size), prompt, score, by, name)
+
+# %% ../nbs/3_paper/313_why.ipynb #c6510483
+def plot_heats(
+    heats:list, # of `Heat`
+): # matplotlib figure
+    "Pictures with their scores, and their maps below."
+    scores = ['' if math.isnan(h.score) else f'{h.perspective}\n{number_text(h.score, 2)}' for h in heats]
+    lies = [f'{h.by}\n{1-h.elsewhere:.0%} on the picture' for h in heats]
+    return draw_pictures([h.image for h in heats]+[h.overlay() for h in heats], scores+lies, len(heats))
 
 # %% ../nbs/3_paper/313_why.ipynb #fd869262
 @dataclass
@@ -476,9 +486,9 @@ def text_facts(
     return list(dict.fromkeys(part for part in parts if any(ch.isalnum() for ch in part))) or [prompt]
 
 # %% ../nbs/3_paper/313_why.ipynb #6a36c0ce
-_TASK = ("List the separate visual claims of the text-to-image prompt that the user gives: objects, attributes, "
-         "counts, relations, style. Answer with a JSON list of short phrases in the language of the prompt, "
-         "each understandable alone, and nothing else.")
+_TASK = ("List the separate visual claims of the text-to-image prompt that the user gives: objects, "
+         "attributes, counts, relations, style. Answer with a JSON list of short phrases in the language "
+         "of the prompt, each understandable alone, and nothing else.")
 MOST_FACTS = 20 # of a prompt
 
 def read_facts(

@@ -3,7 +3,7 @@ import base64, hashlib, json, os, subprocess, sys, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from project import ROOT
 
@@ -84,8 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
         else: return repo
 
     def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        start = int((self.headers.get('range') or 'bytes=0-').split('=')[1].split('-')[0])
+        path = unquote(urlsplit(self.path).path).replace('/datasets/', '/', 1) if '/resolve/' in self.path else unquote(urlsplit(self.path).path)
+        start, _, end = (self.headers.get('range') or 'bytes=0-').split('=')[1].partition('-')
+        start = int(start)
+        self.end = int(end)+1 if end else None  # of the part that is asked for
         self.hub.log.append((self.command, path, start))
         parts = path.strip('/').split('/')
         if parts[0] == 'api': self.describe('/'.join(parts[2:4]), parts[4:])
@@ -98,12 +100,14 @@ class _Handler(BaseHTTPRequestHandler):
         "A repository, or the list of its files."
         repo = self.repo(name)
         if repo is None: return
-        commit = repo.commit('/'.join(rest[1:]) if rest else 'main')
+        below = '/'.join(rest[2:])+'/' if rest[:1] == ['tree'] and rest[2:] and not repo.commit('/'.join(rest[1:])) else ''
+        revision = rest[1] if below else '/'.join(rest[1:])
+        commit = repo.commit(revision if rest else 'main')
         if commit is None: return self.refuse(404, 'RevisionNotFound', 'Invalid rev id')
         files = repo.files(commit)
         if rest and rest[0] == 'tree':
             return self.answer(200, [dict(type='file', path=path, size=len(content), oid=hashlib.sha1(content).hexdigest())
-                                     for path, content in files.items()])
+                                     for path, content in files.items() if path.startswith(below)])
         self.answer(200, dict(id=name, modelId=name, sha=commit, private=False, siblings=[dict(rfilename=path) for path in files]))
 
     def send_file(self, name, revision, path, start):
@@ -115,12 +119,14 @@ class _Handler(BaseHTTPRequestHandler):
         content = repo.files(commit).get(path)
         if content is None: return self.refuse(404, 'EntryNotFound', 'Entry not found')
         headers = dict(ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit, Accept_Ranges='bytes')
-        if start: headers |= dict(content_range=f'bytes {start}-{len(content)-1}/{len(content)}')
+        end = min(self.end or len(content), len(content))
+        is_part = start or end < len(content)
+        if is_part: headers |= dict(content_range=f'bytes {start}-{end-1}/{len(content)}')
         faults = self.hub.faults.get(path) if self.command == 'GET' else None
         fault = faults.pop(0) if faults else None
         if fault == 503: return self.refuse(503, '', 'Service Unavailable')
         if fault: return self.break_off(content[:fault], len(content), headers)
-        self.answer(206 if start else 200, content[start:], **headers)
+        self.answer(206 if is_part else 200, content[start:end], **headers)
 
     def break_off(self, content, length, headers):
         "Promise a file, send its beginning, and hang up."
@@ -135,6 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get('content-length') or 0))
         self.hub.log.append((self.command, path, 0))
+        if '/paths-info/' in path: return self.tell_paths('/'.join(path.strip('/').split('/')[2:4]), path.split('/paths-info/')[1], body)
         if self.headers.get('authorization') != f'Bearer {TOKEN}': return self.refuse(401, '', 'Invalid username or password.')
         name = '/'.join(path.strip('/').split('/')[2:4])
         if path == '/api/validate-yaml': return self.answer(200, dict(errors=[], warnings=[]))
@@ -143,6 +150,18 @@ class _Handler(BaseHTTPRequestHandler):
             dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]))
         if '/commit/' in path: return self.take(name, path.split('/commit/')[1], body)
         self.answer(404)
+
+    def tell_paths(self, name, revision, body):
+        "What is known of some paths."
+        repo = self.repo(name)
+        if repo is None: return
+        commit = repo.commit(revision)
+        if commit is None: return self.refuse(404, 'RevisionNotFound', 'Invalid rev id')
+        try: asked = json.loads(body)['paths']
+        except ValueError: asked = parse_qs(body.decode())['paths']
+        files = repo.files(commit)
+        self.answer(200, [dict(type='file', path=path, size=len(files[path]), oid=hashlib.sha1(files[path]).hexdigest())
+                          for path in asked if path in files])
 
     def create(self, asked):
         name = f"{asked['organization']}/{asked['name']}"

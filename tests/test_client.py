@@ -259,3 +259,35 @@ def test_trainers(stub):
     for wrong in 7, [], [dict(role='assistant', content='x')]:
         with pytest.raises(InputError, match='pass strings'): fn(prompts=[wrong], images=[batch[0]])
 
+
+@pytest.fixture(scope='module')
+def live():
+    "The real service with the embedded model."
+    pytest.importorskip('fastapi')
+    pytest.importorskip('uvicorn')
+    from llava_reward_nb.batcher import load_families
+    from llava_reward_nb.serve import LocalServer, Service
+    with LocalServer(Service(load_families(['tiny/alignment', 'checker'], device='cpu'))) as server: yield server
+
+
+def test_live_scores_are_those_of_this_process(live):
+    remote_one, here = load_reward(f'{live.url}/tiny/alignment'), load_reward('tiny/alignment', device='cpu')
+    images = [Image.effect_noise((64, 64), 50+k).convert('RGB') for k in range(5)]
+    assert_close(remote_one(images, 'a red circle'), here(images, 'a red circle'), atol=1e-3, rtol=1e-3)
+    assert_close(asyncio.run(remote_one.score_async(np.stack(images), 'a red circle')), here(images, 'a red circle'), atol=1e-3, rtol=1e-3)
+    assert identity(remote_one)==identity(here)
+    with pytest.raises(InputError, match='image 1: '): remote_one([images[0], b'no image'], 'a red circle')
+    with pytest.raises(ValueError, match='has no reward .safety.'): load_reward(f'{live.url}/safety')
+
+
+def test_live_reward_evaluates(live, tmp_path):
+    "A run that was begun in this process goes on with the service: the scores are the same reward's."
+    from llava_reward_nb.evaluation import run_benchmark
+    here = run_benchmark('mjbench', dict(mine=load_reward('checker')), data='tiny', out=tmp_path/'run', limit=2)
+    there = load_reward(f'{live.url}/checker')
+    there.server.score = lambda *a: pytest.fail('what is known was asked again')
+    again = run_benchmark('mjbench', dict(mine=there), data='tiny', out=tmp_path/'run', limit=2)
+    assert len(again.records)==len(here.records)
+    del there.server.score
+    fresh = run_benchmark('mjbench', dict(mine=there), data='tiny', out=tmp_path/'fresh', limit=2)
+    assert fresh.records.score.tolist()==pytest.approx(here.records.score.tolist())

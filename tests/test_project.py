@@ -8,7 +8,7 @@ from project import LIB, ROOT, copy_of, run, tool
 MAX_LINES = 60
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
 NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d+_', p.name)]
-INITS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/LIB).rglob('__init__.py') if 'bundle' not in p.parts)  # written by hand
+INITS = sorted(p.relative_to(ROOT).as_posix() for p in [*(ROOT/LIB).rglob('__init__.py'), ROOT/LIB/'__main__.py'] if 'bundle' not in p.parts)  # written by hand
 notebooks = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
 numbered = pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.name)
 

@@ -1,5 +1,5 @@
 "Training against the reference's numbers; and a run that is killed and goes on, bit for bit."
-import json, math, multiprocessing, os, shutil, signal, subprocess, sys, time
+import json, math, multiprocessing, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -12,7 +12,6 @@ from llava_reward_nb.data import load_records
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.phi3v import Phi3VModel
 from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
-from llava_reward_nb.store import folder_lock
 from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, label_metrics, pairwise_accuracy,
     planned_updates, train_perspective)
 from llava_reward_nb.guards import checkpoints
@@ -104,83 +103,13 @@ def test_metrics(golden):
     assert m == {k: g[k] for k in ('accuracy', 'f1', 'recall')}
 
 
-RUN = """
-import os, signal, sys, time, torch
-from transformers import TrainerCallback
-sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
-torch.set_num_threads(1)
-from test_trainer import config
-from llava_reward_nb.weights import MODELS
-from llava_reward_nb.data import load_records
-from llava_reward_nb.model import RewardModel
-from llava_reward_nb.shapes.records import alignment_pairs
-from llava_reward_nb.trainer import train_perspective
-
-folder, dies = sys.argv[2:]
-saves, save = 0, torch.save
-def dying(*args, **kw):
-    "Die in the middle of the second checkpoint, when the optimizer is about to be written."
-    global saves
-    saves += 'optimizer' in str(args[1])
-    if dies=='saving' and saves==2: os.kill(os.getpid(), signal.SIGKILL)
-    save(*args, **kw)
-torch.save = dying
-class Wait(TrainerCallback):
-    "Wait to be killed, two steps after the first checkpoint."
-    def on_step_end(self, args, state, control, **kw):
-        if dies=='waiting' and state.global_step==5: time.sleep(600)
-rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu')
-args = config(folder, num_train_epochs=2, save_strategy='steps', save_steps=3, gradient_accumulation_steps=2, lora_dropout=.05)
-train_perspective(rm, 'alignment', load_records(alignment_pairs(26, seed=3)), args, resume=True, callbacks=[Wait()])
-"""
-
-
 def weights(folder):
     "All trained tensors of a saved perspective."
     from safetensors.torch import load_file
     return {f'{f}/{k}': v for f in ('adapter_model', 'head') for k, v in load_file(Path(folder)/f'{f}.safetensors').items()}
 
 
-def start(folder, dies='never'):
-    return subprocess.Popen([sys.executable, '-c', RUN, str(Path(__file__).parent), str(folder), dies], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process):
-    out = process.communicate(timeout=600)[0].decode()
-    assert process.returncode == 0, out
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-    "Weights after 8 steps in two epochs, with dropout and accumulation."
-    folder = tmp_path_factory.mktemp('straight')
-    finish(start(folder))
-    assert [p.name for p in checkpoints(folder)] == ['checkpoint-6', 'checkpoint-8'] # save_total_limit is 2
-    return weights(folder/'alignment')
-
-
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_killed_between_checkpoints(uninterrupted, tmp_path):
-    process = start(tmp_path, 'waiting')
-    while not checkpoints(tmp_path) and process.poll() is None: time.sleep(.05)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path/'alignment').exists()
-    finish(start(tmp_path))
-    assert same(weights(tmp_path/'alignment'), uninterrupted)
-
-
-def test_killed_while_saving(uninterrupted, tmp_path):
-    process = start(tmp_path, 'saving')
-    assert process.wait() == -signal.SIGKILL
-    assert (tmp_path/'.checkpoint-6.draft'/'checkpoint-6'/'alignment').exists() and not (tmp_path/'checkpoint-6').exists()
-    assert [p.name for p in checkpoints(tmp_path)] == ['checkpoint-3']
-    finish(start(tmp_path))
-    assert same(weights(tmp_path/'alignment'), uninterrupted)
-    assert [p.name for p in checkpoints(tmp_path)] == ['checkpoint-6', 'checkpoint-8']
-    finish(start(tmp_path)) # a run that is done is left as it is
-    assert same(weights(tmp_path/'alignment'), uninterrupted)
 
 
 def tiny(**kw): return RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu', **kw)
@@ -217,41 +146,6 @@ def test_every_head_learns_all_its_weights(kind, dim, gate, skipca, tmp_path):
     moved = {n for n, p in rm.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n, p in rm.named_parameters() if p.requires_grad}
     assert any('.gate.' in n for n in moved) == gate and any('skipca' in n for n in moved) == skipca
-
-
-DDP = """
-import os, sys, torch
-sys.path[:0] = [sys.argv[1], sys.argv[1]+'/..']
-torch.set_num_threads(1)
-from test_trainer import config, tiny
-from llava_reward_nb.data import load_records
-from llava_reward_nb.shapes.records import alignment_pairs
-from llava_reward_nb.trainer import train_perspective
-pairs = load_records(alignment_pairs(8, seed=0))
-args = config(sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), max_steps=2, lora_dropout=0., warmup_steps=0, optim='sgd', learning_rate=.1)
-m = train_perspective(tiny(), 'mine', pairs, args, eval_records=load_records(alignment_pairs(5, seed=1)))
-if os.environ.get('RANK', '0')=='0': print('\\naccuracy', m['eval_accuracy'], m['eval_mean_prob'])
-if torch.distributed.is_initialized():  # gloo's threads may abort a process that winds down: all wait for all, then leave at once
-    import pathlib, time
-    done = [pathlib.Path(sys.argv[2])/f'done{rank}' for rank in range(torch.distributed.get_world_size())]
-    done[torch.distributed.get_rank()].touch()
-    while not all(d.exists() for d in done): time.sleep(.05)
-    sys.stdout.flush()
-    os._exit(0)
-"""
-
-
-def test_two_processes_equal_one(tmp_path):
-    script, out = tmp_path/'ddp.py', {}
-    script.write_text(DDP)
-    for n, command in (1, [sys.executable]), (2, [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']):
-        done = subprocess.run([*command, script, Path(__file__).parent, tmp_path/str(n), str(8//n)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
-        out[n] = [l for l in done.stdout.splitlines() if l.startswith('accuracy')]
-    one, two = weights(tmp_path/'1'/'mine'), weights(tmp_path/'2'/'mine')
-    for k in one: assert_close(one[k], two[k], rtol=0, atol=1e-6)
-    (_, a, p), (_, b, q) = out[1][0].split(), out[2][0].split()
-    assert float(a) == float(b) and abs(float(p)-float(q)) < 1e-4
 
 
 @pytest.mark.parametrize('n', [12, 17, 32])
@@ -357,19 +251,6 @@ def test_resume_knows_its_run(change, tmp_path):
     why = dict(base='base ', dropout='lora_dropout ').get(change, 'records ')
     with pytest.raises(CheckpointError, match=f'another run \\({why}'):
         run(rows, True, base=change == 'base', dropout=.1 if change == 'dropout' else .05)
-
-
-def test_one_process_at_a_time(tmp_path):
-    process = start(tmp_path, 'waiting')
-    try:
-        while not checkpoints(tmp_path) and process.poll() is None: time.sleep(.05)
-        rm = tiny().add_perspective('alignment', lora_rank=8)
-        with pytest.raises(InputError, match='another process is at work'):
-            RewardTrainer(rm, config(tmp_path), load_records(alignment_pairs(4, seed=0))).train(True)
-    finally:
-        process.kill()
-        process.wait()
-    with folder_lock(tmp_path, wait=False): pass # it went with its process
 
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):

@@ -12,7 +12,7 @@ from llava_reward_nb.data import load_records
 from llava_reward_nb.guards import checkpoints, clear_drafts, last_checkpoint
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.shapes.records import alignment_pairs, write_records
-from llava_reward_nb.store import file_hash
+from llava_reward_nb.store import file_hash, folder_lock
 from llava_reward_nb.trainer import RewardConfig, RewardTrainer, train_perspective
 from llava_reward_nb.weights import MODELS
 
@@ -23,18 +23,18 @@ signals = pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
 
 
 def config(folder, **kw):
-    "A recipe of six updates in two epochs, with dropout and three checkpoints."
-    small = dict(use_cpu=True, disable_tqdm=True, per_device_train_batch_size=2, gradient_accumulation_steps=1, num_train_epochs=2, lora_rank=4,
+    "A recipe of six updates in two epochs, with dropout, accumulation and three checkpoints."
+    small = dict(use_cpu=True, disable_tqdm=True, per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=2, lora_rank=4,
                  lora_alpha=8, lora_dropout=.05, logging_steps=1, learning_rate=1e-3, save_strategy='steps', save_steps=2)
     return RewardConfig(**{**small, 'output_dir': str(folder), **kw})
 
 
-def train(folder, resume=False, n=6, pairs=None, callbacks=(), **kw):
+def train(folder, resume=False, n=6, pairs=None, held=None, callbacks=(), **kw):
     "Train the tiny model on a few pairs; the same weights whenever nothing else is said."
     torch.set_num_threads(1)
     rm = RewardModel.from_pretrained(MODELS['tiny']/'base', device='cpu')
     pairs = pairs or load_records(alignment_pairs(n, seed=3))
-    return train_perspective(rm, 'mine', pairs, config(folder, **kw), resume=resume, callbacks=list(callbacks))
+    return train_perspective(rm, 'mine', pairs, config(folder, **kw), eval_records=held, resume=resume, callbacks=list(callbacks))
 
 
 def trainer(folder, callbacks=(), held=None, **kw):
@@ -109,6 +109,8 @@ def test_killed_at_any_file_operation(uninterrupted, tmp_path):
         train(copy := shutil.copytree(moment, tmp_path/name), resume=True)
         assert same(weights(copy/'mine'), weights(run/'mine'))
         assert names(copy) == ['checkpoint-4', 'checkpoint-6'] and not list(copy.glob('.checkpoint*'))
+    assert train(copy, resume=True)['train_loss'] > 0 # a run that is done is left as it is
+    assert same(weights(copy/'mine'), weights(run/'mine'))
 
 
 class Kill(TrainerCallback):
@@ -214,10 +216,13 @@ def test_sigterm_to_one_of_two_processes(tmp_path):
     assert (last/'rng_state_0.pth').exists() and (last/'rng_state_1.pth').exists() and last.name == 'checkpoint-3'
 
 
-def train_alike(folder, n, size):
+def train_alike(folder, n, size, resume=False):
     "A run without dropout whose global batch is size times the number of processes; SGD shows gradients as weights."
-    train(folder, n=n, per_device_train_batch_size=size, lora_dropout=0., optim='sgd', lr_scheduler_type='constant', warmup_steps=0, learning_rate=.05,
-          save_steps=3, max_steps=4 if n > 5 else -1)
+    steps = dict(save_steps=3, max_steps=4) if n > 5 else {}
+    held = load_records(alignment_pairs(5, seed=1))
+    measured = train(folder, resume, n, held=held, per_device_train_batch_size=size, gradient_accumulation_steps=1, lora_dropout=0., optim='sgd',
+                     lr_scheduler_type='constant', warmup_steps=0, learning_rate=.05, per_device_eval_batch_size=size, **steps)
+    (folder/'measured.json').write_text(json.dumps({k: measured[k] for k in ('eval_accuracy', 'eval_mean_prob', 'eval_loss', 'train_loss')}))
 
 
 def log_of(folder): return [(e['step'], e['loss'], e['grad_norm']) for e in json.loads((folder/'trainer_state.json').read_text())['log_history'] if 'loss' in e]
@@ -228,6 +233,8 @@ def same_curve(one, two):
     for (_, *a), (_, *b) in zip(log_of(one), log_of(two)): assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-6)
     a, b = weights(one/'mine'), weights(two/'mine')
     for k in a: assert_close(a[k], b[k], rtol=0, atol=1e-6)
+    a, b = (json.loads((f/'measured.json').read_text()) for f in (one, two))
+    for k in a: assert math.isclose(a[k], b[k], rel_tol=1e-3), k
 
 
 @pytest.mark.parametrize('n', [5, 7])
@@ -241,16 +248,20 @@ def test_two_processes_have_the_loss_curve_of_one(n, tmp_path):
     shutil.rmtree(tmp_path/'two'/'checkpoint-4')  # as if killed in the second epoch, after a checkpoint in the middle of it
     shutil.rmtree(tmp_path/'two'/'mine')
     for f in tmp_path.glob('done-*'): f.unlink()
-    for p in (both := pair_of_processes(finish_together, tmp_path, go_on_alike, tmp_path/'two', n, 2)): p.join()
+    for p in (both := pair_of_processes(finish_together, tmp_path, train_alike, tmp_path/'two', n, 2, True)): p.join()
     assert [p.exitcode for p in both] == [0, 0]
     same_curve(tmp_path/'one', tmp_path/'two')
 
 
-def go_on_alike(folder, n, size):
-    global train
-    started = train
-    train = lambda *args, **kw: started(*args, resume=True, **kw) # noqa: E731
-    train_alike(folder, n, size)
+@signals
+def test_one_run_in_a_folder(tmp_path):
+    process = start(train_and_wait, tmp_path, 2)
+    wait_for(tmp_path/'here-0')
+    with pytest.raises(InputError, match='another process is at work'): trainer(tmp_path/'run').train(True)
+    process.kill()
+    process.join()
+    assert names(tmp_path/'run') == ['checkpoint-2']
+    with folder_lock(tmp_path/'run', wait=False): pass # it went with its process
 
 
 # A full disk
@@ -378,8 +389,8 @@ def test_a_broken_loss_stops_before_it_reaches_a_weight(bad, tmp_path):
         return loss(model, inputs, **kw)*(bad if broken else 1)
     t.compute_loss = breaks
     with pytest.raises(ValueError) as e: t.train()
-    a, b = sorted(t.places)
-    assert f'the loss is {bad} at step 5, with records {a}, {b} of records;' in str(e.value) and str(e.value).endswith('checkpoint-4')
+    assert len(t.places) == 1 # the other batch of this update was not computed any more
+    assert f'the loss is {bad} at step 5, with record {t.places[0]} of records;' in str(e.value) and str(e.value).endswith('checkpoint-4')
     assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
     assert names(tmp_path/'run') == ['checkpoint-2', 'checkpoint-4']
 

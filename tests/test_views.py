@@ -117,3 +117,16 @@ def test_scores_of_any_form():
     assert show(two, 'a', pd.DataFrame({'x': [1., 2.], 3: [5, 6]}, index=[7, 9])).values == {'x': [1., 2.], '3': [5., 6.]}
     for wrong in ([1.], [[1., 2.]], ['a', 'b'], None, torch.zeros(2, 1)):
         with pytest.raises(InputError): show(two, 'a', wrong)
+
+
+def test_a_prompt_is_no_mathematics_in_figures():
+    pd = pytest.importorskip('pandas')
+    import matplotlib
+    matplotlib.use('Agg')
+    from llava_reward_nb.data import RewardRecords
+    from llava_reward_nb.evaluation.report import panels
+    prompt = r'costs $5, not $\frac$'
+    rows = [dict(prompt_set='a', model='m', prompt=prompt, seed=0, particle=0, guidance='none', guidance_score=1., mine=1., image=RGB)]
+    drawn = [panels(pd.DataFrame(rows), metrics=['mine']).figure, show(RGB, [prompt], [1.]).plot(), show_pairs(RGB, RGB, prompt, [.5]).plot(),
+             RewardRecords([dict(path=RGB, prompt=prompt, label=1)], 'label').plot()]
+    for figure in drawn: figure.savefig(io.BytesIO())

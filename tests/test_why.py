@@ -167,6 +167,8 @@ def test_a_large_picture_is_shrunk_and_keeps_its_sum(tiny):
     assert shown.image.size == (1024, 478) and shown.weights.shape == (478, 1024)
     assert abs(shown.weights.sum()+shown.elsewhere-1) < 1e-3
     assert abs(shown.score-tiny.score(picture((1500, 700)), 'a red circle', 'safety').item()) < 1e-3
+    covered = heat(tiny, picture((1500, 300)), 'a red circle', 'safety', 'occlusion')
+    assert covered.image.size == (1024, 205) and abs(covered.weights.sum()-1) < 1e-3
 
 
 def redness(box):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from .items import check_names, check_settings, find_images, reward_names, tiny_doubts
+from .score import check_html, write_page
 from .terminal import UsageError, command, did_you_mean, heartbeat, report, waiting
 from ..core import InputError, as_path
 from ..docments import document
@@ -92,6 +93,7 @@ def llava_reward_eval(
     batch_size:int=16, # images at a time
     images:str='', # folder of the images, where they do not lie beside the data (unsafebench, smid, tifa160)
     skip_bad:bool=False, # leave bad records out, count and name them, instead of stopping
+    html:str=None, # write the tables and the first items to this page, a .html file
 ):
     "Score a benchmark, or 'all' of them, with rewards; every score is kept, and the table is printed."
     reward = list(reward or [])
@@ -99,14 +101,19 @@ def llava_reward_eval(
     names = list(SPECS) if benchmark=='all' else [benchmark]
     folders = {n:_folder(n, out, len(names)>1) for n in names}
     for f in folders.values(): check_writable(f, folder=True)
+    check_html(html)
+    parts = []
     more = dict(images=images) if images else {}
     rewards = {r:r for r in reward}
     for name,folder in folders.items():
         with heartbeat(_so_far(name, folder)):
             run = run_benchmark(name, rewards, data, folder, limit, batch_size, skip_bad, **more)
         if data!='tiny': tiny_doubts(reward, list(run.items.prompt))
-        print(f"\n{make_table(name, run)!r}\n{run.meta['items']} images, {run.meta['left_out']} records left "
+        table = make_table(name, run)
+        parts += [table, run]
+        print(f"\n{table!r}\n{run.meta['items']} images, {run.meta['left_out']} records left "
               f"out; scores in {run.folder}")
+    write_page(html, 'Evaluation', parts)
 
 # %% ../../nbs/9_doors/905_evaluate.ipynb #6a43908a
 FORMS = ('.md', '.tex', '.html', '.csv', '.txt') # what a finished table is written as

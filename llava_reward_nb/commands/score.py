@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Judge', 'perspective_judge', 'reward_judge', 'judge_items', 'score_items', 'compare_items', 'rank_items',
-           'reward_items', 'load', 'mark_misfits', 'llava_reward_score', 'pair_report', 'llava_reward_compare']
+           'reward_items', 'load', 'mark_misfits', 'check_html', 'item_page', 'write_page', 'is_folder',
+           'llava_reward_score', 'pair_report', 'llava_reward_compare']
 
 # %% ../../nbs/9_doors/902_score.ipynb #705abfb1
-import json, math, re, warnings
+import json, math, os, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +26,9 @@ from ..core import (
     CheckpointError, InputError, TransparencyWarning, as_path, as_scores,
     image_key, image_size, open_image, progress)
 from ..docments import document
-from ..files import write_table
+from ..files import check_writable, write_table
 from ..store import ScoreStore, identity, pixels_hash
+from ..views import Gallery, Pairs, check_page, first_note, save_page, table_html, text_html
 
 # %% ../../nbs/9_doors/902_score.ipynb #6b76c5e9
 @dataclass
@@ -357,6 +359,48 @@ def _ready(items:list, names:list, model, how:dict, skip_bad:bool):
     stop_if_bad(items, skip_bad)
     return rm
 
+# %% ../../nbs/9_doors/902_score.ipynb #3fd9b5cb
+def check_html(
+    path, # of --html, or None
+):
+    "`InputError` for a page that could not be written."
+    if path is None: return
+    try: check_writable(check_page(path))
+    except InputError as e: raise InputError(f"--html {e}") from None
+
+_ON_PAGE = 200 # images or pairs
+
+def item_page(
+    items:list, # of `JudgeItem`, judged
+    names:list, # of their numbers
+)->list: # parts of a page
+    "The pictures of items with their numbers, best first if ranked, and what is wrong with the others."
+    def number(item, name):
+        value = item.row.get(name)
+        return math.nan if value is None else float(value)
+    good = [item for item in items if not item.error]
+    good.sort(key=lambda item: sum(item.row.get(f'{n}_rank', 0) for n in names))
+    prompts = [str(item.prompt or '') for item in good]
+    values = {n:[number(item, n) for item in good] for n in names}
+    parts = []
+    if good and len(good[0].images)==2:
+        first,second = zip(*(item.images for item in good))
+        parts.append(Pairs(list(first), list(second), prompts, values, _ON_PAGE))
+    elif good:
+        images = [item.images[0] for item in good]
+        parts.append(Gallery(images, prompts, values, list(range(len(good))), _ON_PAGE))
+    bad = [item for item in items if item.error]
+    if bad: parts.append(table_html(['left out'], [[text_html(item.error)] for item in bad[:20]]))
+    return [*parts, first_note(min(20, len(bad)), len(bad), 'that were left out')]
+
+def write_page(
+    path,       # of --html, or None: nothing is written
+    title:str,  # of the page
+    parts:list, # see `page_html`
+):
+    "Write a page and say where."
+    if path is not None: print(f"page with pictures: {save_page(path, title, parts)}")
+
 # %% ../../nbs/9_doors/902_score.ipynb #c48b586a
 def _need_prompts(reward, model, perspective)->bool:
     "Whether what judges has a use for prompts."
@@ -364,8 +408,8 @@ def _need_prompts(reward, model, perspective)->bool:
     kinds = perspective_kinds(model, perspective)
     return any(kinds[n]!='cls' for n in scorable(kinds, bool(perspective)))
 
-def _score_by_rewards(items:list, reward:list, how:dict, batch_size:int, out, skip_bad:bool):
-    "Check, score and report, with rewards by name."
+def _score_by_rewards(items:list, reward:list, how:dict, batch_size:int, out, skip_bad:bool)->list:
+    "Check, score and report, with rewards by name; these names."
     from llava_reward_nb.rewards.cards import card_of
     check_names(reward)
     needs = {n:'' for n in reward if card_of(n).prompt}
@@ -374,9 +418,10 @@ def _score_by_rewards(items:list, reward:list, how:dict, batch_size:int, out, sk
         rows = reward_items(reward, items, batch_size, **how, store=store, skip_bad=skip_bad)
         stop_if_bad(items, skip_bad)
         report(rows, out)
+    return reward
 
-def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, out, skip_bad:bool):
-    "Check, score and report, with perspectives of a model."
+def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, out, skip_bad:bool)->list:
+    "Check, score and report, with perspectives of a model; their names."
     kinds = perspective_kinds(model, perspective)
     used = {n:kinds[n] for n in scorable(kinds, bool(perspective))}
     columns = [c for n,kind in used.items() for c in ((n, f'{n}_prob') if kind=='cls' else (n,))]
@@ -388,6 +433,43 @@ def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, ou
         rows = score_items(rm, used, items, batch_size, store, skip_bad)
         stop_if_bad(items, skip_bad)
         report(rows, out, notes)
+    return list(used)
+
+# %% ../../nbs/9_doors/902_score.ipynb #8f10bfef
+def is_folder(
+    out, # what --out names, or None
+)->bool:
+    "Whether results are to be parts in a folder: it exists, ends with a slash, or has no suffix."
+    if out is None: return False
+    return str(out).endswith(('/', os.sep)) or as_path(out).is_dir() or not as_path(out).suffix
+
+def _perspectives(model, names, base, num_crops, device, dtype)->dict: # name -> reward
+    "The perspectives of a model that score single images, as rewards."
+    from llava_reward_nb.rewards.llava import LLaVAReward
+    kinds = perspective_kinds(model, names)
+    used = scorable(kinds, bool(names))
+    rm = load(model, used, base, device, dtype, num_crops)
+    return {name:LLaVAReward(rm, name) for name in used}
+
+def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, html):
+    "Score sources into a folder, and say what was left out."
+    from llava_reward_nb.bulk import Rank, score_sources
+    if not sources: raise UsageError("name folders, tables, tar files or data sets on the hub")
+    if html: raise UsageError("--html is a page of some images; leave it out with a folder as --out")
+    check_settings(device, dtype)
+    how = dict(device=device or Rank.here().device, dtype=getattr(torch, dtype) if dtype else None)
+    if callable(rewards): rewards = rewards(device=how['device'], dtype=dtype)
+    else: check_names(rewards)
+    watched = []
+    def how_far(): return str(watched[0].pace) if watched else 'loading'
+    try:
+        with heartbeat(how_far):
+            summary = score_sources(sources, rewards, out, **where, **how, watch=watched.append)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
+    if Rank.here().number: return # the first process of a group says it for all
+    print(summary)
+    print(f'written to {out}')
 
 # %% ../../nbs/9_doors/902_score.ipynb #cf8f69a9
 @command('''  llava_reward_score a.png b.jpg --prompt "a red circle"
@@ -397,16 +479,22 @@ def _score_by_model(items:list, model, perspective, how:dict, batch_size:int, ou
   llava_reward_score photo.jpg --perspective safety
   llava_reward_score a.png --prompt "a red circle" --model me/rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
+  llava_reward_score shards/ items.parquet me/renders --reward tiny/alignment tiny-clip --out scores/
 
 A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts,
 found by the usual names: image, file_name, …; prompt, text, caption. All columns are kept; scores are added.
 Scores of different perspectives are not comparable with each other, only within a column. `<name>_prob`,
 beside a classifier's score, is its probability: for safety, of being safe.
 With --out, finished scores are kept as they come: after an interruption the same command goes on.
+
+A folder as --out is for many images: sources are folders, tables, tar files of samples (000001.jpg beside
+000001.txt or .json) and data sets on the hub, all of them streamed. Parquet files appear in it as it goes,
+with key, prompt, a column for each reward, and error. Started again, or twice at once, or by
+`accelerate launch -m llava_reward_nb score SOURCE … --out DIR`, it scores each row once.
 Exit codes: 0 done (with --skip-bad also if rows were left out), 1 something given cannot be used, 2 wrong
 usage, 130 interrupted.''', words=lambda: dict(reward=reward_names(), dtype=DTYPES))
 def llava_reward_score(
-    images:list[str], # image files and folders (all images inside)
+    images:list[str], # image files and folders (all images inside); with a folder as --out more, see below
     prompt:str='', # the prompt that the images were made for
     table:str=None, # .csv, .tsv, .json, .jsonl or .parquet of images and prompts, in place of images
     model:str=None, # reward model: a folder, a hub id, or 'tiny', which knows shapes only; 'tiny' if left out
@@ -417,23 +505,31 @@ def llava_reward_score(
     dtype:str=None, # float32, bfloat16 or float16; what suits the device if left out
     num_crops:int=None, # crops an image is cut into; as in training if left out
     batch_size:int=8, # images at a time; more is faster on a GPU and needs more memory
-    out:str=None, # write all rows to this .csv, .tsv, .json, .jsonl or .parquet
+    out:str=None, # write all rows to this .csv, .tsv, .json, .jsonl or .parquet; or parts to this folder
     skip_bad:bool=False, # record what is wrong with an image or prompt in its row, and go on
     image_column:str=None, # column of the table that has the images, if its name does not tell
     prompt_column:str=None, # column of the table that has the prompts
+    html:str=None, # write the pictures with their scores to this page, a .html file
 ):
     "Score images for prompts, in one or several perspectives. Higher is better."
     if reward and (model or perspective or base or num_crops):
         raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, "
                          "--num-crops and --model out")
+    if is_folder(out):
+        where = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column)
+        by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops)
+        sources = [*images, *([table] if table else [])]
+        return _score_bulk(sources, list(reward or ()) or by_model, out, where, device, dtype, html)
     needed = not table or _need_prompts(reward, model or 'tiny', perspective)
     items = _items_of(images, prompt, table, image_column, prompt_column, out, needed=needed)
     check_settings(device, dtype, out, batch_size, num_crops)
+    check_html(html)
     how = dict(device=device, dtype=dtype)
-    if reward: _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
+    if reward: names = _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
     else:
         how |= dict(base=base, num_crops=num_crops)
-        _score_by_model(items, model or 'tiny', perspective, how, batch_size, out, skip_bad)
+        names = _score_by_model(items, model or 'tiny', perspective, how, batch_size, out, skip_bad)
+    write_page(html, 'Scores', item_page(items, names))
     say_left_out(items)
 
 # %% ../../nbs/9_doors/902_score.ipynb #be136fbf
@@ -506,6 +602,7 @@ def llava_reward_compare(
     skip_bad:bool=False, # leave unusable images and pairs out, and say so in their rows
     image_column:list[str]=None, # the two columns of the table that have the images, if not clear
     prompt_column:str=None, # column of the table that has the prompts
+    html:str=None, # write the pictures with their numbers to this page, a .html file
 ):
     "Compare two images for a prompt, rank more, or compare all pairs of a table."
     items = _items_of(images, prompt, table, image_column, prompt_column, out, 2)
@@ -516,8 +613,11 @@ def llava_reward_compare(
         row = dict(zip(('image_a','image_b'), both), prompt=prompt)
         items = [JudgeItem(both, prompt, row, own=tuple(row))]
     check_settings(device, dtype, out, batch_size, num_crops)
+    check_html(html)
     how = dict(base=base, device=device, dtype=dtype, num_crops=num_crops)
-    _compare(items, pair, table, perspective_kinds(model, perspective), model, how, batch_size, out, skip_bad)
+    used = perspective_kinds(model, perspective)
+    _compare(items, pair, table, used, model, how, batch_size, out, skip_bad)
+    write_page(html, 'Comparisons' if pair or table else 'Ranking', item_page(items, list(used)))
     say_left_out(items)
 
 # %% ../../nbs/9_doors/902_score.ipynb #9703f129

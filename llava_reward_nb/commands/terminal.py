@@ -171,6 +171,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=HelpFormatter, allow_abbrev=False)
         self.options = {'--help': 'show this help'} # option -> meaning
         self.flags = {'--help'} # options without a value
+        self.several = None # name of the argument that takes all words that are no options
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -180,6 +181,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         found,unknown = self.parse_known_args(args, namespace)
+        if self.several and not any(a.startswith('-') for a in unknown): # words after an option
+            setattr(found, self.several, [*getattr(found, self.several), *unknown])
+            return found
         if not unknown: return found
         options = [a.partition('=')[0] for a in unknown if a.startswith('--')]
         guess = did_you_mean(options[0], self.options) if options else ''
@@ -190,6 +194,7 @@ class Parser(argparse.ArgumentParser):
         several = kind==list[str]
         help = (help or '').replace('%', '%%')
         if default is inspect.Parameter.empty:
+            if several: self.several = name
             self.add_argument(name, nargs='*' if several else None, type=str if several else kind, help=help)
             return
         word = name.rstrip('_') # from_ is --from, a word that Python keeps for itself

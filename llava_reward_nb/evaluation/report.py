@@ -489,7 +489,7 @@ def _drawn(rows:dict, table:Table, metrics:list, width:float): # matplotlib figu
             row = rows.get((prompt,guidance))
             if row is None: ax.axis('off')
             else: _draw_panel(ax, row.image, guidance, _captions(table, (prompt,guidance), metrics), width)
-        line[0].set_ylabel('\n'.join(textwrap.wrap(prompt,16)), fontsize=7)
+        line[0].set_ylabel('\n'.join(textwrap.wrap(prompt,16)), fontsize=7, parse_math=False)
     plt.close(fig)
     return fig
 

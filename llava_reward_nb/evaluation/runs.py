@@ -24,6 +24,7 @@ from ..rewards.grader import BudgetSpent, EndpointError
 from ..rewards.registry import load_reward
 from ..shapes.world import SHAPES
 from ..store import ScoreStore, folder_lock, identity, pixels_hash, text_hash
+from ..views import Gallery, first_note, number_text, table_html, text_html
 
 # %% ../../nbs/6_evaluation/606_runs.ipynb #574fde8b
 def versions()->dict: # name -> version; 'device' and 'python' too
@@ -395,6 +396,42 @@ def run_benchmark(
     with ScoreStore(folder/'scores') as store: repainted = _pass(bench, loaded, who, store, batch_size)
     _finish(folder, who)
     return _report(Run(folder), who, repainted)
+
+# %% ../../nbs/6_evaluation/606_runs.ipynb #978323e9
+_SHOWN = 12 # items of a run
+
+@patch
+def _repr_html_(self:Run)->str:
+    scores,items = self.scores(),self.items
+    rows = []
+    for name in self.rewards:
+        own = scores[name].dropna()
+        ends = ['–']*3 if not len(own) else [number_text(v) for v in (own.mean(), own.min(), own.max())]
+        rows.append([text_html(name), f'{len(own):,} of {len(scores):,}', *ends])
+    table = table_html(['reward','scored','mean','lowest','highest'], rows)
+    first = items.iloc[:_SHOWN]
+    pictures = [name if Path(name).is_file() else None for name in first.name]
+    columns = {str(c):scores[c].iloc[:_SHOWN].tolist() for c in scores}
+    prompts = [str(p) for p in first.prompt]
+    shown = Gallery(pictures, prompts, columns, list(range(len(first)))).html() if len(first) else ''
+    note = first_note(len(first), len(items), 'items')
+    return f'<p>{text_html(repr(self).replace(str(self.folder), self.folder.name))}</p>{table}{shown}{note}'
+
+@patch
+def plot(self:Run): # matplotlib figure
+    "How the scores of each reward are spread; `InputError` for a run without a score."
+    import matplotlib.pyplot as plt
+    scores = self.scores()
+    names = [n for n in self.rewards if scores[n].notna().any()]
+    if not names: raise InputError(f"{self.folder}: no reward has a score yet; evaluate first")
+    fig,axes = plt.subplots(1, len(names), figsize=(2.4*len(names),1.9), dpi=72, squeeze=False,
+                            layout='constrained')
+    for ax,name in zip(axes[0], names):
+        ax.hist(scores[name].dropna(), bins=20)
+        ax.set_title(name, fontsize=9, parse_math=False)
+    axes[0,0].set_ylabel('items')
+    plt.close(fig)
+    return fig
 
 # %% ../../nbs/6_evaluation/606_runs.ipynb #40d1b9ad
 document(__name__)

@@ -215,7 +215,7 @@ def show_images(
     fig,axes = plt.subplots(rows, columns, figsize=size, dpi=75, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax,image in zip(axes.flat, images): ax.imshow(image, interpolation='nearest')
-    for ax,lines in zip(axes.flat, wrapped): ax.set_title('\n'.join(lines), fontsize=6.5)
+    for ax,lines in zip(axes.flat, wrapped): ax.set_title('\n'.join(lines), fontsize=6.5, parse_math=False)
     plt.tight_layout(pad=.3)
     plt.show()
 

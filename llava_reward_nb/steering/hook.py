@@ -275,12 +275,12 @@ def look(self:Steering,
     rewards, held_out, thumbs = self.score(prev if last and not self.config.published else x0)
     choice = self.choose(rewards, last)
     self.trace.looks.append(Look(step, rewards, held_out=held_out, thumbs=thumbs, **choice._asdict()))
+    if self.on_look: self.on_look(self)
     first_slots = self.k*torch.arange(len(self.prompts))[:,None]
     idx = (choice.ancestors+first_slots).flatten()
     if last:
         self.finish(rewards, held_out, choice.ancestors, prev)
         self.seen = [self.seen[i] for i in idx.tolist()]
-    if self.on_look: self.on_look(self)
     return idx
 
 @patch

@@ -6,12 +6,15 @@
 __all__ = ['TRACE_COLUMNS', 'Look', 'Trace', 'merge_traces']
 
 # %% ../../nbs/5_steering/502_traces.ipynb #7249b6a7
+import math
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from ..docments import document
 from .particles import SteeringError, trace_roots
+from llava_reward_nb.views import (curves_html, first_note, grid_html, note_html, picture_html, text_html,
+    value_lines)
 
 # %% ../../nbs/5_steering/502_traces.ipynb #f9de2e8d
 @dataclass
@@ -150,7 +153,7 @@ def plot(self:Trace,
     right.bar(steps, sizes, width=max(1, self.n_steps/30), color=colors)
     right.set(title='effective sample size', xlabel='step', ylim=(0, 1.2*rewards.shape[1]))
     right.text(.02, .88, 'orange: resampled', transform=right.transAxes, fontsize=7)
-    fig.suptitle(self.prompts[prompt], fontsize=9)
+    fig.suptitle(self.prompts[prompt], fontsize=9, parse_math=False)
     fig.tight_layout()
     plt.close(fig)
     return fig
@@ -206,6 +209,34 @@ def plot_held_out(self:Trace): # matplotlib figure; SteeringError without held-o
     fig.tight_layout()
     plt.close(fig)
     return fig
+
+# %% ../../nbs/5_steering/502_traces.ipynb #ed5bf5b6
+_SHOWN = 4 # prompts of a trace
+
+def _last_look(trace:Trace, p:int)->str: # HTML
+    "The particles of one prompt at the last look, best first."
+    look = trace.looks[-1]
+    rewards = look.rewards[p].tolist()
+    scale = {'':(min([0.,*rewards]), max([0.,*rewards]))}
+    order = sorted(range(len(rewards)), key=lambda i: (math.isnan(rewards[i]), -rewards[i]))
+    thumbs = look.thumbs[p] if look.thumbs else [None]*len(rewards)
+    def cell(i): return f"{picture_html(thumbs[i], 96)}<br>{value_lines({'':rewards[i]}, scale)}"
+    shown = order[:12]
+    return grid_html([cell(i) for i in shown], 112)+first_note(len(shown), len(order), 'particles')
+
+@patch
+def _repr_html_(self:Trace)->str:
+    words = f'{len(self.prompts)} prompts, {self.n_steps} steps, {len(self.looks)} looks'
+    if self.stopped: words += f', ended {self.stopped}'
+    parts = [f'<p>{note_html(words)}</p>']
+    for p,prompt in enumerate(self.prompts[:_SHOWN] if self.looks else []):
+        steps = [look.step for look in self.looks]
+        of_prompt = [look.rewards[p] for look in self.looks]
+        curves = dict(mean=[r.nanmean().item() for r in of_prompt], best=[r.max().item() for r in of_prompt])
+        drawn = curves_html(steps, curves, f'reward of previews, steps {steps[0]} to {steps[-1]}, from')
+        parts.append(f'<p><b>{text_html(prompt)}</b></p>{_last_look(self, p)}{drawn}')
+    if self.looks: parts.append(first_note(min(_SHOWN, len(self.prompts)), len(self.prompts), 'prompts'))
+    return ''.join(parts)
 
 # %% ../../nbs/5_steering/502_traces.ipynb #71972d38
 document(__name__)

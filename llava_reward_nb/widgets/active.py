@@ -47,8 +47,9 @@ class PairReader:
         new = {(image_key(im),p.prompt):im for p in pairs for im in (p.a, p.b)}
         new = {k:im for k,im in new.items() if k not in self.seen}
         looks = look_each(self.judge, list(new.values()), [prompt for _,prompt in new]) if new else []
-        self.seen |= dict(zip(new, looks))
-        self.pairs |= {p.key:p for p in pairs if all(isinstance(x, Mapping) for x in self._sides(p))}
+        self.seen = self.seen | dict(zip(new, looks)) # a new dict: other threads may be reading the old one
+        usable = {p.key:p for p in pairs if all(isinstance(x, Mapping) for x in self._sides(p))}
+        self.pairs = self.pairs | usable
 
     def _sides(self, pair)->list:
         return [self.seen.get((image_key(im),pair.prompt)) for im in (pair.a, pair.b)]
@@ -56,15 +57,17 @@ class PairReader:
 # %% ../../nbs/9_doors/918_active.ipynb #92e4321d
 @patch
 def leanings(self:PairReader,
-    column:str, # of the judge
+    column:str,    # of the judge
+    keys=None,     # of pairs; None: all that were read
 )->dict: # key -> P(first image preferred): 0, ½ or 1 for a plain reward
-    "What the reward prefers in each pair that was read."
-    if not self.pairs: return {}
-    sides = [self._sides(p) for p in self.pairs.values()]
+    "What the reward prefers in pairs that were read."
+    pairs = {k:p for k,p in self.pairs.items() if keys is None or k in keys}
+    if not pairs: return {}
+    sides = [self._sides(p) for p in pairs.values()]
     a,b = (torch.stack([s[i][column] for s in sides]) for i in (0,1))
     prob = self.judge.prob(column, a, b)
     if prob.isnan().all(): prob = .5+.5*(self.judge.values(column, a)-self.judge.values(column, b)).sign()
-    return dict(zip(self.pairs, prob.tolist()))
+    return dict(zip(pairs, prob.tolist()))
 
 @patch
 def _cyclic(self:PairReader, pairs:list, columns:list)->dict: # key -> 0 to 1

@@ -90,6 +90,11 @@ def _make(self:Desk, job):
             if self.question is None: self.ask()
 
 @patch
+def _is_time(self:Desk, done:int, of:int)->bool:
+    "Whether doubts are to be computed anew: not after each piece, since all pairs are compared."
+    return done>=of or done>=1.2*len(self.session.doubts)
+
+@patch
 def _read(self:Desk, job):
     "Read all open pairs, and those that were answered."
     if self.judge is None:
@@ -106,7 +111,8 @@ def _read(self:Desk, job):
             if job.is_stopped: return
             job.say(f'reading pairs: {start} of {len(todo)}')
             reader.read(todo[start:start+_PIECE])
-            if reader is self.chooser: self.session.doubts = reader.doubts()
+            is_time = reader is self.chooser and self._is_time(start+_PIECE, len(todo))
+            if is_time: self.session.doubts = reader.doubts()
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #d3f9ae16
 @patch
@@ -133,7 +139,8 @@ def agreement(self:Desk,
 ): # `Agreement`; None while the reward has not read anything
     "How often the reward prefers what was chosen."
     if self.reader is None: return None
-    return agreement(self.session.labels, perspective, self.reader.leanings(self.column(perspective)))
+    keys = {x.pair for x in self.session.labels}
+    return agreement(self.session.labels, perspective, self.reader.leanings(self.column(perspective), keys))
 
 @patch
 def train(self:Desk,

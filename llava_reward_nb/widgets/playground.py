@@ -61,6 +61,7 @@ class Board:
         self.note = ''       # one line about the last thing that was done
         self.pictures = {}   # id -> data URI, or '' if there is none
         self.heats = {}      # (id, prompt, column) -> data URI
+        self.known = (None, {}) # what `values` gave last, and for what
         self.given = 0       # ids so far
         self.dropped = None  # folder of dropped files
         self.lock = threading.RLock()
@@ -137,8 +138,8 @@ def clear(self:Board):
 def ordered(self:Board)->list: # of `Item`
     "The items as they are shown: best first by `order_by`, those without a value last."
     items = self.items[:]
-    if self.order_by not in self.names: return items
-    values = self.values()[self.order_by]
+    values = self.values().get(self.order_by)
+    if values is None: return items
     key = lambda item: -values.get(item.id, math.nan)
     known = [i for i in items if not math.isnan(key(i))]
     return sorted(known, key=key)+[i for i in items if math.isnan(key(i))]
@@ -202,7 +203,14 @@ def _paint(self:Board, job):
 @patch
 def values(self:Board)->dict: # column -> {id: value}; NaN where an image has none
     "What all images that were scored for the present prompt are worth."
-    with self.lock: looks = dict(self.looks.get(self.prompt, {}))
+    with self.lock:
+        looks = dict(self.looks.get(self.prompt, {}))
+        asked = (self.prompt, len(looks), self.names, [i.id for i in self.items])
+    if self.known[0]!=asked: self.known = (asked, self._values(looks))
+    return self.known[1]
+
+@patch
+def _values(self:Board, looks:dict)->dict:
     present = [i.id for i in self.items if isinstance(looks.get(i.id), Mapping)]
     if not present: return {name:{} for name in self.names}
     out = {}
@@ -236,7 +244,7 @@ def rows(self:Board)->list: # of dicts: image, prompt, a column for each perspec
     table = []
     for item in self.ordered():
         is_path = isinstance(item.image, (str, os.PathLike)) and not self._is_dropped(item)
-        scores = {name:values[name].get(item.id, math.nan) for name in self.names}
+        scores = {name:column.get(item.id, math.nan) for name,column in values.items()}
         table.append(dict(image=str(item.image) if is_path else item.name, prompt=self.prompt, **scores,
                           error=reasons.get(item.id, '')))
     return table
@@ -298,7 +306,7 @@ def _button(act:str, text:str, value:str='', **attributes)->str:
 def _bars(self:Board, item:Item, values:dict)->str:
     if reason := self.reasons().get(item.id): return f'<div class="lr-bad">{text_html(reason)}</div>'
     ends = lambda name: self.ranges.get(name, (0., 1.))
-    return ''.join(_bar(n, values[n].get(item.id, math.nan), *ends(n)) for n in self.names)
+    return ''.join(_bar(n, values[n].get(item.id, math.nan), *ends(n)) for n in values)
 
 @patch
 def _frame(self:Board, item:Item)->str:
@@ -328,7 +336,7 @@ def versus(self:Board)->str:
     values = self.values()
     lines = []
     for name,p in self.preferences().items():
-        gap = values[name][one.id]-values[name][two.id]
+        gap = values.get(name, {}).get(one.id, math.nan)-values.get(name, {}).get(two.id, math.nan)
         said = f'{p:.0%} for the first' if not math.isnan(p) else f'{gap:+.3g}'
         share = p if not math.isnan(p) else .5+.5*math.copysign(1, gap)*(gap!=0)
         lines.append(f'<div class="lr-bar"><i style="width:{100*share:.0f}%"></i><b>{text_html(name)}</b>'
@@ -388,7 +396,7 @@ def gallery(self:Board,
 )->Gallery: # draws itself
     "Images and values without a widget."
     values = self.values()
-    columns = {name:[values[name].get(i.id, math.nan) for i in items] for name in self.names}
+    columns = {name:[column.get(i.id, math.nan) for i in items] for name,column in values.items()}
     images = [i.image for i in items]
     return Gallery(images, [self.prompt]*len(items), columns, list(range(len(items))), len(items))
 
@@ -407,6 +415,8 @@ def still(self:Board,
     return Still(''.join(parts), plain_text(self.prompt) or 'Playground')
 
 # %% ../../nbs/9_doors/920_playground.ipynb #e4d9e14d
+_STILL = 8 # pictures in what a notebook stores
+
 class Playground(VBox):
     "Drop images, type a prompt, and see what a reward makes of them."
     def __init__(self,
@@ -433,7 +443,8 @@ class Playground(VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return {**bundle, 'text/html':self.board.still().html(), 'text/plain':repr(self)}
+        still = self.board.still(self.board.shown()[:_STILL])
+        return {**bundle, 'text/html':still.html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/920_playground.ipynb #835f6fb6
 @patch

@@ -300,11 +300,9 @@ def add(self:LabelSession,
     pairs:list, # of `Pair`
 ):
     "Take more pairs; those that are known stay as they are."
-    new = [p for p in pairs if p.key not in self.pairs]
-    self.pairs |= {p.key:p for p in new}
-    self.order += [p.key for p in new]
     place = lambda key: text_hash(f'{self.seed} place {key}')
-    self.order.sort(key=place)
+    self.pairs = {p.key:p for p in pairs} | self.pairs # a new dict: other threads may be reading the old one
+    self.order = sorted(self.pairs, key=place)
 
 @patch
 def refresh(self:LabelSession):
