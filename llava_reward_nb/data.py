@@ -542,11 +542,12 @@ def show(self:RewardRecords,
 # %% ../nbs/3_paper/307_data.ipynb #b9d8fff4
 def _record_html(record:dict, kind:str)->str:
     "One record: its pictures, its prompt, and what was said."
-    pictures = ' '.join(picture_html(record[field], 96) for field in _image_fields(kind))
+    pictures = ' '.join(picture_html(one.image, 96) for one in record_images(record))
     prompts = [record['prompt']] if isinstance(record['prompt'], str) else record['prompt']
     words = ' / '.join(text_html(p, 120) for p in prompts)
     target = record.get('target')
     if kind=='label': note = f"label {record['label']}"
+    elif kind=='ranking': note = 'ranks '+', '.join(f'{rank:g}' for rank in record['ranks'])
     else: note = 'a tie' if target==.5 else f'first preferred: {target:.0%}'
     return f'{pictures}<br>{words}<br>{note_html(note)}'
 
