@@ -321,6 +321,7 @@ def _parse_ranking(parse, folder):
     parse('images', pictures)
     if found: parse('ranks', _ranks, len(found))
 
+# %% ../nbs/3_paper/307_data.ipynb #ce1c060b
 def clean_record(
     row,         # one record, under our names
     kind:str,    # 'pair', 'label' or 'ranking'
