@@ -224,6 +224,7 @@ def _turn_html(self:TableExplorer, step:int, word:str, pages:int)->str:
     off = ' disabled style="opacity:.4"' if is_end else ''
     return f'<button data-act="page" data-value="{step}"{off}>{word}</button> '
 
+# %% ../../nbs/9_doors/923_table_explorer.ipynb #8dc8826a
 @patch
 def findings_html(self:TableExplorer)->str:
     "The rows of this page, under a line that says what they are."
