@@ -11,7 +11,7 @@ cfg = ini['DEFAULT']
 lib = cfg['lib_name']
 COMMANDS = ('llava_reward', *(f'llava_reward_{name}' for name in (
     'score', 'compare', 'train', 'data', 'convert', 'push', 'demo', 'eval', 'table', 'latency', 'steer', 'table9', 'figures',
-    'rewards', 'serve')))
+    'rewards', 'serve', 'app')))
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 
 

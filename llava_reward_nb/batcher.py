@@ -141,12 +141,14 @@ class RewardFamily:
         "None: nobody knows how sure it is."
         return None
 
-    def values(self,
-        name:str,    # the one name
-        images:list, # vectors of images for one prompt
-    )->list: # of numbers
-        "What images are ranked by: the scores."
-        return [v[0] for v in images]
+# %% ../nbs/7_scale/713_batcher.ipynb #3cb40368
+@patch
+def values(self:RewardFamily,
+    name:str,    # the one name
+    images:list, # vectors of images for one prompt
+)->list: # of numbers
+    "What images are ranked by: the scores."
+    return [v[0] for v in images]
 
 # %% ../nbs/7_scale/713_batcher.ipynb #6723d4a3
 def _model_and_perspective(spec:str)->tuple: # (model, perspective), or (None, None) for another reward

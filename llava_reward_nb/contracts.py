@@ -138,6 +138,7 @@ class Scored:
     "What came of one image."
     scores:dict # reward -> number
     errors:dict # reward -> why there is none
+    unreadable:str=None # why the image itself cannot be opened
 
     def error(self)->str|None:
         "What is wrong, in one line."

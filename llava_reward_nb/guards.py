@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, Dataset
 from transformers import TrainerCallback
 
 from .core import CheckpointError, InputError, load_image
+from .data import record_images
 from .docments import document
 from .files import atomic_path
 from .model import CARD
@@ -299,9 +300,9 @@ class PlacedRecords(Dataset):
 def _broken_image(rows:list)->str|None:
     "Record, field and reason of the first image that cannot be read."
     for row in rows:
-        for field in ('chosen_path', 'reject_path', 'path'):
-            try: field in row and load_image(row[field])
-            except InputError as e: return f"record {row.get('_place', '?')}, {field}: {e}"
+        for one in record_images(row):
+            try: load_image(one.image)
+            except InputError as e: return f"record {row.get('_place', '?')}, {one.field}: {e}"
     return None
 
 @dataclass

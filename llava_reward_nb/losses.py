@@ -311,6 +311,7 @@ class BTLoss:
     gamma:float=0.    # focal exponent, >= 0
     smoothing:float=0. # share of judgements taken to be slips, in [0, 0.5)
     pairs:ClassVar[bool] = True
+    learns:ClassVar[str] = 'pair' # kind of records
     def check_dim(self, dim): _need(dim==1, 'bt', dim, '1')
     def loss(self, chosen, rejected, target=None, points=None):
         margin = self.margin if points is None else self.margin*points
@@ -337,6 +338,7 @@ class GPMLoss:
     gamma:float=0.    # focal exponent, >= 0
     smoothing:float=0. # share of judgements taken to be slips, in [0, 0.5)
     pairs:ClassVar[bool] = True
+    learns:ClassVar[str] = 'pair'
     def check_dim(self, dim): _need(dim>=2 and dim%2==0, 'gpm', dim, 'an even count')
     def loss(self, chosen, rejected, target=None):
         return gp_loss(chosen, rejected, self.tau, target, self.gamma, self.smoothing)
@@ -353,6 +355,7 @@ class CLSLoss:
     gamma:float=0.        # focal exponent, >= 0
     smoothing:float=0.    # share of labels taken to be slips, in [0, 0.5)
     pairs:ClassVar[bool] = False
+    learns:ClassVar[str] = 'label'
     def check_dim(self, dim): _need(dim==1, 'cls', dim, '1')
     def loss(self, scores, labels):
         return cls_loss(_one(scores), labels, self.weights, self.gamma, self.smoothing)
@@ -367,6 +370,7 @@ class GaussLoss:
     gamma:float=0.     # focal exponent, >= 0
     smoothing:float=0. # share of judgements taken to be slips, in [0, 0.5)
     pairs:ClassVar[bool] = True
+    learns:ClassVar[str] = 'pair'
     def check_dim(self, dim): _need(dim==2, 'gauss', dim, '2, a mean and the log of a spread')
     def loss(self, chosen, rejected, target=None):
         return gauss_loss(chosen, rejected, self.tau, target, self.gamma, self.smoothing)
@@ -380,6 +384,7 @@ class PLLoss:
     tau:float=0.1        # temperature, > 0
     ties:str='average'   # of equal ranks: 'average' over their orders, or 'refuse'
     pairs:ClassVar[bool] = False
+    learns:ClassVar[str] = 'ranking'
     def check_dim(self, dim): _need(dim==1, 'pl', dim, '1')
     def loss(self, scores, ranks): return pl_loss(_one(scores), ranks, self.tau, self.ties)
     def prob(self, a, b): return bt_prob(_one(a), _one(b), self.tau)

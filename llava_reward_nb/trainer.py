@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pairwise_accuracy', 'label_metrics', 'RewardConfig', 'make_schedule', 'learning_rates', 'planned_updates',
-           'check_plan', 'check_records', 'RewardTrainer', 'batch_loss', 'mean_loss', 'train_perspective']
+           'check_plan', 'check_records', 'RewardTrainer', 'mean_loss', 'train_perspective']
 
 # %% ../nbs/3_paper/312_trainer.ipynb #f3708b86
 import filecmp, json, math, re, shutil, sys, warnings
@@ -17,13 +17,14 @@ import numpy as np, torch
 from fastcore.basics import patch
 from accelerate.data_loader import prepare_data_loader
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from . import __version__
-from .batches import check_loss_options, check_ratings, training_loss
+from .batches import (TRUTH, LikeLengths, batch_loss, check_loss_options, check_rankings,
+    check_ratings, laid_out, ranking_probs, training_loss)
 from .core import CheckpointError, InputError
-from .data import RewardCollator, RewardRecords, check_fit, load_records
+from .data import RewardCollator, RewardRecords, check_fit, load_records, token_lengths
 from .docments import document
 from .files import atomic_path
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
@@ -72,7 +73,8 @@ _REFUSED = dict( # arguments of `TrainingArguments` that this trainer does not h
     label_smoothing_factor="it works on a field that our batches do not have; set smoothing",
     remove_unused_columns="the collator needs the fields of the records",
     label_names="the loss knows its target",
-    length_column_name="records have no length", neftune_noise_alpha="the input embeddings are frozen",
+    length_column_name="lengths are counted from the sizes of images and the prompts",
+    neftune_noise_alpha="the input embeddings are frozen",
     use_liger_kernel="its kernels are not for this model",
     liger_kernel_config="its kernels are not for this model",
     torch_compile="the model's input has another shape in every batch",
@@ -95,9 +97,10 @@ def _check_arguments(args):
         usual = f.default_factory() if f.default is MISSING else f.default
         if f.name in _REFUSED and got!=usual and (got or usual): raise ValueError(
             f"{f.name}={got!r} is not honoured here: {_REFUSED[f.name]}; leave it out")
-    order = getattr(args, 'train_sampling_strategy', 'random')
-    if order not in ('random','sequential'): raise ValueError(
-        f"train_sampling_strategy={order!r} is not honoured here; use 'random' or 'sequential'")
+    order = args.train_sampling_strategy
+    if order not in ('random','sequential','group_by_length'): raise ValueError(
+        f"train_sampling_strategy={order!r} is not honoured here; use 'random', 'sequential' or "
+        "'group_by_length'")
 
 # %% ../nbs/3_paper/312_trainer.ipynb #fdfcc863
 def _check_numbers(args):
@@ -215,6 +218,9 @@ def _alike(r:dict)->bool:
 
 def _silent(records:RewardRecords)->str|None:
     "Why records cannot teach anything, or None."
+    if records.kind=='ranking':
+        if any(len(set(r['ranks']))>1 for r in records): return None
+        return f"in all {len(records)} rankings all images are tied; bring rankings with a better image"
     if records.kind=='label':
         same = {r['label'] for r in records}
         if len(same)>1: return None
@@ -259,9 +265,10 @@ def check_records(
 ):
     "ValueError if these records cannot teach this loss, or lack what its options need."
     for r in _several(records):
-        if (r.kind=='pair')!=config.make_loss().pairs: raise ValueError(
+        if r.kind!=config.make_loss().learns: raise ValueError(
             f"{r.name}: {r.kind}s, but perspective {name!r} has loss {config.loss!r}; "
-            "'bt', 'gpm' and 'gauss' learn from pairs, 'cls' from labels")
+            "'bt', 'gpm' and 'gauss' learn from pairs, 'cls' from labels, 'pl' from rankings")
+        if r.kind=='ranking': check_rankings(r, config.make_loss(ties=args.ties if args else 'average'))
         if args is not None and args.margin_by_ratings: check_ratings(r)
 
 def _check_fit(records, processor):
@@ -304,7 +311,7 @@ class RewardTrainer(Trainer):
         super().__init__(**{**usual, **kwargs})
         if self.is_deepspeed_enabled or self.is_fsdp_enabled: raise ValueError(
             f"DeepSpeed and FSDP are not honoured here: {_SHARDS}")
-        self.label_names = ['target' if self.loss.pairs else 'label']
+        self.label_names = [TRUTH[self.loss.learns]]
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
         self.watch = SafeStop(self.stop)
@@ -340,17 +347,6 @@ def _prepare_inputs(self:RewardTrainer,
     return inputs
 
 # %% ../nbs/3_paper/312_trainer.ipynb #8774a6e9
-def batch_loss(
-    loss,         # of a class of `LOSSES`
-    vectors,      # head vectors (n,d); for pairs first those of all chosen images
-    target,       # (b,) of pairs or labels
-    points=None,  # differences of ratings (b,), for a margin by ratings
-): # loss (), the mean over records
-    "The loss of one batch."
-    if not loss.pairs: return loss.loss(vectors, target)
-    more = {} if points is None else dict(points=points)
-    return loss.loss(*vectors.chunk(2), target, **more)
-
 @patch
 def compute_loss(self:RewardTrainer,
     model,                     # the model, possibly wrapped
@@ -392,6 +388,24 @@ def get_train_dataloader(self:RewardTrainer): # of batches that know their recor
     same = {k:getattr(loader, k) for k in kept if hasattr(loader, k)}
     mine = DataLoader(loader.dataset, batch_sampler=shares, **same)
     return prepare_data_loader(mine, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+# %% ../nbs/3_paper/312_trainer.ipynb #efce8578
+@patch
+def _get_train_sampler(self:RewardTrainer,
+    train_dataset=None, # None: the trainer's
+): # sampler of PyTorch
+    "Random or sequential as `Trainer`'s, or of like lengths."
+    if self.args.train_sampling_strategy!='group_by_length':
+        return Trainer._get_train_sampler(self, train_dataset)
+    lengths = token_lengths(self.train_dataset, self.model.backbone.processor)
+    return LikeLengths(lengths, self._train_batch_size, self.args.data_seed)
+
+@patch
+def _get_eval_sampler(self:RewardTrainer,
+    eval_dataset, # records
+): # sampler of PyTorch; None where accelerate shares the records out
+    "Held-out records keep their order."
+    return SequentialSampler(eval_dataset) if self.args.world_size<=1 else None
 
 # %% ../nbs/3_paper/312_trainer.ipynb #904fec9d
 @patch
@@ -437,30 +451,36 @@ def prediction_step(self:RewardTrainer,
     inputs:dict,               # a batch of the collator
     prediction_loss_only:bool, # spare the rest
     ignore_keys=None,          # unused: there is only one output
-)->tuple: # loss (), p (b,), target (b,)
-    "Loss and probabilities of one batch."
+)->tuple: # loss (), p (b,) or scores (b,k) of rankings, truth (b,) or (b,k)
+    "Loss and probabilities of one batch; of rankings, the scores."
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss,v = self.compute_loss(model, inputs, return_outputs=True)
     target = inputs[self.label_names[0]]
     real = self._rows_of_its_own(len(target))
     if 0<real<len(target):
-        vectors = torch.cat([side[:real] for side in (v.chunk(2) if self.loss.pairs else [v])])
+        rows = int((target[:real]>0).sum()) if self.loss.learns=='ranking' else real
+        vectors = torch.cat([side[:rows] for side in (v.chunk(2) if self.loss.pairs else [v])])
         points = inputs.get('points')
         loss = batch_loss(self.loss, vectors, target[:real], points if points is None else points[:real])
     if prediction_loss_only: return loss, None, None
-    prob = self.loss.prob(*v.chunk(2)) if self.loss.pairs else cls_prob(self.loss.score(v))
-    return loss, prob, target
+    if self.loss.learns=='pair': seen = self.loss.prob(*v.chunk(2))
+    elif self.loss.learns=='label': seen = cls_prob(self.loss.score(v))
+    else: seen = self.loss.score(laid_out(v, target))
+    return loss, seen, target
 
 # %% ../nbs/3_paper/312_trainer.ipynb #d79c499c
 @patch
 def metrics(self:RewardTrainer,
-    seen, # what `Trainer` collected: predictions (n,), label_ids (n,)
+    seen, # what `Trainer` collected: predictions, label_ids, (n,) or for rankings (n,k)
 )->dict: # see `pairwise_accuracy` and `label_metrics`
-    "Metrics of all probabilities; pairs that are ties by their ratings are left out."
+    "Metrics of all probabilities; pairs that are ties by their ratings or ranks are left out."
     p = seen.predictions
     target = seen.label_ids
-    if not self.loss.pairs: return label_metrics(p, target)
+    if self.loss.learns=='label': return label_metrics(p, target)
+    if self.loss.learns=='ranking':
+        decided = ranking_probs(self.loss, p, target)
+        return pairwise_accuracy(decided) if len(decided) else {}
     told = target!=TIE
     return pairwise_accuracy(p[told]) if told.any() else {}
 
@@ -788,7 +808,7 @@ def train_perspective(
     name:str,                      # letters, digits, '_' and '-'; one that the model has is trained further
     records,                       # `RewardRecords`, or anything that `load_records` takes
     args:RewardConfig,             # the recipe; `output_dir` belongs to this one run
-    config:PerspectiveConfig=None, # loss and head; None: Bradley-Terry for pairs, classification for labels
+    config:PerspectiveConfig=None, # loss and head; None: 'bt' for pairs, 'cls' for labels, 'pl' for rankings
     eval_records=None,             # held-out records, or a dict of several
     resume:bool=False,             # go on from the last complete checkpoint, if there is one
     **kwargs,                      # more arguments of `RewardTrainer`, such as callbacks
@@ -799,7 +819,7 @@ def train_perspective(
     further = name in model.configs
     if further and config is not None: raise ValueError(
         f"perspective {name!r} is there and would be trained further; leave config out, or choose a new name")
-    usual = PerspectiveConfig('bt' if records.kind=='pair' else 'cls')
+    usual = PerspectiveConfig(dict(pair='bt', label='cls', ranking='pl')[records.kind])
     config = config or model.configs.get(name, usual)
     for r in records,eval_records: check_records(r, config, name, args)
     training_loss(config, args, records)

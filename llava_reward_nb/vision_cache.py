@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .backbones import evaluating
 from .core import InputError, as_path, image_key, load_image, progress
-from .data import record_kind
+from .data import record_images, with_images
 from .docments import document
 from .engine import in_threads
 from .files import atomic_path, check_writable
@@ -282,8 +282,7 @@ class CachedVision:
 # %% ../nbs/3_paper/310_vision_cache.ipynb #1faf790a
 def _images_of(records)->list:
     "The different images of some records."
-    fields = dict(pair=('chosen_path', 'reject_path'), label=('path',))
-    return list({image_key(r[f]):r[f] for r in records for f in fields[record_kind(r)]}.values())
+    return list({image_key(x.image):x.image for r in records for x in record_images(r)}.values())
 
 def _entry(vision:CachedVision, batch:dict)->dict: # name -> tensor
     "The entry of one image: features and sizes."
@@ -347,8 +346,7 @@ class CachedCollator:
         def strip(x):
             keys.append(read_picture(x).key)
             return Image.new('RGB', (len(keys), 1))
-        fields = dict(pair=('chosen_path', 'reject_path'), label=('path',))[record_kind(rows[0])]
-        strips = [{**r, **{f:strip(r[f]) for f in fields}} for r in rows]
+        strips = [with_images(r, [strip(x.image) for x in record_images(r)]) for r in rows]
         read = lambda images, prompts: self._batch([keys[im.width-1] for im in images], prompts)
         return replace(self.collator, processor=read)(strips)
 

@@ -28,6 +28,7 @@ SUB_COMMANDS = dict( # in the order of the help
     compare=SubCommand('Judge images', 'commands.score', 'compare two images, or rank more'),
     rewards=SubCommand('Judge images', 'commands.evaluate', 'list the rewards and what they need'),
     serve=SubCommand('Judge images', 'commands.serve', 'answer for rewards over HTTP'),
+    app=SubCommand('Judge images', 'commands.app', 'a playground and a labelling page in the browser'),
     train=SubCommand('Train a reward', 'commands.train', 'train a perspective on pairs or labels'),
     convert=SubCommand('Train a reward', 'commands.train', 'rewrite a published perspective'),
     push=SubCommand('Train a reward', 'commands.train', 'publish perspectives on the hub'),
