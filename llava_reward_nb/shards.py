@@ -292,21 +292,32 @@ def _parquet_rows(shard:Shard, wants:Callable, columns:Columns)->Iterator: # of 
         start = 0
         for group in range(file.num_row_groups):
             n = file.metadata.row_group(group).num_rows
+            keys = _group_rows(file, group, [found.key], shard) if found.key else None
             batches = None
             passed = 0 # rows of the group that were read
             for first in range(0, n, FEW):
                 wanted = [at for at in range(first, min(first+FEW, n)) if wants(start+at)]
-                if not wanted: continue
+                own = [row[found.key] for row in next(keys)[0]] if keys else []
+                if not wanted:
+                    _see(own, seen)
+                    continue
                 batches = batches or _group_rows(file, group, read, shard)
                 while passed<=first:
                     cells,error = next(batches)
                     passed += FEW
-                for at in wanted:
+                for at in range(first, min(first+FEW, n)):
+                    if at not in wanted or error: _see(own[at-first:at-first+1], seen)
+                    if at not in wanted: continue
                     if error: yield Row(f'{shard.label}:{start+at+1}', start+at, error=error)
                     else:
                         row = _table_row(shard, start+at, cells[at-first], found, columns, seen)
                         yield replace(row, at=(start+at)/file.metadata.num_rows)
             start += n
+
+def _see(keys:list, seen:set):
+    "Remember the keys of rows that are not read."
+    for key in keys:
+        if key is not None and key!='': _unique(str(key), 0, seen)
 
 def _schema_columns(file, columns:Columns, shard:Shard)->Found:
     "The columns of an open Parquet file."
@@ -418,11 +429,14 @@ def _file_shard(path:Path, label:str)->Shard:
     return Shard(label, str(path), shard_kind(path), about.st_size, str(about.st_mtime_ns))
 
 def _images_shard(folder, label:str, names:list)->Shard:
-    "Images as a shard."
+    "Images, and the prompts beside them, as a shard."
     digest = hashlib.sha256()
     for name in names:
-        about = os.stat(Path(folder)/name)
-        digest.update(f'{name}\0{about.st_size}\0{about.st_mtime_ns}\n'.encode('utf-8', 'surrogateescape'))
+        beside = Path(name).with_suffix('.txt')
+        for part in [name, beside] if (Path(folder)/beside).is_file() else [name]:
+            about = os.stat(Path(folder)/part)
+            line = f'{part}\0{about.st_size}\0{about.st_mtime_ns}\n'
+            digest.update(line.encode('utf-8', 'surrogateescape'))
     return Shard(label, str(folder), 'images', len(names), digest.hexdigest()[:16], tuple(names))
 
 # %% ../nbs/7_scale/710_shards.ipynb #8de03182

@@ -15,6 +15,14 @@ from .terminal import UsageError, command
 from ..docments import document
 
 # %% ../../nbs/9_doors/925_app.ipynb #3d1f05f8
+def _from_anywhere(reward:str)->str:
+    "A reward's name, with an absolute path if it names a path: pages run in another folder."
+    name,colon,where = reward.partition(':')
+    is_named = name in reward_names()
+    path = where if is_named else reward
+    if not path or not Path(path).exists(): return reward
+    return (name+colon if is_named else '')+str(Path(path).absolute())
+
 def _notebook(
     title:str,   # of the page
     source:str,  # of its one cell
@@ -35,6 +43,7 @@ def write_pages(
     out:str='labels',# folder of the answers
 )->list: # of paths
     "Write the notebooks behind the pages."
+    reward = _from_anywhere(reward)
     shown = str(Path(images).absolute()) if images else ()
     call = f'Playground({reward!r}, {shown!r}, {prompt!r})'
     pages = dict(playground=('Playground', f'from llava_reward_nb.widgets import Playground\n{call}'))

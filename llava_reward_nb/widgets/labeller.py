@@ -26,8 +26,9 @@ _KEYS = dict(ArrowLeft='left', ArrowRight='right', ArrowDown='tie', t='tie', s='
 _BUTTONS = dict(left='← left', right='right →', tie='tie (t)', skip='skip (s)', undo='undo (u)')
 _PIECE = 8 # pairs between two looks at whether to go on
 
-def _button(act:str, text:str, title:str='')->str:
-    return f'<button data-act="{act}" title="{html.escape(title)}">{html.escape(text)}</button>'
+def _button(act:str, text:str, title:str='', value:str='')->str:
+    said = f'data-act="{act}" data-value="{value}" title="{html.escape(title)}"'
+    return f'<button {said}>{html.escape(text)}</button>'
 
 def _line(text:str, kind:str='')->str:
     return f'<div class="lr-said {kind}" role="status">{text_html(text, 500)}</div>'
@@ -116,12 +117,19 @@ def _read(self:Desk, job):
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #d3f9ae16
 @patch
+def asked(self:Desk)->str: # '' if nothing is asked
+    "What the page calls the present question."
+    q = self.question
+    return f'{q.pair.key} {q.perspective}' if q else ''
+
+@patch
 def answer(self:Desk,
     choice:str, # one of `ANSWERS`
+    asked:str=None, # what the answer is to, see `asked`; None: the present question
 ):
-    "Keep an answer to the present question, and ask the next."
+    "Keep an answer to the present question, and ask the next; an answer to an earlier one is ignored."
     with self.lock:
-        if self.question is None: return
+        if self.question is None or asked not in (None, self.asked()): return
         self.session.answer(choice, self.question)
         self.ask()
     if self.made: self.maker.start('make', self._make)
@@ -140,7 +148,7 @@ def agreement(self:Desk,
     "How often the reward prefers what was chosen."
     if self.reader is None: return None
     keys = {x.pair for x in self.session.labels}
-    return agreement(self.session.labels, perspective, self.reader.leanings(self.column(perspective), keys))
+    return agreement(self.session.turned(), perspective, self.reader.leanings(self.column(perspective), keys))
 
 @patch
 def train(self:Desk,
@@ -202,12 +210,15 @@ def question_html(self:Desk)->str:
     if q is None:
         is_making = self.maker.is_busy
         return _line('one moment …' if is_making else 'All pairs are answered.')
+    asked = self.asked()
     image = lambda act: f'<div class="lr-frame"><img class="lr-sharp" alt="{act}" data-picture="{act}"></div>'
     place = 'role="button" tabindex="0"'
-    side = lambda act: f'<div class="lr-big" data-act="{act}" {place} aria-label="{act}">{image(act)}</div>'
+    side = lambda act: (f'<div class="lr-big" data-act="{act}" data-value="{asked}" {place} '
+                        f'aria-label="{act}">{image(act)}</div>')
     ask = f'Which is better: <b>{html.escape(q.perspective)}</b>?'
-    buttons = ' '.join(_button(act, text) for act,text in _BUTTONS.items())
-    return (f'<div class="lr-prompt">{text_html(q.pair.prompt, 1000)}</div><div>{ask}</div>'
+    buttons = ' '.join(_button(act, text, value=asked) for act,text in _BUTTONS.items())
+    return (f'<div class="lr-prompt" data-shows="{asked}">{text_html(q.pair.prompt, 1000)}</div>'
+            f'<div>{ask}</div>'
             f'<div class="lr-row">{side("left")}{side("right")}</div><div class="lr-tools">{buttons}</div>')
 
 @patch
@@ -282,7 +293,7 @@ def _hear(self:Labeller, kind:str, act:str, value:str):
     "A click or a key."
     choice = _KEYS.get(act) if kind=='key' else act
     if choice=='undo': self.desk.undo()
-    elif choice in ('left','right','tie','skip'): self.desk.answer(choice)
+    elif choice in ('left','right','tie','skip'): self.desk.answer(choice, value)
     elif choice=='train': self.desk.train()
     elif choice=='stop': self.desk.worker.cancel()
     self.draw()

@@ -10,7 +10,7 @@ __all__ = ['ANSWERS', 'Pair', 'ring', 'folder_pairs', 'find_pairs', 'TwoGenerato
 import json, os, random, secrets, time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -276,6 +276,7 @@ class LabelSession:
         self.seed = seed
         self.name = secrets.token_hex(4)
         self.pairs = {}
+        self.places = {}   # key -> paths of a pair's images, see `turned`
         self.order = []    # keys, as they are asked while no doubts are known
         self.doubts = {}   # key -> how unsure a reward is, 0 or more
         self.faulty = {}   # key -> why its images cannot be shown
@@ -286,6 +287,7 @@ class LabelSession:
         self.since = time.monotonic()
         self.labels = []   # of all windows
         self.damaged = 0   # lines of the journal
+        self._check_records()
         self.add(pairs)
         self.refresh()
 
@@ -347,23 +349,26 @@ def question(self:LabelSession)->Question|None: # None: all is answered
 # %% ../../nbs/9_doors/917_session.ipynb #005dbcef
 @patch
 def _place(self:LabelSession, image)->str:
-    "The path of an image from the folder of labels; images from memory are written there first."
-    if not isinstance(image, (str, os.PathLike)):
-        im = load_image(image)
-        name = f'images/{pixels_hash(im)}.png'
-        if not (self.folder/name).is_file():
-            with atomic_path(self.folder/name) as p: im.save(p)
-        return name
+    "The path of an image from the folder of labels, where images from memory are written."
+    if not isinstance(image, (str, os.PathLike)): return f'images/{pixels_hash(load_image(image))}.png'
     path = os.path.abspath(as_path(image))
     try: return Path(os.path.relpath(path, self.folder)).as_posix()
     except ValueError: return Path(path).as_posix() # another drive of Windows
 
 @patch
+def _kept(self:LabelSession, image)->str:
+    "The path of an image from the folder of labels; images from memory are written there first."
+    name = self._place(image)
+    if not isinstance(image, (str, os.PathLike)) and not (self.folder/name).is_file():
+        with atomic_path(self.folder/name) as p: load_image(image).save(p)
+    return name
+
+@patch
 def _label(self:LabelSession, question:Question, choice:str)->Label:
     pair = question.pair
     taken = round(time.monotonic()-self.since, 2)
-    return Label(pair.key, question.perspective, choice, self.name, pair.prompt, self._place(pair.a),
-                 self._place(pair.b), taken, round(time.time(), 2), secrets.token_hex(8))
+    return Label(pair.key, question.perspective, choice, self.name, pair.prompt, self._kept(pair.a),
+                 self._kept(pair.b), taken, round(time.time(), 2), secrets.token_hex(8))
 
 # %% ../../nbs/9_doors/917_session.ipynb #f3501de0
 @patch
@@ -429,6 +434,34 @@ def undo(self:LabelSession)->Label|None: # what was taken back; None: this windo
     self.flush()
     return label
 
+# %% ../../nbs/9_doors/917_session.ipynb #0e093add
+@patch
+def _check_records(self:LabelSession):
+    "`InputError` if a file of records is there of which the journal knows nothing."
+    files = [self.records_file(name) for name in self.perspectives]
+    there = [file for file in files if file.exists()] # other windows write the journal first: it is read last
+    content = self.journal.path.read_bytes() if self.journal.path.is_file() else b''
+    for file in there:
+        if f'"perspective": "{file.stem}"'.encode() not in content: raise InputError(
+            f"{file}: was not written by a labelling session in this folder, and would be overwritten; "
+            "choose another folder for the answers, or another perspective")
+
+# %% ../../nbs/9_doors/917_session.ipynb #ab65b8c6
+@patch
+def turned(self:LabelSession)->list: # of `Label`
+    "The answers about this session's pairs, with 'a' for the first image here."
+    labels = []
+    for x in self.labels:
+        if x.pair not in self.pairs: continue
+        if x.pair not in self.places:
+            pair = self.pairs[x.pair]
+            self.places[x.pair] = self._place(pair.a),self._place(pair.b)
+        first,second = self.places[x.pair]
+        if (x.a,x.b)==(first,second): labels.append(x)
+        elif (x.a,x.b)==(second,first):
+            labels.append(replace(x, choice=dict(a='b', b='a').get(x.choice, x.choice), a=first, b=second))
+    return labels
+
 # %% ../../nbs/9_doors/917_session.ipynb #83fba4ca
 @dataclass(frozen=True)
 class Agreement:
@@ -438,7 +471,7 @@ class Agreement:
     def __str__(self): return f'{self.agreed} of {self.n}' if self.n else 'nothing to compare yet'
 
 def agreement(
-    labels:list,     # of `Label`
+    labels:list,     # of `Label`, in the order of images that `leanings` has: see `turned`
     perspective:str, # whose answers are compared
     leanings:dict,   # key of a pair -> P(first image preferred)
 )->Agreement:

@@ -68,7 +68,7 @@ class Worker:
         "Do some work soon."
         with self.lock:
             self.cancel(name)
-            self.todo.append(Job(name, work, self.changed))
+            self.todo.append(Job(name, work, self._tell))
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, daemon=True)
                 self.thread.start()
@@ -96,6 +96,12 @@ def one_line(
     return said if len(said)<=300 else said[:299]+'…'
 
 @patch
+def _tell(self:Worker):
+    "Say that something changed; whoever cannot show it does not stop the work."
+    try: self.changed()
+    except Exception as e: self.error = one_line(e)
+
+@patch
 def _next(self:Worker):
     "The next job; None, and no thread any more, if none waits."
     with self.lock:
@@ -103,7 +109,7 @@ def _next(self:Worker):
         if job is None:
             self.thread = None
             self.lock.notify_all()
-    self.changed()
+    self._tell()
     return job
 
 @patch
@@ -130,7 +136,7 @@ root.addEventListener('keydown', event => {
   if (event.ctrlKey || event.metaKey || event.altKey || !model.get('hotkeys').includes(event.key)) return;
   event.preventDefault();
   event.stopPropagation();
-  if (!event.repeat) tell('key', event.key);
+  if (!event.repeat) tell('key', event.key, root.querySelector('[data-shows]')?.dataset.shows);
 });
 let resting = null;
 root.addEventListener('pointerover', event => {
