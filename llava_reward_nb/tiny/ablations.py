@@ -18,7 +18,7 @@ from ..generic import load_backbone
 from ..model import PerspectiveConfig, RewardModel
 from ..shapes.records import fidelity_pairs
 from .mllm import kept
-from ..trainer import RewardConfig, train_perspective
+from ..trainer import RewardConfig, RewardTrainer
 
 # %% ../../nbs/8_tiny/807_ablations.ipynb #03ef7b73
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def ablation_margins(
     args = RewardConfig(output_dir=str(out), seed=seed, **usual|variant.recipe)
     model = _new_perspective(variant, base, args)
     records = fidelity_pairs(n-n//2, 1002, 'train')+fidelity_pairs(n//2, 1003, 'nameless')
-    train_perspective(model, 'fidelity', load_records(records, check_images=False), args)
+    torch.manual_seed(args.seed)
+    RewardTrainer(model, args, load_records(records, check_images=False)).train()
     return held_out_margins(model.merge(), fidelity_pairs(held, 8)).tolist()
 
 # %% ../../nbs/8_tiny/807_ablations.ipynb #04522688
