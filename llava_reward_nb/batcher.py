@@ -24,7 +24,6 @@ from .engine import Engine
 from .model import RewardModel
 from .rewards.llava import TINY, LLaVAReward, split_perspective
 from .rewards.registry import load_reward
-from .store import identity, text_hash
 from .weights import MODELS
 
 # %% ../nbs/7_scale/713_batcher.ipynb #40d8ce73
@@ -80,15 +79,6 @@ def prefers(self:ModelFamily,
 )->float: # 0 to 1
     "Probability that the first of two images is preferred."
     return float(self.losses[name].prob(torch.tensor([a]), torch.tensor([b]))[0])
-
-@patch
-def about(self:ModelFamily,
-    name:str, # of a reward
-)->dict: # its identity, see `LLaVAReward.identity`, and the kind of its loss
-    "What decides its scores."
-    perspective = self.perspectives[name]
-    identity = f'LLaVAReward-{text_hash(self.model.identity_of(perspective))}'
-    return dict(identity=identity, loss=self.model.configs[perspective].loss)
 
 @patch
 def values(self:ModelFamily,
@@ -152,13 +142,6 @@ class RewardFamily:
         return None
 
 # %% ../nbs/7_scale/713_batcher.ipynb #3cb40368
-@patch
-def about(self:RewardFamily,
-    name:str, # the one name
-)->dict: # its identity, or None
-    "What decides its scores."
-    return dict(identity=identity(self.reward), range=getattr(self.reward, 'range', None))
-
 @patch
 def values(self:RewardFamily,
     name:str,    # the one name

@@ -150,14 +150,8 @@ class Service:
         self.names = self.batcher.names
         self.threads = ThreadPoolExecutor(4, thread_name_prefix='decode')
         self.pixels = 0 # of images that are held
-        self.told = None # what `about` said
         self.draining = False
         self.over = asyncio.Event() # the time to finish is up
-
-    def about(self)->dict: # name -> dict, see `about` of the families
-        "What the rewards are; found out once, for it takes a look at all weights."
-        if self.told is None: self.told = {n:f.about(n) for n,f in self.batcher.families.items()}
-        return self.told
 
     def close(self,
         timeout:float=5., # seconds for what is running
@@ -510,11 +504,6 @@ def make_app(
 def _own_routes(app, service:Service):
     from fastapi import Request
     served = service.names
-
-    @app.get('/v1/rewards')
-    async def known():
-        "The rewards, and what decides their scores: an identity changes with weights and settings."
-        return dict(rewards=await asyncio.to_thread(service.about))
 
     @app.post('/v1/rewards', openapi_extra=_schema('prompts images', prompts='l', images='l', rewards='l'))
     async def rewards(request:Request):
