@@ -250,20 +250,21 @@ def bite_rows(
 
 # %% ../nbs/7_scale/711_bulk.ipynb #92dc1efb
 def named_rewards(
-    rewards,          # names (see `load_reward`), or a dict name -> callable
+    rewards,          # names (see `load_reward`), a dict name -> callable, or a function device -> such a dict
     device:str=None,  # torch device; None: the best there is, and of several the one of this process
     dtype=None,       # of weights; None: what suits the device
 )->list: # of `NamedReward`
     "Load rewards; `InputError` for names that a column cannot have, ValueError for unknown ones."
     from llava_reward_nb.rewards.cards import card_of
     from llava_reward_nb.rewards.registry import load_reward
+    device = device or Rank.here().device
+    if callable(rewards): rewards = rewards(device)
     named = isinstance(rewards, Mapping)
     names = [rewards] if isinstance(rewards, str) else list(rewards)
     taken = [n for n in names if n in ('key','prompt','error') or names.count(n)>1]
     if taken or not names: raise InputError(
         f"rewards {', '.join(map(str, names)) or '(none)'}: each needs a name of its own, "
         "other than key, prompt and error")
-    device = device or Rank.here().device
     out = []
     for name in names:
         reward = rewards[name] if named else load_reward(name, device, dtype)
@@ -516,7 +517,7 @@ def run_settings(
 # %% ../nbs/7_scale/711_bulk.ipynb #d520b3e5
 def score_sources(
     sources,                # folders, files, tar files, and data sets on the hub; see `find_shards`
-    rewards,                # names, or a dict name -> callable
+    rewards,                # as for `named_rewards`
     out,                    # folder: a part for each 512 rows, and _summary.json
     prompt:str='',          # one for all rows, where the sources have none
     image_column:str=None,  # where the usual names do not fit

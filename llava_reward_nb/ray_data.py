@@ -22,7 +22,7 @@ from .shards import Columns, find_shards
 class RayJob:
     "What all actors of a run know."
     shards:list      # of `Shard`
-    rewards:object   # names, a dict name -> callable, or a function device -> such a dict
+    rewards:object   # as for `named_rewards`
     columns:Columns  # what the user said of images and prompts
     out:str          # absolute path of the folder of results
     home:str         # where relative paths start
@@ -62,8 +62,7 @@ class ShardScorer:
     def load(self):
         "Load the rewards and compare the settings with those of the folder."
         job = self.job
-        given = job.rewards(job.device) if callable(job.rewards) else job.rewards
-        loaded = named_rewards(given, job.device, job.dtype)
+        loaded = named_rewards(job.rewards, job.device, job.dtype)
         nameless = [r.name for r in loaded if not r.made_by]
         if nameless: raise InputError(
             f"rewards {', '.join(nameless)}: actors cannot know that they have the same; "
@@ -114,7 +113,7 @@ def ray_turns(
 # %% ../nbs/7_scale/712_ray_data.ipynb #eadba014
 def score_with_ray(
     sources,                # folders, files and tar files that all nodes see, and data sets on the hub
-    rewards,                # names, or a dict name -> callable, or a function device -> such a dict
+    rewards,                # as for `named_rewards`; a callable says what it is in its `identity`
     out,                    # folder that all nodes see: a part for each 512 rows, and _summary.json
     actors:int=2,           # processes that score at the same time
     prompt:str='',          # one for all rows, where the sources have none

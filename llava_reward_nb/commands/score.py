@@ -454,6 +454,13 @@ def _perspectives(model, names, base, num_crops, dtype, device)->dict: # name ->
     rm = load(model, used, base, device, dtype, num_crops)
     return {name:LLaVAReward(rm, name) for name in used}
 
+def _check_out(out):
+    "`InputError` for a folder that holds anything but parts."
+    folder = as_path(out)
+    names = os.listdir(folder) if folder.is_dir() else []
+    if '_run' not in names and any(not n.startswith('.') for n in names): raise InputError(
+        f"--out {out}: the folder holds other things; name a new or an empty one")
+
 def _check_bulk(sources:list, table, batch_size, html, ray):
     "UsageError for what does not go with a folder as --out."
     if ray is not None and ray<1: raise UsageError(f"--ray {ray}: at least one actor is needed")
@@ -475,10 +482,8 @@ def _bulk_score(ray)->Callable: # as `score_sources`
 
 def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, ray):
     "Score sources into a folder, and say what was left out."
-    own = device or Rank.here().device
-    how = dict(device=device if ray else own, dtype=getattr(torch, dtype) if dtype else None)
+    how = dict(device=device, dtype=getattr(torch, dtype) if dtype else None)
     if not callable(rewards): check_names(rewards)
-    elif not ray: rewards = rewards(own) # actors load their own
     watched = []
     def how_far(): return str(watched[-1]) if watched else 'loading'
     try:
@@ -539,6 +544,7 @@ def llava_reward_score(
     if is_folder(out):
         sources = [*listify(images), *([table] if table else [])]
         _check_bulk(sources, table, batch_size, html, ray)
+        _check_out(out)
         check_settings(device, dtype, num_crops=num_crops)
         where = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column)
         by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops, dtype)
