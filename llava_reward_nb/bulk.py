@@ -250,7 +250,7 @@ def bite_rows(
 
 # %% ../nbs/7_scale/711_bulk.ipynb #92dc1efb
 def named_rewards(
-    rewards,          # names (see `load_reward`), a dict name -> callable, or a function device -> such a dict
+    rewards,          # names, see `load_reward`; or a dict name -> callable; or a function device -> dict
     device:str=None,  # torch device; None: the best there is, and of several the one of this process
     dtype=None,       # of weights; None: what suits the device
 )->list: # of `NamedReward`
