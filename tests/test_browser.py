@@ -1,8 +1,10 @@
 "The widgets in JupyterLab, as a person uses them: drop, type, click, press keys, read."
-import re
+import os, re, subprocess, sys, time
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
+from project import ROOT
 
 from llava_reward_nb.data import load_records
 from llava_reward_nb.files import read_table
@@ -29,6 +31,25 @@ from llava_reward_nb.widgets import Playground
 labeller.wait()
 Playground(labeller.desk.judge, 'shapes/images', 'a red star')
 '''
+STEER = '''
+import time
+from llava_reward_nb.rewards import load_reward
+from llava_reward_nb.widgets import SteeringViewer
+checker = load_reward('checker')
+
+def patient(images, prompts):
+    "The checker; in the first run it waits at the third look until Stop is pressed."
+    while viewer.runs==1 and len(viewer.run.looks)==2 and not viewer.worker.job.is_stopped: time.sleep(.05)
+    return checker(images, prompts)
+
+viewer = SteeringViewer('tiny', patient, n_particles=4, num_inference_steps=20, seed=1)
+viewer
+'''
+TABLE = '''
+from llava_reward_nb.evaluation import run_benchmark
+from llava_reward_nb.widgets import TableExplorer
+TableExplorer(run_benchmark('mjbench', rewards=['tiny-clip', 'checker'], out='mj', limit=12))
+'''
 DROP = '''async ([name, text, n]) => {
   const files = new DataTransfer();
   for (let i = 0; i < n; i++) {
@@ -51,6 +72,9 @@ def drop(page, n, name='', text=''):
 
 
 def said(page, text): page.locator('.lr-said', has_text=text).first.wait_for()
+
+
+def score(text): return float(re.search(r'tiny-clip (-?[\d.]+)', text)[1])
 
 
 @pytest.fixture(scope='module')
@@ -133,4 +157,109 @@ def test_labeller_and_heat(lab, window, shapes):
     said(play, 'attention of SkipCA, perspective alignment')
     page.wait_for_timeout(300)  # for the screenshot: the map fades in
     page.screenshot(path=lab.folder/'heat.png')
+    assert window.complaints() == []
+
+
+def test_steering_viewer(lab, window):
+    page = window.run(lab.notebook('steer.ipynb', STEER))
+    steer, stop, save = (page.get_by_role('button', name=name, exact=True) for name in ('Steer', 'Stop', 'Save'))
+    said(page, 'Type a prompt')
+    steer.click()
+    said(page, 'the prompt is empty')
+    page.get_by_placeholder('what to paint').fill('a red circle left of a blue square')
+    page.keyboard.press('Enter')
+    said(page, 'look 2 of')
+    cards = page.locator('.lr-card')
+    cards.nth(3).locator('img[src^="data:image"]').wait_for()
+    assert save.is_disabled()
+    stop.click()
+    said(page, 'Stopped after')
+    assert stop.is_disabled()
+    steer.click()
+    said(page, 'Done.')
+    last, kept = page.get_by_text('look 5 of 5'), page.locator('.lr-card.lr-chosen')
+    last.wait_for()  # the slider followed the second run
+    picture = cards.nth(1).locator('img').get_attribute('src')
+    cards.nth(1).click()
+    kept.wait_for()
+    page.keyboard.press('ArrowLeft')
+    page.get_by_text('look 4 of 5').wait_for()
+    assert kept.count() == 0
+    assert cards.nth(1).locator('img').get_attribute('src') != picture
+    page.keyboard.press('ArrowRight')
+    last.wait_for()
+    kept.wait_for()
+    assert cards.nth(1).locator('img').get_attribute('src') == picture
+    page.screenshot(path=lab.folder/'steer.png')
+    with page.expect_download() as download: save.click()
+    assert download.value.suggested_filename == 'run2-look5-particle2.png'
+    page.locator('.lr-stage circle').first.click()
+    page.get_by_text('look 1 of 5').wait_for()
+    assert window.complaints() == []
+
+
+def test_table_explorer(lab, window):
+    page = window.run(lab.notebook('table.ipynb', TABLE))
+    tables = page.locator('.lr-stage table')
+    page.locator('[data-act=open]').nth(1).click()
+    page.get_by_text('tiny-clip on safety, the worst first: 12 rows, page 1 of 2').wait_for()
+    assert tables.count() == 9
+    sides = tables.nth(1).locator('td')
+    assert sides.locator('img[src^="data:image"]').count() == 2
+    wrong, right = sorted(sides.all_inner_texts(), key=lambda text: '(better)' in text)
+    assert score(wrong) > score(right)
+    page.keyboard.press('ArrowRight')
+    page.get_by_text('page 2 of 2').wait_for()
+    assert tables.count() == 5
+    assert page.get_by_role('button', name='more').is_disabled()
+    page.get_by_role('button', name='back').click()
+    page.get_by_text('page 1 of 2').wait_for()
+    page.get_by_label('against').select_option('checker')
+    page.get_by_text('where it differs most from checker').wait_for()
+    page.screenshot(path=lab.folder/'table.png')
+    page.locator('[data-act=open]').nth(6).focus()
+    page.keyboard.press('Enter')
+    page.get_by_text('checker on quality, the worst first').wait_for()
+    assert window.complaints() == []
+
+
+@pytest.fixture
+def app(tmp_path, browser):
+    "`llava_reward app` with a labelling page; the address of its pages."
+    pytest.importorskip('voila', reason="the app needs voila: pip install 'llava_reward_nb[app]'")
+    write_records(alignment_pairs(6, 0), tmp_path/'shapes')
+    code = 'from llava_reward_nb.commands.main import llava_reward; llava_reward()'
+    command = [sys.executable, '-c', code, 'app', '--label', 'shapes', '--port', '0']
+    environment = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT))
+    with open(tmp_path/'app.log', 'w') as log:
+        served = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    first = served.stdout.readline()
+    assert first.startswith('pages at http'), (tmp_path/'app.log').read_text()
+    url = first.split()[-1]
+    try:
+        wait_for_server(url)
+        yield url
+    finally: served.terminate()
+    assert served.wait(60) == 0
+
+
+def wait_for_server(url):
+    "Until a port is listened at."
+    for _ in range(600):
+        try: return urlopen(url, timeout=60).close()
+        except OSError: time.sleep(.1)
+    raise TimeoutError(url)
+
+
+def test_labelling_page_without_jupyter(app, window, tmp_path):
+    "Voilà's own template asks the network for a font of icons, which our pages do not use: it gets an empty one."
+    page = window.page
+    icons = re.compile('https://cdn.jsdelivr.net/npm/@fortawesome/.*css')
+    page.route(icons, lambda route: route.fulfill(content_type='text/css', body=''))
+    page.goto(f'{app}voila/render/label.ipynb')
+    page.locator('.lr-big img[src^="data:image"]').nth(1).wait_for()
+    page.locator('.lr-stage').focus()
+    page.keyboard.press('ArrowLeft')
+    said(page, '1 answered')
+    assert len(load_records(tmp_path/'labels/overall.jsonl')) == 1
     assert window.complaints() == []

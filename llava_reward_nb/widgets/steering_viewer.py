@@ -54,9 +54,9 @@ def paint(self:SteeringRun,
     "Run to the end, or until the job is stopped."
     ours,theirs = split_arguments(self.pipe, self.settings)
     def on_look(fk):
-        self.looks = list(fk.trace.looks)
         self.planned = len(fk.steps)
-        self.seen.append(list(fk.seen))
+        self.seen.append(list(fk.seen)) # before the look, which a person may click as soon as it is there
+        self.looks = list(fk.trace.looks)
         self.images = self.seen[-1]
         self.rewards = self.looks[-1].rewards[0]
         step = self.looks[-1].step+1
@@ -99,7 +99,7 @@ def look_html(
     cards = []
     for slot,value in enumerate(look.rewards[0].tolist()):
         n = children.count(slot)
-        fate = 'ends here' if n==0 else f'goes on {n} times' if n>1 else 'goes on'
+        fate = 'ends here' if n==0 else f'goes on {n} times' if n>1 else '&nbsp;'
         chosen = ' lr-chosen' if (at,slot) in kept else ''
         faded = ' style="opacity:.45"' if n==0 else ''
         cards.append(
@@ -178,9 +178,10 @@ class SteeringViewer(VBox):
         self.go = Button(description='Steer', button_style='primary')
         self.halt = Button(description='Stop', disabled=True)
         self.store = Button(description='Save', disabled=True)
-        self.at = IntSlider(0, 0, 0, description='look', disabled=True)
+        self.at = IntSlider(0, 0, 0, description='look', readout=False, disabled=True)
         self.stage = Stage(self._hear, label='particles', hotkeys=['ArrowLeft','ArrowRight'])
         self.go.on_click(lambda _: self.start())
+        self.words.on_msg(self._typed)
         self.halt.on_click(lambda _: self.stop())
         self.store.on_click(lambda _: self.save())
         self.at.observe(lambda _: self._draw(), 'value')
@@ -198,8 +199,15 @@ def start(self:SteeringViewer):
         return
     self.said = ''
     self.runs += 1
-    self.at.value = 0
+    self.worker.error = '' # of an earlier run
     self.worker.start('steer', self.run.paint)
+    self.at.max = 0 # and with it the value: the slider follows the looks of the new run
+    self._changed()
+
+@patch
+def _typed(self:SteeringViewer, widget, content:dict, buffers:list):
+    "Enter in the field of the prompt."
+    if content.get('event')=='submit': self.start()
 
 @patch
 def stop(self:SteeringViewer):
@@ -229,7 +237,8 @@ def _changed(self:SteeringViewer):
     if looks: self.at.max = looks-1
     self.at.disabled = looks<2
     if was_last and looks: self.at.value = looks-1
-    self.halt.disabled = not self.worker.is_busy
+    job = self.worker.job
+    self.halt.disabled = job is None or job.is_stopped
     self._draw()
 
 @patch
@@ -238,6 +247,7 @@ def _status(self:SteeringViewer)->str:
     if self.said or self.worker.error: return self.said or self.worker.error
     if self.worker.is_busy: return self.worker.doing or 'the first steps'
     if self.run is None: return 'Type a prompt and press Steer.'
+    if self.run.trace is None: return 'Stopped before the first step.'
     if self.run.is_stopped: return f'Stopped {self.run.trace.stopped.partition(" (")[0]}; these are previews.'
     return 'Done.'
 
@@ -250,8 +260,9 @@ def _draw(self:SteeringViewer):
     if looks:
         at = min(self.at.value, len(looks)-1)
         here = {(look,slot) for run,look,slot in self.kept if run==self.runs}
-        parts += [f'<div class="lr-prompt">{html.escape(self.run.prompt)}</div>', look_html(looks, at, here),
-                  tree_html(looks, at)]
+        where = f'look {at+1} of {len(looks)}, after step {looks[at].step+1}; click a preview to keep it'
+        parts += [f'<div class="lr-prompt">{html.escape(self.run.prompt)}</div>', f'<div>{where}</div>',
+                  look_html(looks, at, here), tree_html(looks, at)]
         thumbs = enumerate(looks[at].thumbs[0])
         self.stage.pictures = {f'{at}.{slot}':thumbnail(im, 192) for slot,im in thumbs}
     self.stage.html = ''.join(parts)
@@ -284,7 +295,7 @@ def save(self:SteeringViewer):
     for (run,look,slot),image in self.kept.items():
         out = io.BytesIO()
         image.save(out, 'PNG')
-        self.stage.save(f'run{run}-look{look}-particle{slot}.png', out.getvalue())
+        self.stage.save(f'run{run}-look{look+1}-particle{slot+1}.png', out.getvalue())
 
 @patch
 def still(self:SteeringViewer)->Still:
