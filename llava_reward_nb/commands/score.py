@@ -454,6 +454,15 @@ def _perspectives(model, names, base, num_crops, dtype, device)->dict: # name ->
     rm = load(model, used, base, device, dtype, num_crops)
     return {name:LLaVAReward(rm, name) for name in used}
 
+def _check_choice(reward, of_a_model:list, num_crops, out, ray):
+    "UsageError for options that exclude each other."
+    if reward and (any(of_a_model) or num_crops is not None): raise UsageError(
+        "--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, --num-crops and "
+        "--model out")
+    if ray is not None and not is_folder(out): raise UsageError(
+        "--ray writes parts to a folder; name one with --out")
+    check_settings(num_crops=num_crops)
+
 def _check_out(out):
     "`InputError` for a folder that holds anything but parts."
     folder = as_path(out)
@@ -473,6 +482,7 @@ def _check_bulk(sources:list, table, batch_size, html, ray):
         "--batch-size: with a folder as --out, batches are cut by their tokens; leave it out")
     if html: raise UsageError("--html is a page of some images; leave it out with a folder as --out")
 
+# %% ../../nbs/9_doors/902_score.ipynb #51d1d042
 def _bulk_score(ray)->Callable: # as `score_sources`
     "What scores sources: this process, or so many actors on Ray."
     from llava_reward_nb.bulk import score_sources
@@ -482,6 +492,8 @@ def _bulk_score(ray)->Callable: # as `score_sources`
 
 def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, ray):
     "Score sources into a folder, and say what was left out."
+    _check_out(out)
+    check_settings(device, dtype)
     how = dict(device=device, dtype=getattr(torch, dtype) if dtype else None)
     if not callable(rewards): check_names(rewards)
     watched = []
@@ -504,7 +516,6 @@ def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, ray):
   llava_reward_score a.png --prompt "a red circle" --model me/rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
   llava_reward_score shards/ items.parquet me/renders --reward tiny/alignment tiny-clip --out scores/
-  llava_reward_score shards/ --reward tiny/alignment --out scores/ --ray 2
 
 A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts,
 found by the usual names: image, file_name, …; prompt, text, caption. All columns are kept; scores are added.
@@ -538,28 +549,22 @@ def llava_reward_score(
     ray:int=None, # score with so many actors on Ray, here or on the cluster of RAY_ADDRESS; a folder as --out
 ):
     "Score images for prompts, in one or several perspectives. Higher is better."
-    if reward and (model or perspective or base or num_crops is not None):
-        raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, "
-                         "--num-crops and --model out")
+    _check_choice(reward, [model, perspective, base], num_crops, out, ray)
     if is_folder(out):
         sources = [*listify(images), *([table] if table else [])]
         _check_bulk(sources, table, batch_size, html, ray)
-        _check_out(out)
-        check_settings(device, dtype, num_crops=num_crops)
         where = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column)
         by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops, dtype)
         return _score_bulk(sources, list(reward or ()) or by_model, out, where, device, dtype, ray)
-    if ray is not None: raise UsageError("--ray writes parts to a folder; name one with --out")
     needed = not table or _need_prompts(reward, model or 'tiny', perspective)
     items = _items_of(images, prompt, table, image_column, prompt_column, out, needed=needed)
     batch_size = 8 if batch_size is None else batch_size
     check_settings(device, dtype, out, batch_size, num_crops)
     check_html(html)
     how = dict(device=device, dtype=dtype)
+    of_model = how|dict(base=base, num_crops=num_crops)
     if reward: names = _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
-    else:
-        how |= dict(base=base, num_crops=num_crops)
-        names = _score_by_model(items, model or 'tiny', perspective, how, batch_size, out, skip_bad)
+    else: names = _score_by_model(items, model or 'tiny', perspective, of_model, batch_size, out, skip_bad)
     write_page(html, 'Scores', item_page(items, names))
     say_left_out(items)
 
