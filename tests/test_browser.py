@@ -1,8 +1,10 @@
 "The widgets in JupyterLab, as a person uses them: drop, type, click, press keys, read."
-import re
+import os, re, subprocess, sys, time
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
+from project import ROOT
 
 from llava_reward_nb.data import load_records
 from llava_reward_nb.files import read_table
@@ -218,4 +220,46 @@ def test_table_explorer(lab, window):
     page.locator('[data-act=open]').nth(6).focus()
     page.keyboard.press('Enter')
     page.get_by_text('checker on quality, the worst first').wait_for()
+    assert window.complaints() == []
+
+
+@pytest.fixture
+def app(tmp_path, browser):
+    "`llava_reward app` with a labelling page; the address of its pages."
+    pytest.importorskip('voila', reason="the app needs voila: pip install 'llava_reward_nb[app]'")
+    write_records(alignment_pairs(6, 0), tmp_path/'shapes')
+    code = 'from llava_reward_nb.commands.main import llava_reward; llava_reward()'
+    command = [sys.executable, '-c', code, 'app', '--label', 'shapes', '--port', '0']
+    environment = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT))
+    with open(tmp_path/'app.log', 'w') as log:
+        served = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    first = served.stdout.readline()
+    assert first.startswith('pages at http'), (tmp_path/'app.log').read_text()
+    url = first.split()[-1]
+    try:
+        wait_for_server(url)
+        yield url
+    finally: served.terminate()
+    assert served.wait(60) == 0
+
+
+def wait_for_server(url):
+    "Until a port is listened at."
+    for _ in range(600):
+        try: return urlopen(url, timeout=60).close()
+        except OSError: time.sleep(.1)
+    raise TimeoutError(url)
+
+
+def test_labelling_page_without_jupyter(app, window, tmp_path):
+    "Voilà's own template asks the network for a font of icons, which our pages do not use: it gets an empty one."
+    page = window.page
+    icons = re.compile('https://cdn.jsdelivr.net/npm/@fortawesome/.*css')
+    page.route(icons, lambda route: route.fulfill(content_type='text/css', body=''))
+    page.goto(f'{app}voila/render/label.ipynb')
+    page.locator('.lr-big img[src^="data:image"]').nth(1).wait_for()
+    page.locator('.lr-stage').focus()
+    page.keyboard.press('ArrowLeft')
+    said(page, '1 answered')
+    assert len(load_records(tmp_path/'labels/overall.jsonl')) == 1
     assert window.complaints() == []
