@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'HEADS', 'tinted', 'cyclic_pairs', 'train_cycle', 'cycle_vectors', 'right_on_cycle', 'cycle_run',
            'cycle_study']
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #dccbb117
+# %% ../../nbs/8_tiny/812_cycles.ipynb #9039e68e
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..shapes.records import alignment_pairs
 from .mllm import kept
 from ..trainer import RewardConfig, train_perspective
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #d6b2094c
+# %% ../../nbs/8_tiny/812_cycles.ipynb #945469db
 STYLES = dict(red=(220,40,40), green=(40,180,60), blue=(50,80,230)) # each beats the next, the last the first
 
 def tinted(
@@ -32,7 +32,7 @@ def tinted(
     veil = Image.new('RGB', image.size, STYLES[style])
     return Image.blend(image.convert('RGB'), veil, .5)
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #4163282d
+# %% ../../nbs/8_tiny/812_cycles.ipynb #8fac651b
 def cyclic_pairs(
     n:int,    # pairs
     seed:int, # of the scenes; another seed, other scenes
@@ -49,7 +49,7 @@ def cyclic_pairs(
                           reject_path=tinted(scenes[order[2*i+1]], loser), kind=f'{winner} beats {loser}'))
     return pairs
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #4eac6653
+# %% ../../nbs/8_tiny/812_cycles.ipynb #9f1260b1
 HEADS = dict(gpm=2, bt=1) # loss -> numbers that its head gives an image
 
 def train_cycle(
@@ -71,7 +71,7 @@ def train_cycle(
     train_perspective(model, 'style', records, args, config)
     return model
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #c21c8a84
+# %% ../../nbs/8_tiny/812_cycles.ipynb #4ed96321
 def cycle_vectors(
     model:RewardModel, # with the perspective `style`
     pairs:list,        # see `cyclic_pairs`
@@ -90,7 +90,7 @@ def right_on_cycle(
     prob = model.configs['style'].make_loss().prob(chosen, rejected)
     return (prob>.5).double().numpy()
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #fa598b62
+# %% ../../nbs/8_tiny/812_cycles.ipynb #1962341a
 def cycle_run(
     base,          # folder of the frozen base
     out,           # folder for checkpoints
@@ -119,5 +119,5 @@ def cycle_study(
             rows += [dict(loss=loss, seed=seed, pair=i, right=r) for i,r in enumerate(right)]
     return rows
 
-# %% ../../nbs/8_tiny/812_cycles.ipynb #3e5c7ab7
+# %% ../../nbs/8_tiny/812_cycles.ipynb #aef2b56b
 document(__name__)
