@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'MOST', 'PIXELS', 'Piece', 'ResultFolder', 'Bite', 'cut_bites', 'NamedReward', 'bite_rows', 'named_rewards',
-           'Rank', 'BulkRun', 'Pace', 'clock', 'Reason', 'Summary', 'summarise', 'score_sources']
+           'Rank', 'BulkRun', 'Pace', 'clock', 'Reason', 'Summary', 'summarise', 'run_settings', 'score_sources']
 
 # %% ../nbs/7_scale/711_bulk.ipynb #2c245874
 import json, math, os, re, shutil, threading, time, warnings
@@ -105,11 +105,6 @@ def release(self:ResultFolder,
     try: (self.about/f'{piece}.lock').unlink(missing_ok=True)
     except OSError: pass # Windows deletes no open file
     held.close()
-
-@patch
-def release_all(self:ResultFolder):
-    "Give back whatever is claimed here."
-    for piece in list(self._held): self.release(piece)
 
 @patch
 def finish(self:ResultFolder,
@@ -255,20 +250,21 @@ def bite_rows(
 
 # %% ../nbs/7_scale/711_bulk.ipynb #92dc1efb
 def named_rewards(
-    rewards,          # names (see `load_reward`), or a dict name -> callable
+    rewards,          # names, see `load_reward`; or a dict name -> callable; or a function device -> dict
     device:str=None,  # torch device; None: the best there is, and of several the one of this process
     dtype=None,       # of weights; None: what suits the device
 )->list: # of `NamedReward`
     "Load rewards; `InputError` for names that a column cannot have, ValueError for unknown ones."
     from llava_reward_nb.rewards.cards import card_of
     from llava_reward_nb.rewards.registry import load_reward
+    device = device or Rank.here().device
+    if callable(rewards): rewards = rewards(device)
     named = isinstance(rewards, Mapping)
     names = [rewards] if isinstance(rewards, str) else list(rewards)
     taken = [n for n in names if n in ('key','prompt','error') or names.count(n)>1]
     if taken or not names: raise InputError(
         f"rewards {', '.join(map(str, names)) or '(none)'}: each needs a name of its own, "
         "other than key, prompt and error")
-    device = device or Rank.here().device
     out = []
     for name in names:
         reward = rewards[name] if named else load_reward(name, device, dtype)
@@ -313,19 +309,22 @@ class BulkRun:
         columns:Columns,       # what the user said of images and prompts
         folder:ResultFolder,   # begun
         rank:Rank,             # of this process
+        only:list=None,        # numbers of the shards to go through; None: all
     ):
         self.shards = shards
         self.rewards = rewards
         self.columns = columns
         self.folder = folder
-        self.rank = rank
+        self.order = rank.order(len(shards)) if only is None else list(only)
         self.over = threading.Event() # nobody wants more bites
         self.given = set() # pieces that were read to their end here; they are finished soon
         self.pace = Pace()
 
+    def __str__(self): return str(self.pace)
+
     def bites(self)->Iterator: # of `Bite`
         "All that is to be scored here; waits for others at the end."
-        todo = self.rank.order(len(self.shards))
+        todo = self.order
         while todo := [k for k in todo if self.folder.missing(k)!=[]]:
             passed = self.size()-self.size(todo)
             taken = 0
@@ -339,7 +338,7 @@ class BulkRun:
 
     def size(self, some=None)->int: # in the unit of `Shard.size`
         "The size of some shards, or of all."
-        return sum(self.shards[k].size for k in (range(len(self.shards)) if some is None else some))
+        return sum(self.shards[k].size for k in (self.order if some is None else some))
 
     def _shard_bites(self, k:int)->Iterator: # of `Bite`
         "The pieces of a shard that are free."
@@ -503,10 +502,22 @@ def end(self:ResultFolder)->Summary:
     for left in self.folder.glob('.part-*.tmp'): shutil.rmtree(left, ignore_errors=True)
     return summary
 
+# %% ../nbs/7_scale/711_bulk.ipynb #83f7f01f
+def run_settings(
+    shards:list,     # of `Shard`
+    rewards:list,    # of `NamedReward`
+    columns:Columns, # what the user said of images and prompts
+)->dict: # JSON-able, for `ResultFolder.begin`
+    "What decides the rows of a folder; a reward that does not say what it is never agrees with itself."
+    nameless = {r.name:f'unknown, {time.time_ns()}' for r in rewards if not r.made_by}
+    return dict(rewards={r.name:r.made_by for r in rewards}|nameless, prompt=columns.prompt,
+                image_column=columns.image_column, prompt_column=columns.prompt_column, piece=PIECE,
+                sources={f'{s.label or "images"}':[s.kind, s.size, s.stamp] for s in shards})
+
 # %% ../nbs/7_scale/711_bulk.ipynb #d520b3e5
 def score_sources(
     sources,                # folders, files, tar files, and data sets on the hub; see `find_shards`
-    rewards,                # names, or a dict name -> callable
+    rewards,                # as for `named_rewards`
     out,                    # folder: a part for each 512 rows, and _summary.json
     prompt:str='',          # one for all rows, where the sources have none
     image_column:str=None,  # where the usual names do not fit
@@ -521,21 +532,11 @@ def score_sources(
     check_writable(out, folder=True)
     loaded = named_rewards(rewards, device, dtype)
     folder = ResultFolder(out)
-    folder.begin(_settings(shards, loaded, columns))
+    folder.begin(run_settings(shards, loaded, columns))
     run = BulkRun(shards, loaded, columns, folder, Rank.here())
     if watch: watch(run)
-    try: run.run()
-    finally: folder.release_all() # after an error, so that the next call can take them
+    run.run()
     return folder.end()
-
-_LOOSE = 'single images/' # stands for images that were named one by one; no label ends with a slash
-
-def _settings(shards:list, rewards:list, columns:Columns)->dict:
-    "What decides the rows of a folder; a reward that does not say what it is never agrees with itself."
-    nameless = {r.name:f'unknown, {time.time_ns()}' for r in rewards if not r.made_by}
-    return dict(rewards={r.name:r.made_by for r in rewards}|nameless, prompt=columns.prompt,
-                image_column=columns.image_column, prompt_column=columns.prompt_column, piece=PIECE,
-                sources={s.label or _LOOSE:[s.kind, s.size, s.stamp] for s in shards})
 
 # %% ../nbs/7_scale/711_bulk.ipynb #389f943c
 document(__name__)

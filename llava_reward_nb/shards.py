@@ -513,7 +513,11 @@ def find_shards(
     rest = [s for s in sources if s not in loose]
     shards = [shard for s,label in zip(rest, _labels(rest)) for shard in _source_shards(s, label, out)]
     if loose: shards.append(_images_shard('', '', loose))
-    for shard in shards: _check_columns(shard, columns or Columns())
+    columns = columns or Columns()
+    unused = [f'--{n.replace("_", "-")}' for n in ('image_column','prompt_column') if getattr(columns, n)]
+    if unused and all(s.kind=='images' for s in shards): raise InputError(
+        f"{' and '.join(unused)}: there is no table or tar file among the sources; leave {unused[0]} out")
+    for shard in shards: _check_columns(shard, columns)
     return shards
 
 # %% ../nbs/7_scale/710_shards.ipynb #14400320

@@ -143,7 +143,9 @@ def test_labeller_and_heat(lab, window, shapes):
         said(label, f'{min(k, 3)} answered')
     page.keyboard.press('u')
     said(label, '2 answered')
+    shown = label.locator('[data-shows]').get_attribute('data-shows')
     page.keyboard.press('s')
+    label.locator(f'[data-shows]:not([data-shows="{shown}"])').wait_for()  # a click before that is one on the old question
     label.get_by_role('button', name='← left').click()
     said(label, '3 answered')
     assert cells.count() == 2

@@ -1,5 +1,5 @@
 "Every Python block and every command of the README runs, in order, in a fresh folder and without a network."
-import ast, os, re, shlex, subprocess
+import ast, os, re, shlex, socket, subprocess, tarfile
 
 import matplotlib, numpy as np, pytest, torch
 from project import ROOT, tool
@@ -23,9 +23,11 @@ STAND_INS = {  # what is full-size in the README, and what takes its place here
     "'tiny', out=": "'tiny', limit=8, out=",
     '--limit 20': '--limit 4',
     '--limit 4 --steps 8 --out table9': '--limit 1 --particles 2 --steps 5 --guidance none clipscore --metrics clipscore --out table9',
+    'phi-alignment-bt data.train': 'tiny-alignment-bt data.train',
     '--particles 2 --steps 8 --out figures': '--particles 2 --steps 5 --metrics clipscore --out figures',
 }
 NOT_RUN = {'make': 'it makes .venv, and `make test` is what runs this test'}
+SERVERS = {'llava_reward serve': 'serving', 'llava_reward app': 'pages at'}  # runs until the end; what it says when it answers
 LANGUAGES = {'python': 'run', 'py': 'run', 'sh': 'run', 'json': 'read as records', 'bibtex': 'nothing to run'}
 
 
@@ -35,6 +37,9 @@ def blocks():
     for full, small in STAND_INS.items():
         assert full in text, f'STAND_INS has {full!r}, which the README no longer says'
         text = text.replace(full, small)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        text = text.replace(':8123/', f':{free.getsockname()[1]}/').replace('--port 8123', f'--port {free.getsockname()[1]}')
     assert len(re.findall(r'^```', text, re.M)) % 2 == 0
     return re.findall(r'^```(\w*)\n(.*?)^```$', text, re.M | re.S)
 
@@ -60,26 +65,48 @@ def run_command(line, folder):
     if '--out' in args: assert (folder/args[args.index('--out')+1]).exists(), f'{line} wrote no such file or folder'
 
 
+def start_server(line, folder, says):
+    "Its process, as soon as it answers."
+    name, *args = shlex.split(line, comments=True)
+    port = [] if '--port' in args else ['--port', '0']
+    server = subprocess.Popen([tool(name), *args, *port], cwd=folder, env=os.environ | dict(HF_HUB_OFFLINE='1'), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    said = server.stdout.readline()
+    assert says in said, f'{line}\n{said}'
+    return server
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     "The files that the README's reader is taken to have."
     monkeypatch.chdir(tmp_path)
     for name, text in {'a.png': 'a red circle', 'b.jpg': 'a blue square', 'photo.jpg': 'two stars', 'other.png': 'a green triangle'}.items():
         render(scene_for(parse_prompt(text), np.random.default_rng(0), 'all')).save(tmp_path/name)
+    (tmp_path/'photos').mkdir()
+    (tmp_path/'shards').mkdir()
+    with tarfile.open(tmp_path/'shards'/'0.tar', 'w') as tar:
+        for i in range(4):
+            path = tmp_path/'photos'/f'{i}.png'
+            render(scene_for(parse_prompt('a star'), np.random.default_rng(i), 'all')).save(path)
+            path.with_suffix('.txt').write_text('a star')
+            for file in path, path.with_suffix('.txt'): tar.add(file, file.name)
     os.rename(write_records(alignment_pairs(16, seed=1), tmp_path), tmp_path/'pairs.jsonl')
     return tmp_path
 
 
-def test_every_block_runs(folder, monkeypatch):
+def test_every_block_runs(folder, monkeypatch, request):
     monkeypatch.setattr(matplotlib, 'get_backend', matplotlib.get_backend)  # put back after
     matplotlib.use('Agg')
-    names, ran = {'__name__': 'readme'}, []
+    names, ran, servers = {'__name__': 'readme'}, [], []
+    request.addfinalizer(lambda: [server.kill() for server in servers])
     for language, text in blocks():
         assert language in LANGUAGES, f'a block in {language or "no language"} would not be run:\n{text}'
         if language in ('python', 'py'): run_python(text, names)
         elif language == 'sh':
             for line in text.replace('\\\n', ' ').splitlines():
-                if line.strip(): run_command(line, folder)
+                says = next((said for start, said in SERVERS.items() if line.startswith(start)), None)
+                if says: servers.append(start_server(line, folder, says))
+                elif line.strip(): run_command(line, folder)
         elif language == 'json':
             (folder/'record.jsonl').write_text(text, encoding='utf-8')
             assert len(load_records(folder/'record.jsonl')) == text.count('\n')

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from fastcore.basics import listify
 from PIL import Image
 
+from ..bulk import Rank
 from .items import (
     DTYPES, JudgeItem, check_items, check_names, check_rows, check_settings, clear_columns, image_items,
     kept_scores, mark_empty_prompts, perspective_kinds, placed, result_rows, reward_names, say_left_out,
@@ -27,6 +29,7 @@ from ..core import (
     image_key, image_size, open_image, progress)
 from ..docments import document
 from ..files import check_writable, write_table
+from ..shards import shard_kind
 from ..store import ScoreStore, identity, pixels_hash
 from ..views import Gallery, Pairs, check_page, first_note, save_page, table_html, text_html
 
@@ -443,7 +446,7 @@ def is_folder(
     if out is None: return False
     return str(out).endswith(('/', os.sep)) or as_path(out).is_dir() or not as_path(out).suffix
 
-def _perspectives(model, names, base, num_crops, device, dtype)->dict: # name -> reward
+def _perspectives(model, names, base, num_crops, dtype, device)->dict: # name -> reward
     "The perspectives of a model that score single images, as rewards."
     from llava_reward_nb.rewards.llava import LLaVAReward
     kinds = perspective_kinds(model, names)
@@ -451,20 +454,53 @@ def _perspectives(model, names, base, num_crops, device, dtype)->dict: # name ->
     rm = load(model, used, base, device, dtype, num_crops)
     return {name:LLaVAReward(rm, name) for name in used}
 
-def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, html):
-    "Score sources into a folder, and say what was left out."
-    from llava_reward_nb.bulk import Rank, score_sources
+def _check_choice(reward, of_a_model:list, num_crops, out, ray):
+    "UsageError for options that exclude each other."
+    if reward and (any(of_a_model) or num_crops is not None): raise UsageError(
+        "--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, --num-crops and "
+        "--model out")
+    if ray is not None and not is_folder(out): raise UsageError(
+        "--ray writes parts to a folder; name one with --out")
+    check_settings(num_crops=num_crops)
+
+def _check_out(out):
+    "`InputError` for a folder that holds anything but parts."
+    folder = as_path(out)
+    names = os.listdir(folder) if folder.is_dir() else []
+    if '_run' not in names and any(not n.startswith('.') for n in names): raise InputError(
+        f"--out {out}: the folder holds other things; name a new or an empty one")
+
+def _check_bulk(sources:list, table, batch_size, html, ray):
+    "UsageError for what does not go with a folder as --out."
+    if ray is not None and ray<1: raise UsageError(f"--ray {ray}: at least one actor is needed")
+    if ray and Rank.here().size>1: raise UsageError(
+        "--ray starts its own processes; start the command once, without a launcher")
     if not sources: raise UsageError("name folders, tables, tar files or data sets on the hub")
+    if table and not shard_kind(table): raise UsageError(
+        f"--table {table}: is no table; name folders and images without --table")
+    if batch_size is not None: raise UsageError(
+        "--batch-size: with a folder as --out, batches are cut by their tokens; leave it out")
     if html: raise UsageError("--html is a page of some images; leave it out with a folder as --out")
+
+# %% ../../nbs/9_doors/902_score.ipynb #51d1d042
+def _bulk_score(ray)->Callable: # as `score_sources`
+    "What scores sources: this process, or so many actors on Ray."
+    from llava_reward_nb.bulk import score_sources
+    if ray is None: return score_sources
+    from llava_reward_nb.ray_data import score_with_ray
+    return partial(score_with_ray, actors=ray)
+
+def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, ray):
+    "Score sources into a folder, and say what was left out."
+    _check_out(out)
     check_settings(device, dtype)
-    how = dict(device=device or Rank.here().device, dtype=getattr(torch, dtype) if dtype else None)
-    if callable(rewards): rewards = rewards(device=how['device'], dtype=dtype)
-    else: check_names(rewards)
+    how = dict(device=device, dtype=getattr(torch, dtype) if dtype else None)
+    if not callable(rewards): check_names(rewards)
     watched = []
-    def how_far(): return str(watched[0].pace) if watched else 'loading'
+    def how_far(): return str(watched[-1]) if watched else 'loading'
     try:
         with heartbeat(how_far):
-            summary = score_sources(sources, rewards, out, **where, **how, watch=watched.append)
+            summary = _bulk_score(ray)(sources, rewards, out, **where, **how, watch=watched.append)
     except KeyboardInterrupt:
         raise KeyboardInterrupt('what is done is kept; the same command goes on') from None
     if Rank.here().number: return # the first process of a group says it for all
@@ -504,31 +540,31 @@ def llava_reward_score(
     device:str=None, # torch device; the best there is if left out
     dtype:str=None, # float32, bfloat16 or float16; what suits the device if left out
     num_crops:int=None, # crops an image is cut into; as in training if left out
-    batch_size:int=8, # images at a time; more is faster on a GPU and needs more memory
+    batch_size:int=None, # images at a time, 8 if left out; more is faster on a GPU and needs more memory
     out:str=None, # write all rows to this .csv, .tsv, .json, .jsonl or .parquet; or parts to this folder
-    skip_bad:bool=False, # record what is wrong with an image or prompt in its row, and go on
+    skip_bad:bool=False, # record what is wrong in the row of an image, and go on; a folder always does
     image_column:str=None, # column of the table that has the images, if its name does not tell
     prompt_column:str=None, # column of the table that has the prompts
     html:str=None, # write the pictures with their scores to this page, a .html file
+    ray:int=None, # score with so many actors on Ray, here or on the cluster of RAY_ADDRESS; a folder as --out
 ):
     "Score images for prompts, in one or several perspectives. Higher is better."
-    if reward and (model or perspective or base or num_crops):
-        raise UsageError("--reward names whole rewards, such as tiny/alignment; leave --perspective, --base, "
-                         "--num-crops and --model out")
+    _check_choice(reward, [model, perspective, base], num_crops, out, ray)
     if is_folder(out):
+        sources = [*listify(images), *([table] if table else [])]
+        _check_bulk(sources, table, batch_size, html, ray)
         where = dict(prompt=prompt, image_column=image_column, prompt_column=prompt_column)
-        by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops)
-        sources = [*images, *([table] if table else [])]
-        return _score_bulk(sources, list(reward or ()) or by_model, out, where, device, dtype, html)
+        by_model = partial(_perspectives, model or 'tiny', perspective, base, num_crops, dtype)
+        return _score_bulk(sources, list(reward or ()) or by_model, out, where, device, dtype, ray)
     needed = not table or _need_prompts(reward, model or 'tiny', perspective)
     items = _items_of(images, prompt, table, image_column, prompt_column, out, needed=needed)
+    batch_size = 8 if batch_size is None else batch_size
     check_settings(device, dtype, out, batch_size, num_crops)
     check_html(html)
     how = dict(device=device, dtype=dtype)
+    of_model = how|dict(base=base, num_crops=num_crops)
     if reward: names = _score_by_rewards(items, list(reward), how, batch_size, out, skip_bad)
-    else:
-        how |= dict(base=base, num_crops=num_crops)
-        names = _score_by_model(items, model or 'tiny', perspective, how, batch_size, out, skip_bad)
+    else: names = _score_by_model(items, model or 'tiny', perspective, of_model, batch_size, out, skip_bad)
     write_page(html, 'Scores', item_page(items, names))
     say_left_out(items)
 

@@ -355,10 +355,10 @@ def _check_measuring(recipe:Recipe):
 # %% ../../nbs/7_scale/706_recipes.ipynb #2351fe7a
 def _check_loss(config:PerspectiveConfig, kind:str|None):
     "`InputError` for a loss that learns from other records."
-    if config.loss=='pl': raise InputError(
-        "perspective.loss is 'pl', which learns from rankings, and records are pairs or labels; use bt, gpm "
-        "or gauss")
-    if kind is None or (kind=='pair')==config.make_loss().pairs: return
+    if config.loss=='pl' or kind=='ranking': raise InputError(
+        f"perspective.loss is {config.loss!r}, records: {kind}; 'pl' is the loss which learns from rankings, "
+        "and a recipe trains on pairs or labels only: pass rankings to train_perspective in Python")
+    if kind in (None, config.make_loss().learns): return
     raise InputError(
         f"perspective.loss is {config.loss!r}, and the records are {kind}s; 'bt', 'gpm' and 'gauss' learn "
         "from pairs, 'cls' from labels")
