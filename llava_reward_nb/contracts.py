@@ -334,12 +334,35 @@ _PLAIN_WORDS = frozenset("""PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE 
     INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     SHORT_BINBYTES BINBYTES BINBYTES8 SHORT_BINUNICODE BINUNICODE BINUNICODE8 UNICODE
     EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
-    EMPTY_SET ADDITEMS FROZENSET MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET""".split())
+    MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET""".split())
 _IMPORTS = frozenset("""GLOBAL STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX REDUCE BUILD EXT1 EXT2 EXT4
     PERSID BINPERSID""".split())
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module, name): raise WireError(400, f"the pickle imports {module}.{name}")
+
+    def _check_keys(self, keys:list):
+        for k in keys:
+            if not isinstance(k, str): raise WireError(
+                400, f"the pickle has a dict with a {type(k).__name__} as a key; needed: strings as keys")
+
+    def load_setitem(self):
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self):
+        self._check_keys(self.stack[::2]) # the stack begins at the mark
+        super().load_setitems()
+
+    def load_dict(self):
+        self._check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
 
 def plain_pickle(
     data:bytes, # a pickle
@@ -359,7 +382,7 @@ def plain_pickle(
             if count>most or is_place and int(argument)>count: raise WireError(400, "the pickle is too large")
         return _PlainUnpickler(io.BytesIO(data)).load()
     except WireError: raise
-    except Exception as e: raise WireError(400, f"not a pickle ({type(e).__name__}: {e})") from None
+    except Exception as e: raise WireError(400, f"not a pickle ({type(e).__name__}: {e!s:.200})") from None
 
 # %% ../nbs/7_scale/714_contracts.ipynb #7e08b0e7
 def pickle_ask(

@@ -135,6 +135,8 @@ def test_pickles(server, known, tmp_path):
     mark = tmp_path/'ran'
     hostile = [pickle.dumps(Hostile(mark), k) for k in range(pickle.HIGHEST_PROTOCOL+1)]
     hostile += [pickle.dumps(dict(images=[Hostile(mark)], prompts=['x'])), pickle.dumps(dict(images=PICTURES[:1], prompts=np.array(['x']))), b'', b'cos\nsystem\n.', b'\x80\x04r\xff\xff\xff\xff.']
+    doubled = b''.join(b'h'+bytes([k])+b'h'+bytes([k])+b'\x86\x940' for k in range(99)) # a tuple of the last one, twice: hashing it would never end
+    hostile += [b'\x80\x04}K\x01\x940'+doubled+b'h\x63K\x01s.', pickle.dumps({1: 2}), pickle.dumps({1, 2})]
     for body in hostile:
         reply = send(body)
         assert reply.status_code == 400 and reply.json()['detail']
