@@ -61,10 +61,14 @@ def training_loss(
 def check_ratings(
     records:RewardRecords, # pairs
 ):
-    "`InputError` naming the first pair without ratings."
+    "`InputError` naming the first pair without ratings, or whose ratings contradict its choice."
     for place,record in zip(records.places, records.rows):
-        try: rating_points(record)
+        try: points = rating_points(record)
         except InputError as e: raise InputError(f"{records.name}: record {place}: {e}") from None
+        if points<0: raise InputError(
+            f"{records.name}: record {place}: prompt {record['prompt']!r:.60}: c_rate is {-points:g} below "
+            "r_rate, so its ratings contradict the choice; a margin by ratings needs a chosen image rated at "
+            "least as high: mend the record, or leave margin_by_ratings out")
 
 # %% ../nbs/3_paper/311_batches.ipynb #a5d9a778
 TRUTH = dict(pair='target', label='label', ranking='ranks') # kind of records -> the truth in a batch

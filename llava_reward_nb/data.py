@@ -602,7 +602,9 @@ def split_by_prompt(
         f"{records.name}: all {len(records)} records share one prompt; "
         "bring a validation set of other prompts")
     random.Random(seed).shuffle(groups)
-    valid = groups.pop()
+    fits = [g for g in groups if len(g)<=share*len(records)]
+    valid = fits[-1] if fits else min(groups, key=len)
+    groups.remove(valid)
     while len(groups)>1 and len(valid)+len(groups[-1]) <= share*len(records): valid = valid + groups.pop()
     return records[sorted(i for g in groups for i in g)], records[sorted(valid)]
 
@@ -834,7 +836,9 @@ def _truth(record:dict): # a number, or a list of them
     return float(record['target' if record_kind(record)=='pair' else 'label'])
 
 @patch
-def identity(self:RewardRecords)->str: # number, kind and hash
+def identity(self:RewardRecords,
+    points:bool=False, # whether ratings of pairs count too (see `rating_points`), for a margin by ratings
+)->str: # number, kind and hash
     "The same text for equal records in equal order, and another for any others."
     uses = _uses(list(enumerate(self.rows)))
     with warnings.catch_warnings():
@@ -844,6 +848,7 @@ def identity(self:RewardRecords)->str: # number, kind and hash
     for u in uses:
         said = _truth(self.rows[u.index])
         digest.update(json.dumps([u.index, u.field, u.prompt, said, known[image_key(u.image)]]).encode())
+    if points: digest.update(json.dumps([rating_points(r) for r in self.rows]).encode())
     return f"{len(self)} {self.kind}s, hash {digest.hexdigest()}"
 
 # %% ../nbs/3_paper/307_data.ipynb #90d3c99a

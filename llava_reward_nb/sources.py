@@ -25,8 +25,8 @@ from PIL import Image
 
 from .core import (InputError, TransparencyWarning, as_path, image_size, load_image,
                                   open_image, progress)
-from .data import (LABEL_FIELDS, PAIR_FIELDS, Fault, RewardRecords, check_image, clean_record,
-                                  gather_records, our_names, prompt_words, record_kind)
+from .data import (LABEL_FIELDS, PAIR_FIELDS, RANKING_FIELDS, Fault, RewardRecords, check_image,
+                                  clean_record, gather_records, our_names, prompt_words, record_kind)
 from .docments import document
 from .files import (
     TABLES, atomic_path, check_columns, number, read_table, table_kind, unique_object)
@@ -503,6 +503,10 @@ def _rows(self:Source): # of (raw row, its place in words)
         first = next(rows, None)
         if first is None: raise InputError(f"{file}: no records")
         lacking = [' or '.join(names) for names in self.layout.needs if not set(names)&set(first)]
+        ranked = set(RANKING_FIELDS)<=set(first)
+        if lacking and ranked: raise InputError(
+            f"{file}: holds rankings ({', '.join(RANKING_FIELDS)}), and sets are of pairs or labels; "
+            "rankings are trained from Python: train_perspective(model, name, load_records(file), args)")
         if lacking: raise InputError(
             f"{file}: lacks the column {', '.join(lacking)}; it has {', '.join(map(str, first))}")
         rows = chain([first], rows)

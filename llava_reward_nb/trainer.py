@@ -121,6 +121,14 @@ def _check_numbers(args):
         if not good: raise ValueError(
             f"{name} is {getattr(args, name)!r}; nothing would be learnt: it must be {need}")
 
+# %% ../nbs/3_paper/312_trainer.ipynb #0d170063
+def _check_best(args):
+    "ValueError if the best weights could be those of an update without a checkpoint."
+    if not args.load_best_model_at_end or args.save_strategy!='steps': return
+    if args.save_steps!=args.eval_steps: raise ValueError(
+        f"load_best_model_at_end: save_steps is {args.save_steps:g} and eval_steps {args.eval_steps:g}, so "
+        "the best update may have no checkpoint; set save_steps to eval_steps, or save_strategy='best'")
+
 # %% ../nbs/3_paper/312_trainer.ipynb #5621e625
 @dataclass
 class RewardConfig(TrainingArguments):
@@ -162,6 +170,7 @@ class RewardConfig(TrainingArguments):
         if self.data_seed is None: # else the order depends on who used the random generator before
             self.data_seed = self.seed
         super().__post_init__()
+        _check_best(self)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #275a204b
 _SHORT = 34 # shorter runs leave out the schedule's first step, whose rate is 0
@@ -282,6 +291,7 @@ class RewardTrainer(Trainer):
     inputs = None # for `recipe`: identities of base and records when training began
     draft = None  # where a checkpoint is being written
     overflows = 0 # updates in a row that fp16's scaler has left out
+    loaded = None # update whose weights were loaded when training ended; None: the weights are the last
     def __init__(self,
         model:RewardModel,  # its active perspective is trained
         args:RewardConfig,  # the recipe
@@ -557,7 +567,8 @@ def recipe(self:RewardTrainer)->dict: # name -> value
     args = json.loads(self.args.to_json_string())
     lora = self.model.peft.peft_config[self.perspective]
     if self.inputs is None:
-        records = self.train_dataset.identity() if self.train_dataset else None
+        points = self.args.margin_by_ratings
+        records = self.train_dataset.identity(points) if self.train_dataset else None
         self.inputs = dict(records=records, base=_base_identity(self.model))
     sizes = dict(lora_rank=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout)
     return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, **sizes,
@@ -570,10 +581,11 @@ def facts(self:RewardTrainer)->TrainingFacts:
     recipe = self.recipe()
     identity = recipe.pop('records')
     records = f'{_files(self.train_dataset)}: {identity}' if identity else 'nothing: no records'
-    logged = [entry for entry in self.state.log_history if 'loss' in entry]
+    updates = self.loaded or self.state.global_step
+    logged = [entry for entry in self.state.log_history if 'loss' in entry and entry['step']<=updates]
     metrics = dict(self.measured)
     if logged: metrics['training loss'] = f"{logged[-1]['loss']:.4g}, logged at update {logged[-1]['step']}"
-    return TrainingFacts(records, dict(updates=self.state.global_step, **recipe), metrics)
+    return TrainingFacts(records, dict(updates=updates, **recipe), metrics)
 
 # %% ../nbs/3_paper/312_trainer.ipynb #68d17899
 @patch
@@ -635,7 +647,10 @@ def _save_checkpoint(self:RewardTrainer, model, trial):
         with writing(path, self.kept):
             Trainer._save_checkpoint(self, model, trial)
             best = self.state.best_global_step
-            if best: self.state.best_model_checkpoint = str(path.with_name(f'checkpoint-{best}'))
+            if best:
+                there = path.with_name(f'checkpoint-{best}')
+                found = there==path or there.is_dir()
+                self.state.best_model_checkpoint = str(there) if found else None
             self.accelerator.wait_for_everyone()
             if self.args.should_save: self._seal(path)
     finally:
@@ -673,6 +688,18 @@ def _load_best_model(self:RewardTrainer):
     "What `load_best_model_at_end` does."
     check_checkpoint(Path(self.state.best_model_checkpoint), hashes=True)
     self._load_from_checkpoint(self.state.best_model_checkpoint)
+    self.loaded = self.state.best_global_step
+
+@patch
+def _check_best_is_there(self:RewardTrainer,
+    best, # update whose weights are to come back; None: not known yet
+):
+    "CheckpointError if the best weights are wanted and lost."
+    if not self.args.load_best_model_at_end or not best: return
+    lost = Path(self.args.output_dir)/f'checkpoint-{best}'
+    if not lost.is_dir(): raise CheckpointError(
+        f"{lost}: the best checkpoint is not there, so load_best_model_at_end has nothing to load; go on "
+        "with load_best_model_at_end=False, or start anew in another output_dir")
 
 # %% ../nbs/3_paper/312_trainer.ipynb #41450e33
 @patch
@@ -738,10 +765,13 @@ def train(self:RewardTrainer,
     check_room(self.args.output_dir, 4*copies*learning, 'a checkpoint')
     with only_run(self.args):
         checkpoint = self._checkpoint(resume_from_checkpoint)
+        if checkpoint:
+            self._check_best_is_there(read_json(checkpoint/'trainer_state.json').get('best_global_step'))
         self.recipe() # now, since files may change while we train
         for records in (self.train_dataset, self.eval_dataset): self._fill_cache(records)
         before = _norms(self.model)
         out = self._run(checkpoint, **kwargs)
+        self._check_best_is_there(self.state.best_global_step)
         if not checkpoint: _check_moved(before, _norms(self.model), out.global_step)
     return out
 
@@ -767,6 +797,7 @@ def training_step(self:RewardTrainer,
 )->torch.Tensor: # loss ()
     "Loss and gradients of one batch; ValueError if the loss is not finite, before it changes any weight."
     self.measured.clear()
+    self.loaded = None
     places = inputs.pop('places').tolist()
     self.places += places
     only_fills = max(places)<0

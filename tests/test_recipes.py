@@ -34,6 +34,14 @@ def test_from_each_source_to_a_score(homes, name, tmp_path, capsys):  # noqa: F8
     assert 'hash' in about['records']['train']['identity'] and about['versions']['torch']
 
 
+def test_rankings_are_sent_to_python(tmp_path, capsys):
+    table = tmp_path/'ranked.jsonl'
+    table.write_text(json.dumps(dict(prompt='a cat', images=['a.png', 'b.png'], ranks=[1, 2])))
+    for words in ([table], ['tiny-alignment-bt', f'data.train={table}'], ['tiny-alignment-bt', f'data.eval={table}']):
+        code, said = command(capsys, *words, '--name', 'mine', '--out', tmp_path/'run')
+        assert code == 1 and 'rankings are trained from Python: train_perspective' in said.err, said.err
+
+
 def test_ones_own_folder(tmp_path, capsys):
     "A folder of images and a CSV, a recipe copied and changed, words in any order."
     for i, color in enumerate(('red', 'blue', 'green', 'gold')): Image.new('RGB', (20,20), color).save(tmp_path/f'{i}.png')

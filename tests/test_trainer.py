@@ -137,6 +137,29 @@ def test_best_checkpoint_comes_back(tmp_path):
     assert same(now, weights(Path(t.state.best_model_checkpoint)/'mine'))
 
 
+def test_the_best_weights_are_never_replaced_by_others(tmp_path):
+    "A run whose best checkpoint is missing is refused; a card tells of the best update."
+    pairs, held = load_records(alignment_pairs(12, seed=0)), load_records(alignment_pairs(8, seed=1))
+    class Worse(RewardTrainer):
+        def evaluate(self, *args, **kw):
+            metrics = super().evaluate(*args, **kw)
+            metrics['eval_loss'] = float(self.state.global_step) # best at the first evaluation
+            return metrics
+    def make(save, last, **kw):
+        args = config(tmp_path/'run', max_steps=last, eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=save, logging_steps=1,
+                      metric_for_best_model='loss', **kw)
+        return Worse(tiny().add_perspective('mine', lora_rank=8), args, pairs, held)
+    plain = make(2, 4)
+    plain.train()
+    assert plain.state.best_global_step == 1 and plain.state.best_model_checkpoint is None
+    with pytest.raises(CheckpointError, match='checkpoint-1: the best checkpoint is not there'): make(1, 4, load_best_model_at_end=True).train(True)
+    shutil.rmtree(tmp_path/'run')
+    best = make(1, 2, load_best_model_at_end=True)
+    best.train()
+    facts, first = best.facts(), [entry for entry in best.state.log_history if 'loss' in entry][0]
+    assert facts.settings['updates'] == 1 and facts.metrics['training loss'] == f"{first['loss']:.4g}, logged at update 1"
+
+
 @pytest.mark.parametrize('kind,dim,gate', [('bt', 1, False), ('gpm', 2, False), ('gpm', 4, True)])
 @pytest.mark.parametrize('skipca', [True, False])
 def test_every_head_learns_all_its_weights(kind, dim, gate, skipca, tmp_path):

@@ -206,7 +206,8 @@ def _keep_run(recipe:Recipe, sets:_Sets, plan, name:str):
     from llava_reward_nb.evaluation.runs import versions
     out = as_path(recipe.out)
     write_recipe(recipe, out/'recipe.yaml')
-    records = {part:dict(source=r.name, identity=r.identity()) for part,r in
+    points = recipe.training.margin_by_ratings
+    records = {part:dict(source=r.name, identity=r.identity(points)) for part,r in
                dict(train=sets.train, held_out=sets.held_out).items() if r}
     about = dict(perspective=name, records=records, left_out=sets.dropped, versions=versions(),
                  plan=asdict(plan) if plan else None, processes=recipe.training.world_size)
