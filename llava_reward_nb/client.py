@@ -74,7 +74,8 @@ class RewardServer:
 
     def __post_init__(self):
         self.url = split_address(self.url, '')[0]
-        self.token = self.token or os.environ.get('LLAVA_REWARD_TOKEN') or None
+        token = self.token or os.environ.get('LLAVA_REWARD_TOKEN') or ''
+        self.token = token.strip() or None # the end of a line of a file is no part of it
         bounds = dict(timeout=0, retries=0, backoff=0, chunk=1, concurrency=1, chunk_bytes=1)
         for name,least in bounds.items():
             value = getattr(self, name)
@@ -311,6 +312,8 @@ class RemoteReward:
     ):
         if missing not in ('raise', 'nan'): raise ValueError(
             f"missing is {missing!r}; there are 'raise' and 'nan'")
+        if isinstance(url, RewardServer) and settings: raise ValueError(
+            f"{', '.join(settings)} with a RewardServer, which has its own; set them there, or pass the address")
         if isinstance(url, RewardServer): self.server = url
         else:
             server,name = split_address(url, name)

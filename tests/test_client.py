@@ -291,3 +291,11 @@ def test_live_reward_evaluates(live, tmp_path):
     del there.server.score
     fresh = run_benchmark('mjbench', dict(mine=there), data='tiny', out=tmp_path/'fresh', limit=2)
     assert fresh.records.score.tolist()==pytest.approx(here.records.score.tolist())
+
+
+def test_settings_with_a_server_that_has_its_own(stub):
+    "They would be dropped; an error is better."
+    from llava_reward_nb.client import RewardServer
+    server = RewardServer(stub.url, token='secret\n')
+    assert server.token == 'secret'
+    with pytest.raises(ValueError, match='chunk with a RewardServer'): RemoteReward(server, 'red', chunk=1)

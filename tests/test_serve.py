@@ -244,6 +244,8 @@ def test_pixels_are_counted_before_they_are_decoded():
         def send(*files): return httpx.post(f'{server.url}/v1/rewards', json=dict(prompts='x', images=files), trust_env=False, timeout=60)
         assert send(FILES[0], FILES[0]).json() == dict(rewards=dict(width=[64., 64.]), errors=[None, None]), 'the same image is held once'
         assert send(*FILES[:2]).status_code == 413
+        turns = [dict(history=[dict(text='x', image_b64=f)], required_rewards=['width']) for f in FILES[:2]]
+        assert httpx.post(f'{server.url}/score', json=dict(requests=turns), trust_env=False).status_code == 413, 'all turns are one request'
         assert service.pixels == 0
 
 
@@ -271,12 +273,22 @@ def test_addresses_of_allowed_hosts():
     files = HTTPServer(('127.0.0.1', 0), Files)
     threading.Thread(target=files.serve_forever, daemon=True).start()
     here = f'127.0.0.1:{files.server_port}'
-    service = Service([RewardFamily('width', lambda images, prompts: [float(im.width) for im in images])], ServeConfig(hosts=(here,), most_bytes=100_000))
-    addresses = [f'http://{here}/here.png', f'http://{here}/away', f'http://{here}/none', f'http://{here}/here-large', f'http://localhost:{files.server_port}/here.png']
+    service = Service([RewardFamily('width', lambda images, prompts: [float(im.width) for im in images])], ServeConfig(hosts=(here,), most_bytes=100_000, most_images=1000))
+    addresses = [f'http://{here}/here.png', f'http://{here}/away', f'http://{here}/none', f'http://localhost:{files.server_port}/here.png',
+                 f'http://{here}/\x01', f'http://{here}/\ud800', 'http://\ud800/', f'http://{here}/'+'a'*70_000, 'http://'+'a'*5000]
     with LocalServer(service) as server:
-        answer = httpx.post(f'{server.url}/v1/rewards', json=dict(prompts='x', images=addresses), trust_env=False, timeout=60).json()
-    assert answer['rewards']['width'] == [64., None, None, None, None]
-    for error, text in zip(answer['errors'][1:], ('302', '404', 'more than 100,000 bytes', 'not fetched from')): assert text in error
+        def send(images): return httpx.post(f'{server.url}/v1/rewards', content=json.dumps(dict(prompts='x', images=images)), trust_env=False, timeout=60).json()
+        answer = send(addresses)
+        large = send([f'http://{here}/here-large'])
+        many = send([f'http://{here}/here{k}' for k in range(2*100_000//len(PICTURES[0]))])
+        surrogate = httpx.post(f'{server.url}/v1/rewards', content=json.dumps(dict(prompts='x', images=['?'], rewards=['\ud800'])), trust_env=False)
+    assert answer['rewards']['width'] == [64.]+[None]*8
+    for error, text in zip(answer['errors'][1:], ('302', '404', 'not fetched from')): assert text in error
+    assert all(len(error) < 700 for error in answer['errors'][1:]), 'an address is not sent back at length'
+    assert 'more than 100,000 bytes' in large['errors'][0]
+    came = [e is None for e in many['errors']]
+    assert any(came) and not all(came), 'the images of a request have one budget'
+    assert surrogate.status_code == 404
     files.shutdown()
 
 

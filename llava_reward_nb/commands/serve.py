@@ -71,7 +71,7 @@ def llava_reward_serve(
     if wait<0: raise UsageError(f"--wait {wait}: needed: milliseconds, 0 or more")
     hosts = tuple(h.lower() for h in allow_host or ())
     config = ServeConfig(chosen_token(token, host), most_mb<<20, most_images, rate=rate, timeout=timeout,
-                         drain=drain, hosts=hosts)
+                         drain=drain, hosts=hosts, waiting_bytes=max(1<<30, most_mb<<20))
     sock = bind(host, port)
     pickle_sock = bind(host, pickle_port) if pickle_port is not None else None
     waiting(f"loading {', '.join(reward)}")
