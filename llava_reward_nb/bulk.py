@@ -107,6 +107,11 @@ def release(self:ResultFolder,
     held.close()
 
 @patch
+def release_all(self:ResultFolder):
+    "Give back whatever is claimed here."
+    for piece in list(self._held): self.release(piece)
+
+@patch
 def finish(self:ResultFolder,
     piece:Piece, # claimed here
     table,       # pyarrow Table of its rows
@@ -503,6 +508,7 @@ def end(self:ResultFolder)->Summary:
     return summary
 
 # %% ../nbs/7_scale/711_bulk.ipynb #83f7f01f
+# images that were named one by one are 'single images/' there: no label ends with a slash
 def run_settings(
     shards:list,     # of `Shard`
     rewards:list,    # of `NamedReward`
@@ -512,7 +518,7 @@ def run_settings(
     nameless = {r.name:f'unknown, {time.time_ns()}' for r in rewards if not r.made_by}
     return dict(rewards={r.name:r.made_by for r in rewards}|nameless, prompt=columns.prompt,
                 image_column=columns.image_column, prompt_column=columns.prompt_column, piece=PIECE,
-                sources={f'{s.label or "images"}':[s.kind, s.size, s.stamp] for s in shards})
+                sources={s.label or 'single images/':[s.kind, s.size, s.stamp] for s in shards})
 
 # %% ../nbs/7_scale/711_bulk.ipynb #d520b3e5
 def score_sources(
@@ -535,7 +541,8 @@ def score_sources(
     folder.begin(run_settings(shards, loaded, columns))
     run = BulkRun(shards, loaded, columns, folder, Rank.here())
     if watch: watch(run)
-    run.run()
+    try: run.run()
+    finally: folder.release_all() # after an error, so that the next call can take them
     return folder.end()
 
 # %% ../nbs/7_scale/711_bulk.ipynb #389f943c

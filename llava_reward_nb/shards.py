@@ -261,6 +261,12 @@ def _table_key(shard:Shard, number:int, own, seen:set)->str:
     if own is None or own=='': return f'{shard.label}:{number+1}'
     return _unique(str(own), number, seen)
 
+# %% ../nbs/7_scale/710_shards.ipynb #c148f6a5
+def _see(keys:list, seen:set):
+    "Remember the keys of rows that are not read."
+    for key in keys:
+        if key is not None and key!='': _unique(str(key), 0, seen)
+
 # %% ../nbs/7_scale/710_shards.ipynb #bb01f570
 FEW = 64 # rows of a Parquet file in memory at a time
 
@@ -313,11 +319,6 @@ def _parquet_rows(shard:Shard, wants:Callable, columns:Columns)->Iterator: # of 
                         row = _table_row(shard, start+at, cells[at-first], found, columns, seen)
                         yield replace(row, at=(start+at)/file.metadata.num_rows)
             start += n
-
-def _see(keys:list, seen:set):
-    "Remember the keys of rows that are not read."
-    for key in keys:
-        if key is not None and key!='': _unique(str(key), 0, seen)
 
 def _schema_columns(file, columns:Columns, shard:Shard)->Found:
     "The columns of an open Parquet file."
