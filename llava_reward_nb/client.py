@@ -313,7 +313,8 @@ class RemoteReward:
         if missing not in ('raise', 'nan'): raise ValueError(
             f"missing is {missing!r}; there are 'raise' and 'nan'")
         if isinstance(url, RewardServer) and settings: raise ValueError(
-            f"{', '.join(settings)} with a RewardServer, which has its own; set them there, or pass the address")
+            f"{', '.join(settings)} with a RewardServer, which has its own; set them there, "
+            "or pass the address")
         if isinstance(url, RewardServer): self.server = url
         else:
             server,name = split_address(url, name)
