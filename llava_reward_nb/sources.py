@@ -26,7 +26,8 @@ from PIL import Image
 from .core import (InputError, TransparencyWarning, as_path, image_size, load_image,
                                   open_image, progress)
 from .data import (LABEL_FIELDS, PAIR_FIELDS, RANKING_FIELDS, Fault, RewardRecords,
-                                  check_image, clean_record, gather_records, our_names, prompt_words, record_kind)
+                                  check_image, clean_record, gather_records, our_names, prompt_words,
+                                  record_kind)
 from .docments import document
 from .files import (
     TABLES, atomic_path, check_columns, number, read_table, table_kind, unique_object)
