@@ -1,5 +1,5 @@
 "JupyterLab in headless Chromium, as a person uses it."
-import json, os, re, socket, subprocess, sys, time
+import json, os, socket, subprocess, sys, time
 from pathlib import Path
 from shutil import which
 from urllib.request import urlopen
@@ -8,6 +8,16 @@ import pytest
 from project import ROOT
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+RUN = """async () => {
+  const shown = window.jupyterapp?.shell.currentWidget;
+  if (!shown?.sessionContext) return false;
+  await shown.context.ready;
+  await shown.sessionContext.ready;
+  await shown.sessionContext.session?.kernel?.info;
+  if (shown.sessionContext.session?.kernel?.status !== 'idle') return false;
+  jupyterapp.commands.execute('notebook:run-all-cells');
+  return true;
+}"""
 NOT_OURS = ('/lsp/status',)  # what JupyterLab itself complains of
 
 
@@ -38,7 +48,7 @@ class Lab:
                                       OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT))
         self.log = open(self.folder/'lab.log', 'w')
         command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={self.port}',
-                   '--ServerApp.port_retries=0', '--IdentityProvider.token=', f'--ServerApp.root_dir={self.folder}',
+                   '--expose-app-in-browser', '--ServerApp.port_retries=0', '--IdentityProvider.token=', f'--ServerApp.root_dir={self.folder}',
                    '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
         self.process = subprocess.Popen(command, env=env, cwd=self.folder, stdout=self.log, stderr=self.log)
         for _ in range(600):
@@ -72,21 +82,11 @@ class Window:
         self.page.on('console', lambda m: m.type == 'error' and self.errors.append(f'{m.text} {m.location.get("url", "")}'))
 
     def run(self, url):
-        "Open a notebook and run all of its cells."
+        "Open a notebook and run all of its cells, once JupyterLab has reached the kernel: it drops what is asked before."
         self.page.goto(url)
-        cells = self.page.locator('.jp-Notebook .jp-Cell')
-        self.page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for()
-        for i in range(cells.count()): self._run_cell(cells.nth(i))
-        return self.page
-
-    def _run_cell(self, cell):
-        "Press Control+Enter until the cell is counted: JupyterLab drops what is pressed before the kernel is connected."
-        from playwright.sync_api import Error
-        for _ in range(30):
-            cell.locator('.cm-content').click()
-            self.page.keyboard.press('Control+Enter')
-            try: return cell.locator('.jp-InputPrompt', has_text=re.compile(r'\[[*\d]+\]')).wait_for(timeout=2000)
-            except Error: continue
-        raise AssertionError('JupyterLab does not run the cell')
+        for _ in range(600):
+            if self.page.evaluate(RUN): return self.page
+            self.page.wait_for_timeout(100)
+        raise TimeoutError('JupyterLab does not reach the kernel')
 
     def complaints(self): return [e for e in self.errors if not any(word in e for word in NOT_OURS)]
