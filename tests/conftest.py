@@ -48,7 +48,7 @@ def image():
     return script(PHI3V/'make_images.py').make_image
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     "A JupyterLab server for all tests that need one; skipped where Chromium cannot be had."
     from browser import Lab, chromium
@@ -58,9 +58,9 @@ def lab(tmp_path_factory):
     server.stop()
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def browser():
-    "Headless Chromium."
+    "Headless Chromium, until the end of the module: its event loop disturbs other tests."
     from browser import chromium
     path = chromium()
     from playwright.sync_api import sync_playwright
