@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -783,6 +783,7 @@ class LoadPoint:
     p50:float      # seconds within which half of the answers came
     p90:float      # seconds within which 90 % came
     p99:float      # seconds within which 99 % came
+    took:list=field(default_factory=list, repr=False) # seconds of each answer
 
 def load_point(
     took:list,     # seconds of each answer
@@ -795,7 +796,7 @@ def load_point(
     order = sorted(took)
     def within(share): return order[min(len(order)-1, math.ceil(share*len(order))-1)] if order else math.nan
     return LoadPoint(clients, seconds, len(took), wrong, failed, len(took)/seconds,
-                     within(.5), within(.9), within(.99))
+                     within(.5), within(.9), within(.99), list(took))
 
 async def load(
     url:str,       # of a server
