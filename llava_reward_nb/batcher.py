@@ -221,7 +221,7 @@ class _Row:
 
 # %% ../nbs/7_scale/713_batcher.ipynb #b76e1ba3
 STEP = 16 # a row's tokens are rounded up to a multiple of this
-SIZES = 4,8,16,32 # rows of a filled pass
+SIZES = 4,8,12,16,24,32 # rows of a filled pass
 FIRST = 8 # rows of the pass that the others must agree with, if there is room for it
 
 def sizes_that_fit(
@@ -339,10 +339,10 @@ def _rows(self:Batcher, q:Question, now:float)->list: # of (lane, row)
 def plain(
     e:Exception, # raised for one image
 )->str:
-    "An error without the number of the image, which means nothing to whoever sent it."
+    "An error without the number of the image, which means nothing to whoever sent it; UTF-8 can hold it."
     text = str(e) or type(e).__name__
     for word in 'image 0: ', 'image: ', 'prompt 0: ', 'prompt: ': text = text.removeprefix(word)
-    return text
+    return text.encode('utf-8', 'backslashreplace').decode()
 
 @patch
 def _lane(self:Batcher, family, names:list, q:Question, tokens:int)->Lane:
@@ -442,8 +442,9 @@ def _is_steady(self:Batcher, lane:Lane, size:int, image_size:tuple)->bool:
     "Whether the rows of a pass have the bits of the lane's first pass, at any place and next to anyone."
     different = lane.first-1
     if lane.told is None: lane.told = self._noise(lane, lane.first, image_size, list(range(different)))
-    turns = range(different) if size==lane.first else (0, different//2)
-    orders = [[(k+turn)%different for k in range(size-1)] for turn in turns]
+    backwards = [-k%different for k in range(size-1)]
+    turned = [[(k+turn)%different for k in range(different)] for turn in range(different)]
+    orders = turned if size==lane.first else [backwards]
     for order in [*orders, [0]]:
         again = self._noise(lane, size, image_size, order)
         for n in lane.names:

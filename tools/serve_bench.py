@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 IMAGES = 48   # that differ
-SLICE = 10    # seconds before the clients turn to the other service
+SLICE = 30    # seconds until the clients turn to the other service
 RATIO = 2     # of the rates that batching must reach
 WAYS = dict(single=dict(budget=1), batched={})  # arguments of the batcher
 
