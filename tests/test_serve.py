@@ -267,6 +267,7 @@ def test_addresses_of_allowed_hosts():
         def do_GET(self):
             self.send_response(302 if 'away' in self.path else 200 if 'here' in self.path else 404)
             if 'away' in self.path: self.send_header('Location', 'http://127.0.0.1:1/here')
+            if 'packed' in self.path: self.send_header('Content-Encoding', 'gzip')
             self.end_headers()
             self.wfile.write(PICTURES[0]*(1000 if 'large' in self.path else 1))
 
@@ -281,12 +282,14 @@ def test_addresses_of_allowed_hosts():
         def send(images): return httpx.post(f'{server.url}/v1/rewards', content=json.dumps(dict(prompts='x', images=images)), trust_env=False, timeout=60).json()
         answer = send(addresses)
         large = send([f'http://{here}/here-large'])
+        packed = send([f'http://{here}/here-packed'])
         many = send([f'http://{here}/here{k}' for k in range(2*100_000//len(PICTURES[0]))])
         surrogate = httpx.post(f'{server.url}/v1/rewards', content=json.dumps(dict(prompts='x', images=['?'], rewards=['\ud800'])), trust_env=False)
     assert answer['rewards']['width'] == [64.]+[None]*8
     for error, text in zip(answer['errors'][1:], ('302', '404', 'not fetched from')): assert text in error
     assert all(len(error) < 700 for error in answer['errors'][1:]), 'an address is not sent back at length'
     assert 'more than 100,000 bytes' in large['errors'][0]
+    assert 'sends it packed (gzip)' in packed['errors'][0]
     came = [e is None for e in many['errors']]
     assert any(came) and not all(came), 'the images of a request have one budget'
     assert surrogate.status_code == 404

@@ -6,8 +6,9 @@
 Two services run side by side, one of which gives every image a pass of its own. The clients turn from one to the other every few
 seconds, so that whatever else the machine does slows both. Every answer must be the score that the image has alone, bit for bit.
 """
-import argparse, asyncio, base64, io, signal, subprocess, sys
+import argparse, asyncio, base64, io, os, signal, subprocess, sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class Server:
     reward: str
     took: list = field(default_factory=list)   # seconds of each answer
     seconds: float = 0.
+    cpu: float = 0.  # seconds of the service's process
     wrong: int = 0
     failed: int = 0
 
@@ -65,9 +67,18 @@ class Server:
             said = [http.post('/v1/rewards', json=dict(prompts=[p], images=[im], rewards=[self.reward])).json() for p, im in some]
         return [(p, im, answer['rewards'][self.reward][0]) for (p, im), answer in zip(some, said)]
 
+    def used(self):
+        "CPU seconds of the process so far; NaN where the system does not say."
+        stat = Path(f'/proc/{self.process.pid}/stat')
+        if not stat.exists(): return float('nan')
+        user, system = stat.read_text().rpartition(')')[2].split()[11:13]
+        return (int(user)+int(system))/os.sysconf('SC_CLK_TCK')
+
     def load(self, known, clients, seconds):
         from llava_reward_nb.serve import load
+        before = self.used()
         point = asyncio.run(load(self.url, known, self.reward, clients, seconds))
+        self.cpu += self.used()-before
         self.took += point.took
         self.seconds += point.seconds
         self.wrong += point.wrong
@@ -91,13 +102,13 @@ def main():
     with Server('single', args.reward) as single, Server('batched', args.reward) as batched:
         known = {server.way: server.alone(some) for server in (single, batched)}
         for server in (single, batched): server.load(known[server.way], args.clients, 1)  # the passes that look whether neighbours matter
-        for server in (single, batched): server.took, server.seconds = [], 0.
+        for server in (single, batched): server.took, server.seconds, server.cpu = [], 0., 0.
         while batched.seconds < args.seconds:
             for server in (single, batched): server.load(known[server.way], args.clients, min(SLICE, args.seconds))
         for server in (single, batched):
             p = server.point(args.clients)
             print(f'{server.way}: {p.answered:,} answers in {p.seconds:.0f} s, {p.wrong} wrong, {p.failed} failed; {p.rate:.1f} a second, '
-                  f'p50 {p.p50:.2f} s, p90 {p.p90:.2f} s, p99 {p.p99:.2f} s', flush=True)
+                  f'p50 {p.p50:.2f} s, p90 {p.p90:.2f} s, p99 {p.p99:.2f} s; CPU {1000*server.cpu/p.answered:.1f} ms for each', flush=True)
         ratio = batched.point(args.clients).rate/single.point(args.clients).rate
         right = not any(server.wrong or server.failed for server in (single, batched))
         print(f"{args.clients} clients: batches answer {ratio:.2f} x as many; at least {RATIO} x: {'yes' if ratio >= RATIO else 'no'}; "
