@@ -154,7 +154,8 @@ def records(tmp_path_factory):
 
 @pytest.mark.parametrize('name', ['qwen2_5_vl', 'llava_next', 'qwen3_vl', 'gemma3'])
 def test_training(folder, records, name, tmp_path):
-    from llava_reward_nb.trainer import RewardConfig, train_perspective
+    from llava_reward_nb.trainer import train_perspective
+    from llava_reward_nb.config import RewardConfig
     rm = RewardModel(load_backbone(folder(name)), str(folder(name)))
     rm.add_perspective('bright', lora_rank=4, lora_alpha=8, lora_dropout=0.)
     before = {k: p.detach().clone() for k, p in [*rm._tensors('bright').items(), *rm.heads['bright'].named_parameters()]}
