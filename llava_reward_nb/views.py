@@ -110,7 +110,7 @@ def bar_html(
 # %% ../nbs/1_foundations/109_html.ipynb #9a543463
 def grid_html(
     cells:list,     # HTML of each
-    width:int=150,  # of a cell, pixels
+    width:int=170,  # of a cell, pixels
 )->str: # HTML
     "Boxes beside each other, as many as there is room for."
     style = (f'display:inline-block;vertical-align:top;width:{width}px;margin:0 12px 12px 0;'

@@ -373,7 +373,7 @@ def reports(tmp_path_factory):
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-@pytest.mark.parametrize('name,pictures', dict(score=3, compare=2, rank=3, steer=2, eval=4, table=0).items())
+@pytest.mark.parametrize('name,pictures', dict(score=3, compare=2, rank=3, steer=2, eval=0, table=0).items())
 def test_pages_of_commands(name, pictures, scheme, reports, window):
     "Every picture is shown, text is text, nothing is wider than a small window, and nothing is asked of anybody."
     page = window.page

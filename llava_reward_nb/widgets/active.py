@@ -138,7 +138,8 @@ class Practice(View):
         steps = ', '.join(f'{a} after {n}' for n,a in self.curve) or 'no answers are held out yet'
         was = f'; the model as it was: {self.before}' if self.before.n else ''
         spread = f'; {_spread(self.curve[-1][1])}' if self.curve else ''
-        return f'{self.name}, trained on {self.records} answers; agreement with others: {steps}{was}{spread}'
+        agreed = f'agreement with answers held out, by updates: {steps}{was}{spread}'
+        return f'{self.name}, trained on {self.records} answers; {agreed}'
 
     def html(self)->str:
         "The words, and the agreement with answers held out as a curve."
@@ -153,7 +154,8 @@ class Practice(View):
         "The agreement with answers held out."
         import matplotlib.pyplot as plt
         fig,ax = plt.subplots(figsize=(4,2.2), dpi=80, layout='constrained')
-        ax.plot([n for n,_ in self.curve], [a.agreed/a.n if a.n else math.nan for _,a in self.curve], marker='o')
+        shares = [a.agreed/a.n if a.n else math.nan for _,a in self.curve]
+        ax.plot([n for n,_ in self.curve], shares, marker='o')
         ax.axhline(.5, color='.6', ls='--', lw=1, label='a coin')
         ax.set(title=self.name, xlabel='updates', ylabel='agreement', ylim=(0,1.05))
         ax.legend(fontsize=7)

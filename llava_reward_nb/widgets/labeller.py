@@ -206,7 +206,8 @@ def state_html(self:Desk)->str:
     s = self.session
     lines = [_line(self.progress_line())]
     waiting = f'{len(s.unsaved)} answers wait in memory' if s.unsaved else 'the records wait'
-    if s.trouble: lines.append(_line(f'not on the disk: {s.trouble}; {waiting} and go with the next one', 'lr-bad'))
+    full = f'not on the disk: {s.trouble}; {waiting} and go with the next one'
+    if s.trouble: lines.append(_line(full, 'lr-bad'))
     if s.is_late: lines.append(_line('another window had answered that pair; its answer stands'))
     for worker in (self.worker, self.maker):
         if worker.error: lines.append(_line(worker.error, 'lr-bad'))
@@ -231,11 +232,13 @@ def question_html(self:Desk)->str:
     def side(act):
         image = f'<div class="lr-frame"><img class="lr-sharp" alt="{act} image" data-picture="{act}"></div>'
         said = f'data-act="{act}" data-value="{asked}" role="button" tabindex="0"'
-        return f'<div><div class="lr-big" {said} aria-label="choose the {act} image">{image}</div>{button(act)}</div>'
+        big = f'<div class="lr-big" {said} aria-label="choose the {act} image">{image}</div>'
+        return f'<div>{big}{button(act)}</div>'
     ask = f'Which is better: <b>{html.escape(q.perspective)}</b>?'
     return (f'<div class="lr-prompt" data-shows="{asked}">{text_html(q.pair.prompt, 1000)}</div>'
             f'<div>{ask}</div><div class="lr-pair">{side("left")}{side("right")}</div>'
-            f'<div class="lr-tools">{button("tie")}{button("skip")}{button("undo")}</div>{self.progress_html()}')
+            f'<div class="lr-tools">{button("tie")}{button("skip")}{button("undo")}</div>'
+            f'{self.progress_html()}')
 
 @patch
 def page_html(self:Desk)->str:

@@ -62,8 +62,8 @@ class Drop:
         if self.of<self.found: parts.append(
             f"the first {self.of:,} of {self.found:,} files were taken; type the folder's path to take all")
         if self.refused:
-            n = len(self.refused)
-            parts.append(self.refused[0] if n==1 else f'{n:,} files cannot be used, such as {self.refused[0]}')
+            n,why = len(self.refused),self.refused[0]
+            parts.append(why if n==1 else f'{n:,} files cannot be used, such as {why}')
         return '; '.join(parts)
 
 # %% ../../nbs/9_doors/920_playground.ipynb #75e270f3

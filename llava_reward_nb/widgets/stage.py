@@ -335,7 +335,8 @@ STYLE = '''
 .lr-hint { color: var(--jp-content-font-color2, #5a606b); font-size: 12px; }
 .lr-bad { color: var(--jp-error-color1, #c62828); }
 .lr-prompt { font-size: 16px; overflow-wrap: anywhere; max-height: 6.2em; overflow-y: auto; }
-.lr-stage progress { width: 100%; max-width: 648px; height: 6px; accent-color: var(--jp-brand-color1, #1976d2); }
+.lr-stage progress { width: 100%; max-width: 648px; height: 6px;
+  accent-color: var(--jp-brand-color1, #1976d2); }
 .lr-stage svg { max-width: 100%; }
 '''
 
