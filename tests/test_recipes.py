@@ -7,7 +7,7 @@ from llava_reward_nb.core import InputError
 from llava_reward_nb.generic import load_backbone
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.recipes import files, plan
-from llava_reward_nb.trainer import RewardConfig
+from llava_reward_nb.config import RewardConfig
 from PIL import Image
 from test_sources import homes  # noqa: F401
 

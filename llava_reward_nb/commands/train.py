@@ -279,7 +279,8 @@ def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, w
     from llava_reward_nb.batches import training_loss
     from llava_reward_nb.data import check_fit
     from llava_reward_nb.model import RewardModel, saved_config
-    from llava_reward_nb.trainer import check_plan, check_records
+    from llava_reward_nb.trainer import check_records
+    from llava_reward_nb.config import check_plan
     sets,_ = _checked(_load_sets, (recipe, None))
     args = recipe.training
     config = None if start.folder else recipe.perspective

@@ -21,7 +21,7 @@ from ..core import InputError, as_path
 from ..docments import document
 from ..files import atomic_path
 from ..model import PerspectiveConfig
-from ..trainer import RewardConfig
+from ..config import RewardConfig
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #ff3b6b6b
 @dataclass

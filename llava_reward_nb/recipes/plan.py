@@ -26,7 +26,7 @@ from ..docments import document
 from ..generic import backbone_class, load_processor
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
-from ..trainer import RewardConfig, planned_updates
+from ..config import RewardConfig, planned_updates
 from ..weights import how_to_fetch, hub_folder
 
 # %% ../../nbs/7_scale/705_plan.ipynb #03f19356

@@ -18,7 +18,8 @@ from ..generic import load_backbone
 from ..model import PerspectiveConfig, RewardModel
 from ..shapes.records import alignment_pairs
 from .mllm import kept
-from ..trainer import RewardConfig, train_perspective
+from ..trainer import train_perspective
+from ..config import RewardConfig
 
 # %% ../../nbs/8_tiny/812_cycles.ipynb #945469db
 STYLES = dict(red=(220,40,40), green=(40,180,60), blue=(50,80,230)) # each beats the next, the last the first

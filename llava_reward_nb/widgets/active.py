@@ -22,7 +22,8 @@ from ..docments import document
 from ..model import RewardModel
 from ..stats import interval, mean
 from ..store import text_hash
-from ..trainer import RewardConfig, train_perspective
+from ..trainer import train_perspective
+from ..config import RewardConfig
 from ..views import View, curves_html, text_html
 from .judge import cycles, look_each, pair_doubts
 from .session import Agreement, LabelSession, label_records

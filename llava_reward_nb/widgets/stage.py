@@ -286,6 +286,7 @@ STYLE = '''
 .lr-stage:focus, .lr-stage [data-act]:focus-visible {
   outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: -2px; }
 .lr-stage button:focus-visible { outline-offset: 1px; }
+.lr-stage .lr-card:focus-visible { outline-style: dashed; outline-offset: 1px; }
 .lr-over { background: rgba(33,150,243,.2); }
 .lr-picker { display: none; }
 .lr-body { display: flex; flex-direction: column; gap: 8px; }
