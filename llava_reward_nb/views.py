@@ -388,6 +388,7 @@ def draw_pictures(
     plt.close(fig)
     return fig
 
+# %% ../nbs/1_foundations/109_html.ipynb #cca9fdc4
 @patch
 def plot(self:Gallery,
     n:int=12, # most to be shown
