@@ -512,10 +512,9 @@ def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, ray):
   llava_reward_score renders/ --prompt "a red circle" --perspective alignment fidelity --out scores.csv
   llava_reward_score --table items.csv --out scores.parquet --skip-bad
   llava_reward_score --table metadata.jsonl --image-column file_name --prompt-column text --out scores.jsonl
-  llava_reward_score photo.jpg --perspective safety
+  llava_reward_score photo.jpg --perspective safety --html scores.html
   llava_reward_score a.png --prompt "a red circle" --model me/rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
-  llava_reward_score renders/ --prompt "a red circle" --html scores.html
   llava_reward_score shards/ items.parquet me/renders --reward tiny/alignment tiny-clip --out scores/
 
 A table has a column of images (paths, relative to the table, or the images themselves) and one of prompts,

@@ -158,6 +158,7 @@ def agreement(self:Desk,
     keys = {x.pair for x in self.session.labels}
     return agreement(self.session.turned(), perspective, self.reader.leanings(self.column(perspective), keys))
 
+# %% ../../nbs/9_doors/921_labeller.ipynb #15a817b9
 @patch
 def train(self:Desk,
     updates:int=24, # for each perspective

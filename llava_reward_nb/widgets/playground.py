@@ -134,6 +134,7 @@ def _put(self:Board, images:list): # of (image, name or None)
             self.given += 1
     self.note = self._count()
 
+# %% ../../nbs/9_doors/920_playground.ipynb #f14b6f6d
 @patch
 def expect(self:Board,
     of:int,    # files that come
@@ -403,7 +404,7 @@ def _tools(self:Board)->str:
             _button('clear', 'Clear', title='take all images off')]
     stop = [_button('stop', 'Stop', title='stop scoring')] if self.scorer.is_busy else []
     groups = [''.join(group) for group in (orders, turn, keep, stop) if group]
-    gap = '<span class="lr-gap"></span>'
+    gap = '<span style="width:12px"></span>'
     return f'<div class="lr-tools">{gap.join(groups)}</div>'
 
 def tiny_doubt(

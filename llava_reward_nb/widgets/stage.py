@@ -170,6 +170,10 @@ async function send(found) {
     }
   }
 }
+'''
+
+# %% ../../nbs/9_doors/919_stage.ipynb #3957392c
+_DROPS = '''
 let last = Promise.resolve();
 const deliver = files => {
   last = last.then(async () => send(await files)).catch(error => tell('drop', '0', String(error)));
@@ -199,7 +203,7 @@ const picker = document.createElement('input');
 picker.type = 'file';
 picker.multiple = true;
 picker.accept = 'image/*';
-picker.className = 'lr-picker';
+picker.hidden = true;
 picker.addEventListener('change', () => { deliver([...picker.files]); picker.value = ''; });
 const takes = event => model.get('takes_files') && [...(event.dataTransfer?.types ?? [])].includes('Files');
 const over = is => root.classList.toggle('lr-over', is);
@@ -263,7 +267,7 @@ root.tabIndex = 0;
 root.dataset.lmSuppressShortcuts = 'true';
 root.setAttribute('role', 'group');
 root.setAttribute('aria-label', model.get('label'));
-{_EVENTS}{_FILES}{_DRAW}
+{_EVENTS}{_FILES}{_DROPS}{_DRAW}
 root.append(body, picker);
 el.append(root);
 draw();
@@ -288,11 +292,9 @@ STYLE = '''
 .lr-stage button:focus-visible { outline-offset: 1px; }
 .lr-stage .lr-card:focus-visible { outline-style: dashed; outline-offset: 1px; }
 .lr-over { background: rgba(33,150,243,.2); }
-.lr-picker { display: none; }
 .lr-body { display: flex; flex-direction: column; gap: 8px; }
 .lr-body p { margin: 0; }
 .lr-tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
-.lr-gap { width: 12px; }
 .lr-stage button[data-act] { padding: 3px 10px; color: inherit; border-radius: 3px;
   border: 1px solid var(--jp-border-color1, #b0b4ba); background: var(--jp-layout-color1, #fff);
   font: inherit; cursor: pointer; }
