@@ -1,7 +1,7 @@
 "Recipes: from every source to a scored perspective by one command, the files of the package, the plan against what really runs."
 import csv, json
 
-import families, pytest, torch
+import families, pytest
 from llava_reward_nb.commands.score import llava_reward_score
 from llava_reward_nb.commands.train import llava_reward_train
 from llava_reward_nb.core import InputError
