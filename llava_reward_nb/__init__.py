@@ -14,7 +14,8 @@ _NAMES = {  # name: the module that defines it
     'MODELS': 'weights',
     **dict.fromkeys(('show', 'show_pairs'), 'views'),
     **dict.fromkeys(('RewardModel', 'PerspectiveConfig'), 'model'),
-    **dict.fromkeys(('RewardConfig', 'RewardTrainer', 'train_perspective'), 'trainer'),
+    'RewardConfig': 'config',
+    **dict.fromkeys(('RewardTrainer', 'train_perspective'), 'trainer'),
     **dict.fromkeys(('RewardRecords', 'load_records'), 'data'),
     **dict.fromkeys(('load_reward', 'score_all'), 'rewards'),
     **dict.fromkeys(('SteerConfig', 'SteeringError', 'fk_steer', 'load_pipeline', 'steer'), 'steering'),
@@ -30,7 +31,7 @@ _MOVED = {  # where modules of the time before 0.1.0 went
     **{n: f'evaluation.{n}' for n in ('geneval', 'benchmarks', 'tables', 'signs')},
     'tiny_diffusion': 'tiny.diffusion', 'tiny_metrics': 'tiny.metrics', 'guidance': 'tiny.guidance',
 }
-_DIVIDED = {'core': ['files', 'weights']}  # modules of the time before 0.1.0, and those that took over some of their names
+_DIVIDED = {'core': ['files', 'weights'], 'trainer': ['config', 'batches']}  # modules of the time before 0.1.0, and those that took over some of their names
 
 
 def _public(path):

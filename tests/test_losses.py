@@ -10,7 +10,8 @@ from llava_reward_nb.losses import (LOSSES, balanced_weights, bt_loss, bt_prob, 
                                     gauss_loss, gauss_prob, gp_loss, gp_prob, gp_score, make_loss, pl_loss)
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.shapes.records import alignment_pairs, safety_labels
-from llava_reward_nb.trainer import RewardConfig, RewardTrainer
+from llava_reward_nb.trainer import RewardTrainer
+from llava_reward_nb.config import RewardConfig
 from llava_reward_nb.weights import MODELS
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'losses.json').read_text())

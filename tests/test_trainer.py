@@ -12,8 +12,9 @@ from llava_reward_nb.data import load_records
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from llava_reward_nb.phi3v import Phi3VModel
 from llava_reward_nb.shapes.records import alignment_pairs, safety_labels, write_records
-from llava_reward_nb.trainer import (RewardConfig, RewardTrainer, label_metrics, pairwise_accuracy,
-    planned_updates, train_perspective)
+from llava_reward_nb.trainer import RewardTrainer, train_perspective
+from llava_reward_nb.config import RewardConfig, planned_updates
+from llava_reward_nb.batches import label_metrics, pairwise_accuracy
 from llava_reward_nb.guards import checkpoints
 
 TOL = dict(atol=2e-5, rtol=0)

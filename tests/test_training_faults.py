@@ -13,7 +13,8 @@ from llava_reward_nb.guards import checkpoints, clear_drafts, last_checkpoint
 from llava_reward_nb.model import RewardModel
 from llava_reward_nb.shapes.records import alignment_pairs, write_records
 from llava_reward_nb.store import file_hash, folder_lock
-from llava_reward_nb.trainer import RewardConfig, RewardTrainer, train_perspective
+from llava_reward_nb.trainer import RewardTrainer, train_perspective
+from llava_reward_nb.config import RewardConfig
 from llava_reward_nb.weights import MODELS
 
 # processes that have imported everything before they are forked, and have computed nothing

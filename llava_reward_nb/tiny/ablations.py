@@ -19,7 +19,8 @@ from ..model import PerspectiveConfig, RewardModel
 from ..shapes.records import fidelity_pairs
 from ..stats import interval, mean
 from .mllm import kept
-from ..trainer import RewardConfig, RewardTrainer
+from ..trainer import RewardTrainer
+from ..config import RewardConfig
 
 # %% ../../nbs/8_tiny/807_ablations.ipynb #03ef7b73
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Variant:
     "One change of the usual training."
     config:dict = field(default_factory=dict) # fields of `PerspectiveConfig`
     recipe:dict = field(default_factory=dict) # fields of `RewardConfig`
-    frozen_projector:bool = False             # leave the projector as it is in the base
 
 USUAL = 'usual'
 VARIANTS = { # name -> what it changes
@@ -36,7 +36,7 @@ VARIANTS = { # name -> what it changes
     'GPM': Variant(dict(loss='gpm', dim=2)),
     'rank 4': Variant(recipe=dict(lora_rank=4, lora_alpha=8)),
     'rank 64': Variant(recipe=dict(lora_rank=64, lora_alpha=128)),
-    'projector frozen': Variant(frozen_projector=True),
+    'projector frozen': Variant(recipe=dict(train_projector=False)),
     '4 crops': Variant(dict(num_crops=4))}
 
 # %% ../../nbs/8_tiny/807_ablations.ipynb #510d5b38
@@ -50,10 +50,6 @@ def _new_perspective(
     torch.manual_seed(args.seed)
     config = PerspectiveConfig(**variant.config)
     model.add_perspective('fidelity', config, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    if variant.frozen_projector:
-        for name in model.backbone.projectors:
-            for p in model.backbone.model.get_submodule(name).parameters():
-                if p.requires_grad: p.register_hook(torch.zeros_like)
     return model
 
 # %% ../../nbs/8_tiny/807_ablations.ipynb #b732c42c

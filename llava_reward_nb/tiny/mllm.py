@@ -39,7 +39,8 @@ from ..shapes.scenes import KINDS, describe, sample_prompt, scene_for, statement
 from ..shapes.prompts import VOCAB, make_prompt, relation_of
 from llava_reward_nb.shapes.records import (alignment_pair, alignment_pairs, fidelity_pairs, overall_pairs,
     safety_labels)
-from ..trainer import RewardConfig, train_perspective
+from ..trainer import train_perspective
+from ..config import RewardConfig
 
 # %% ../../nbs/8_tiny/800_mllm.ipynb #acbaed25
 _ENDS_LINE = ('<|assistant|>', '<|system|>', '<|end|>', '<|user|>') # these swallow the newline after them
