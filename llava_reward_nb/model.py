@@ -1332,8 +1332,9 @@ def _without_adapters(self:RewardModel):
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
     model = self.backbone.model
-    worn = {path:m for path,m in model.named_modules() if isinstance(m, (BaseTunerLayer,ModulesToSaveWrapper))}
-    bare = {path:m.base_layer if isinstance(m, BaseTunerLayer) else m.original_module for path,m in worn.items()}
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    worn = {path:m for path,m in model.named_modules() if isinstance(m, kinds)}
+    bare = {path:getattr(m, 'base_layer', None) or m.original_module for path,m in worn.items()}
     with self.lock:
         try:
             for path,m in bare.items(): model.set_submodule(path, m)
