@@ -9,7 +9,6 @@ __all__ = ['Member', 'shared_items', 'JointRecords', 'JointCollator', 'JointTrai
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -37,8 +36,8 @@ class Member:
     index:int        # in the records of the perspective
     images:frozenset # keys of its images
 
-def _home_of(member:Member, items:list, holders:dict)->int|None: # number of an item
-    "The first item that shows a record's images and has no such record of its perspective; None: there is none."
+def _home_of(member:Member, items:list, holders:dict)->int|None: # number of an item; None: there is none
+    "The first item that shows a record's images, and has no such record of its perspective yet."
     found = set.intersection(*[set(holders.get(key, ())) for key in member.images])
     for i in sorted(found):
         rivals = [m for m in items[i] if m.perspective==member.perspective and m.images==member.images]
@@ -115,7 +114,7 @@ class JointCollator:
 
     def __call__(self,
         items:list, # lists of records, as `JointRecords` has them; or records
-    )->dict: # tensors of all images, 'parts' and 'items' (b,): numbers of the items, -1 where they only fill
+    )->dict: # tensors of all images; parts; places (b,): numbers of the items, -1 where they fill
         "One batch; `parts` has tokens, rows, truth and places of each perspective that occurs."
         records = [r for item in items for r in (item if isinstance(item, list) else [item])]
         with warnings.catch_warnings():
@@ -142,7 +141,7 @@ class JointCollator:
 
 # %% ../nbs/3_paper/315_together.ipynb #072a519a
 class JointTrainer(RewardTrainer):
-    "Trains several perspectives of a model at once; ValueError if records do not fit, or are for none of them."
+    "Trains several perspectives of a model at once; ValueError if records do not fit them."
     def names_of(self,
         model:RewardModel, # with perspectives
         records,           # perspective -> records to train on
@@ -153,8 +152,9 @@ class JointTrainer(RewardTrainer):
             "alone, use RewardTrainer")
         unknown = [name for name in records if name not in model.configs]
         if unknown: raise ValueError(
-            f"records are for {unknown[0]!r}, and the model has {', '.join(model.configs) or 'no perspective'}; "
-            "add it first, see add_perspective, or call train_together")
+            f"records are for {unknown[0]!r}, and the model has "
+            f"{', '.join(model.configs) or 'no perspective'}; add it first, see add_perspective, or call "
+            "train_together")
         return list(records)
 
     def own(self,
@@ -190,10 +190,11 @@ def compute_loss(self:JointTrainer,
     model,                     # the model, possibly wrapped
     inputs:dict,               # a batch: of `JointCollator`, or of one perspective that is evaluated
     return_outputs:bool=False, # give the head vectors too
-    num_items_in_batch=None,   # items of the update; infinite where a batch only fills; None: this batch alone
+    num_items_in_batch=None,   # items of the update, infinite if this batch only fills; None: it is alone
 ): # loss () [, head vectors by perspective]
     "The sum of the perspectives' losses, each its share of the update."
-    if 'parts' not in inputs: return RewardTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+    if 'parts' not in inputs:
+        return RewardTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
     parts = inputs['parts']
     for_model = {name:{k:v for k,v in part.items() if k not in _OUTSIDE} for name,part in parts.items()}
     images = {k:v for k,v in inputs.items() if k!='parts'}
@@ -205,8 +206,13 @@ def compute_loss(self:JointTrainer,
         mean = batch_loss(loss, vectors[name], truth, part.get('points'))
         share = 1. if num_items_in_batch is None else self._share(name, len(truth), num_items_in_batch)
         total = total+mean*share
-        if model.training: self.seen[name] = [self.seen[name][0]+mean.detach()*share, self.seen[name][1]+share]
+        if model.training: self._note_loss(name, mean.detach(), share)
     return (total, vectors) if return_outputs else total
+
+@patch
+def _note_loss(self:JointTrainer, name:str, mean, share:float):
+    total,updates = self.seen[name]
+    self.seen[name] = [total+mean*share, updates+share]
 
 @patch
 def _share(self:JointTrainer, name:str, n:int, items)->float:
@@ -221,8 +227,10 @@ def get_batch_samples(self:JointTrainer,
 )->tuple: # list of batches, items in them (of all processes: their mean)
     "The batches of one update; counts the records of each perspective in it."
     batches,items = RewardTrainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-    def mine(name): return sum(int((b['parts'][name]['places']>=0).sum()) for b in batches if name in b['parts'])
-    counts = torch.tensor([mine(name) for name in self.names], dtype=torch.float64, device=device)
+    counts = torch.zeros(len(self.names), device=device)
+    for batch in batches:
+        for name,part in batch['parts'].items():
+            counts[self.names.index(name)] += int((part['places']>=0).sum())
     if self.args.world_size>1: counts = self.accelerator.gather(counts[None]).mean(0)
     self.counts = dict(zip(self.names, counts.tolist()))
     return batches, items
@@ -256,7 +264,9 @@ def evaluate(self:JointTrainer,
     for name,records in sets.items():
         with self._attending(name):
             metrics |= RewardTrainer.evaluate(self, records, metric_key_prefix=f'{metric_key_prefix}_{name}')
-    def known(metric): return [metrics[k] for n in sets if (k := f'{metric_key_prefix}_{n}_{metric}') in metrics]
+    def known(metric):
+        named = [f'{metric_key_prefix}_{name}_{metric}' for name in sets]
+        return [metrics[k] for k in named if k in metrics]
     accuracies = known('accuracy')
     whole = {f'{metric_key_prefix}_loss':sum(known('loss'))}
     if accuracies: whole[f'{metric_key_prefix}_accuracy'] = sum(accuracies)/len(accuracies)
@@ -271,7 +281,8 @@ def log(self:JointTrainer,
 ):
     "Note numbers; with the loss of the updates since the last time, that of each perspective."
     if 'loss' in logs:
-        told = torch.tensor([[float(x) for x in self.seen[name]] for name in self.names], device=self.args.device)
+        seen = [[float(x) for x in self.seen[name]] for name in self.names]
+        told = torch.tensor(seen, device=self.args.device)
         if self.args.world_size>1: told = self.accelerator.gather(told[None]).sum(0)
         for name,(total,updates) in zip(self.names, told.tolist()):
             if updates: logs[f'{name}_loss'] = total/updates
@@ -339,7 +350,8 @@ def train_together(
         f"{extra[0]!r} has no records to train on; there are records for {', '.join(records)}")
     known = {name:_config_for(name, r, configs, model) for name,r in records.items()}
     check_plan(JointRecords(records), args)
-    for name,r in records.items(): check_run(model, name, known[name], args, r, (eval_records or {}).get(name))
+    held = eval_records or {}
+    for name,r in records.items(): check_run(model, name, known[name], args, r, held.get(name))
     set_seed(args.seed)
     further = [name for name in records if name in model.configs]
     for name in records:

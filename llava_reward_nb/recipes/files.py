@@ -58,6 +58,7 @@ class Recipe:
     data:DataConfig = field(default_factory=DataConfig)
     perspective:PerspectiveConfig = None # None: Bradley-Terry for pairs, classification for labels
     training:RewardConfig = None
+    perspectives:dict = field(default_factory=dict) # name -> `Recipe`, where several are trained in one run
     settings:dict = field(default_factory=dict, repr=False) # (section, name) -> value, as it was named
 
 _OURS = { # section -> its class, and fields of it that a recipe does not set, with what does
@@ -68,7 +69,7 @@ _OURS = { # section -> its class, and fields of it that a recipe does not set, w
     'training': (RewardConfig, dict(output_dir='out', use_cpu='device: cpu', local_rank='torchrun',
                                     do_train='the command', do_eval='data.eval', do_predict='the command',
                                     resume_from_checkpoint='--resume'))}
-_TOP = tuple(f.name for f in fields(Recipe) if f.name not in (*_OURS, 'settings'))
+_TOP = tuple(f.name for f in fields(Recipe) if f.name not in (*_OURS, 'perspectives', 'settings'))
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #97b70b74
 @lru_cache
@@ -201,6 +202,9 @@ def _settings_of(tree, where:str)->dict: # (section, name) -> value
         f"{where}: is {tree!r:.40}; a recipe is a mapping of settings, such as `base: tiny`")
     out = {}
     for key,value in tree.items():
+        if key=='perspectives':
+            out |= _perspective_settings(value, where)
+            continue
         if key in _OURS:
             if value is not None and not isinstance(value, dict): raise InputError(
                 f"{where}: {key} is {value!r:.40}; it is a section, with settings below it")
@@ -211,10 +215,35 @@ def _settings_of(tree, where:str)->dict: # (section, name) -> value
             out[place] = fit_value(v, _hint_of(*place), f'{where}: {k}')
     return out
 
+def _perspective_settings(tree, where:str)->dict: # ('perspectives', name) -> its settings
+    "The section `perspectives`: for each name a mapping with the settings of its own."
+    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()): raise InputError(
+        f"{where}: perspectives is {tree!r:.40}; it maps the name of each perspective to settings of its "
+        "own, such as `safety: {train: labels.csv, loss: cls}`")
+    found = {}
+    for name,inner in tree.items():
+        settings = _settings_of(inner, f'{where}: perspectives.{name}')
+        for place in settings: _check_own(place, f'{where}: perspectives.{name}')
+        found['perspectives',str(name)] = settings
+    return found
+
+def _check_own(place:tuple, where:str):
+    "`InputError` for a setting that all perspectives of a run have in common."
+    section,name = place
+    if section not in ('data', 'perspective'): raise InputError(
+        f"{where}.{name}: all perspectives of a run share it; set {name} at the top")
+
 def _override(text:str)->tuple: # ((section, name), value)
     "A setting from the command line."
     key,equals,raw = text.partition('=')
     if not equals: raise InputError(f"{text!r}: a setting is written key=value, such as learning_rate=1e-4")
+    if key.startswith('perspectives.'):
+        name,dot,own = key.removeprefix('perspectives.').partition('.')
+        if not dot: raise InputError(
+            f"{key}: write perspectives.NAME.SETTING=value, such as perspectives.{name}.train=pairs.csv")
+        place,value = _override(f'{own}={raw}')
+        _check_own(place, f'perspectives.{name}')
+        return ('perspectives',name), {place:value}
     place = find_key(key.strip())
     hint = _hint_of(*place)
     is_word = str in _choices(hint) and raw not in ('null', '~', '') and raw[0] not in '[{'
@@ -420,8 +449,9 @@ def resolve(
     elsewhere:bool=False, # to look at: the run may be for a GPU that is not here
 )->Recipe:
     "A whole recipe; `InputError` for anything that cannot be trained."
-    parts = {section:{} for section in ('', *_OURS)}
+    parts = {section:{} for section in ('', *_OURS, 'perspectives')}
     for (section,name),value in settings.items(): parts[section][name] = value
+    if parts['perspectives']: return _several(settings, parts, elsewhere)
     recipe = Recipe(**parts[''], data=DataConfig(**parts['data']), settings=dict(settings))
     _check_data(recipe.data)
     kind = _check_kinds(recipe.data)
@@ -439,6 +469,20 @@ def resolve(
         "honour; use one of those with a whole model on each GPU, such as ddp-4")
     return recipe
 
+def _several(settings:dict, parts:dict, elsewhere:bool)->Recipe:
+    "A recipe of several perspectives: each is a recipe of its own, and they share the rest."
+    for section,name in ('data','train'), ('data','eval'), ('','name'), ('','start'):
+        if name in parts[section]: raise InputError(
+            f"{name} stands at the top, and the run trains {', '.join(parts['perspectives'])}; "
+            f"{'set it for each of them' if section else 'leave it out'}")
+    shared = {place:value for place,value in settings.items() if place[0]!='perspectives'}
+    found = {name:resolve({**shared, **own, ('','name'):name}, elsewhere)
+             for name,own in parts['perspectives'].items()}
+    recipe = Recipe(**parts[''], data=DataConfig(**parts['data']), settings=dict(settings))
+    recipe.perspectives = found
+    recipe.training = next(iter(found.values())).training
+    return recipe
+
 def read_recipe(
     spec=None,     # name of a recipe of the package, or a .yaml file; None: an empty recipe
     overrides=(),  # strings 'key=value'
@@ -450,7 +494,9 @@ def read_recipe(
     if spec is not None:
         path = recipe_file(spec)
         found = _settings_of(read_yaml(path.read_text(encoding='utf-8'), str(path)), str(path))
-    found |= dict(map(_override, overrides))
+    for place,value in map(_override, overrides):
+        several = place[0]=='perspectives'
+        found[place] = {**found.get(place, {}), **value} if several else value
     return resolve(found|(settings or {}), elsewhere)
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #1087d3b5
@@ -468,12 +514,16 @@ def recipe_tree(
     out = {name:getattr(recipe, name) for name in _TOP if getattr(recipe, name) not in (None, '')}
     for section,(_,taken) in _OURS.items():
         own = getattr(recipe, section)
+        if own is None or section=='data' and recipe.perspectives: continue
         named = {name for s,name in recipe.settings if s==section}
         chosen = [f.name for f in fields(own) if f.name in named or f.name in _KEPT.get(section, ())]
         out[section] = {name:getattr(own, name) for name in chosen if name not in taken}
     if recipe.start: # the saved perspective has these
         del out['perspective']
         for name in ('lora_rank','lora_alpha','lora_dropout'): out['training'].pop(name, None)
+    trees = {name:recipe_tree(own) for name,own in recipe.perspectives.items()}
+    if trees: out['perspectives'] = {name:{k:tree[k] for k in ('data','perspective') if k in tree}
+                                     for name,tree in trees.items()}
     return {k:_plain(v) for k,v in out.items() if v!={}}
 
 def _plain(value):
