@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from . import __version__, views
-from .backbones import PassLock, evaluating, fast_adapters, same_base
+from .backbones import PassLock, evaluating, fast_adapters, in_four_bits, same_base
 from .generic import load_backbone
 from .core import (CheckpointError, InputError, as_path, as_prompts, default_device, image_key,
     image_list, image_size)
@@ -139,6 +139,11 @@ class RewardModel(nn.Module):
     def config(self):
         "How the active perspective reads the backbone."
         return self.configs[self._known(self.active)]
+
+    @property
+    def in_4bit(self)->bool:
+        "Whether the decoder is held in 4 bits."
+        return getattr(self.backbone.model, 'is_loaded_in_4bit', False)
 
     @property
     def device(self):
@@ -949,6 +954,7 @@ def identity_of(self:RewardModel,
         settings = dict(config=asdict(self.configs[name]), model=model.config.to_dict(), merged=self.merged,
                         lora=self._lora_facts(name), inputs=self.backbone.facts())
         for k in 'base','fingerprint','version': del settings['config'][k]
+        if self.in_4bit: settings['four_bits_of'] = self.backbone.fingerprint()
         weights = [*sorted(base.items()), *sorted(own.items()), *self.heads[name].state_dict().items()]
         return make_identity(type(self).__name__, settings, weights)
 
@@ -1244,6 +1250,7 @@ def from_pretrained(cls:RewardModel,
     num_crops:int=None,     # crops an image is cut into; None: as in training
     overrides:dict=None,    # fields of `PerspectiveConfig` that a published folder lacks: dict(loss='cls')
     revision:str=None,      # of a hub id: branch, tag or commit; None: the one in its name, or the newest
+    load_in_4bit:bool=False, # hold the decoder in 4 bits, see `in_four_bits`
 )->RewardModel: # in eval mode; active: the first perspective
     "Load a reward model; `CheckpointError` names the file or tensor at fault and the remedy."
     folder = hub_folder(name, revision=revision)
@@ -1253,6 +1260,7 @@ def from_pretrained(cls:RewardModel,
     where,said = _find_base(name, folder, found, base)
     crops = _trained_crops(found, overrides) if num_crops is None else num_crops
     self = cls(load_backbone(where, device, dtype, crops), said)
+    if load_in_4bit: in_four_bits(self.backbone)
     self._own_crops = num_crops is not None
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
@@ -1278,6 +1286,8 @@ def merge(self:RewardModel,
     name = self._known(perspective or self.active)
     with self.lock:
         if self.merged: return self.set_perspective(name)
+        if self.in_4bit: raise ValueError(
+            "the base is in 4 bits, and what is merged would be rounded to them; load it without load_in_4bit")
         self.set_perspective(name)
         self._half_merged = True
         self.backbone.model = self.peft.merge_and_unload(adapter_names=[name])

@@ -86,6 +86,9 @@ def choose_parts(
 ):
     "Mark what a recipe trains; ValueError for a base in 16 bits that would be trained."
     shared = args.train_language_model or args.train_tower
+    if shared and model.in_4bit: raise ValueError(
+        "train_language_model and train_tower change the base, and weights in 4 bits cannot learn; load it "
+        "without load_in_4bit, or train LoRA alone")
     kind = next(model.backbone.parameters()).dtype
     if shared and kind not in (torch.float32, torch.float64): raise ValueError(
         f"train_language_model and train_tower change the base, which is in {kind}: small updates would be "
@@ -413,7 +416,7 @@ def _base_identity(model:RewardModel)->str:
     "Dtype and hash of the frozen weights, without those of perspectives."
     ours = lambda n: 'lora_' in n or '.modules_to_save.' in n
     base = {n:p for n,p in model.backbone.named_parameters() if not ours(n)}
-    kind = str(next(iter(base.values())).dtype).removeprefix('torch.')
+    kind = str(next(iter(base.values())).dtype).removeprefix('torch.')+', 4 bits'*model.in_4bit
     return f'{kind}, hash {tensors_hash(base)}'
 
 @patch

@@ -258,7 +258,7 @@ def _plan_of(
     here = recipe.training.world_size
     many = read_accelerate(recipe.accelerate).processes if recipe.accelerate and here==1 else here
     base,config,crops = _read_by(recipe, start)
-    return make_plan(base, config, recipe.training, train, dtype, many, crops)
+    return make_plan(base, config, recipe.training, train, dtype, many, crops, recipe.load_in_4bit)
 
 def _print_plan(plan, recipe:Recipe, words:list, devices:bool):
     "The plan, and how the run is started on several devices."
@@ -304,7 +304,8 @@ def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, w
         f"{plan.batch*args.world_size//plan.processes} records instead of {plan.batch}")
     waiting(f'loading {start.folder or start.base}')
     dtype = recipe.dtype and getattr(torch, recipe.dtype)
-    how = dict(device=recipe.device, dtype=dtype, num_crops=recipe.num_crops)
+    how = dict(device=recipe.device, dtype=dtype, num_crops=recipe.num_crops,
+               load_in_4bit=recipe.load_in_4bit)
     if start.folder: rm = RewardModel.from_pretrained(start.folder, start.name, start.base, **how)
     else: rm = RewardModel.from_pretrained(start.base, [], **how)
     kept = _checked(check_fit, (sets.train, sets.held_out), processor=rm.backbone.processor,
@@ -391,7 +392,8 @@ def _train_several(recipe:Recipe, resume:bool, dry_run:bool):
     if dry_run: return
     waiting(f"loading {recipe.base or 'tiny'}")
     how = dict(device=recipe.device, dtype=recipe.dtype and getattr(torch, recipe.dtype))
-    rm = RewardModel.from_pretrained(recipe.base or 'tiny', [], num_crops=recipe.num_crops, **how)
+    rm = RewardModel.from_pretrained(recipe.base or 'tiny', [], num_crops=recipe.num_crops,
+                                     load_in_4bit=recipe.load_in_4bit, **how)
     configs = {name:own.perspective for name,own in recipe.perspectives.items()}
     held = {name:s.held_out for name,s in sets.items() if s.held_out}
     if args.process_index==0: _keep_several(recipe, sets)

@@ -54,6 +54,7 @@ class Recipe:
     num_crops:int = None  # crops an image is cut into (Phi-3.5-vision); None: the base's own setting
     device:str = None     # cpu, or a GPU's name; None: the best there is
     dtype:str = None      # of the frozen base: float32, bfloat16 or float16; None: what suits the device
+    load_in_4bit:bool = False # hold the decoder in 4 bits and train LoRA on it (QLoRA)
     accelerate:str = None # how processes are laid out: one of `accelerate_names`, or a file
     data:DataConfig = field(default_factory=DataConfig)
     perspective:PerspectiveConfig = None # None: Bradley-Terry for pairs, classification for labels
@@ -402,6 +403,19 @@ def _check_base(recipe:Recipe):
     if kind!='phi3_v': raise InputError(
         f"num_crops is {recipe.num_crops}, but a {kind} base has no number of crops to choose; leave it out")
 
+def _check_precision(recipe:Recipe):
+    "`InputError` for a base that could not be trained, or not be loaded, in this precision."
+    from importlib.util import find_spec
+    changed = [k for k in ('train_language_model', 'train_tower') if getattr(recipe.training, k)]
+    if recipe.load_in_4bit and changed: raise InputError(
+        f"load_in_4bit: weights in 4 bits cannot learn, and {changed[0]} trains the base; leave one of them out")
+    if changed and recipe.dtype not in (None, 'float32'): raise InputError(
+        f"dtype is {recipe.dtype}, and {changed[0]} trains the base: small updates would be rounded away; "
+        "leave dtype out, bf16 still computes in bfloat16")
+    if recipe.load_in_4bit and find_spec('bitsandbytes') is None: raise InputError(
+        "load_in_4bit needs bitsandbytes, which is not installed: pip install llava_reward_nb[qlora]")
+    if changed: recipe.dtype = 'float32'
+
 def _check_trackers(args:RewardConfig):
     "`InputError` for a tracker that is not installed."
     from transformers.integrations import get_available_reporting_integrations
@@ -462,6 +476,7 @@ def resolve(
         _built(training_loss, 'training', config=recipe.perspective, args=recipe.training)
     _check_measuring(recipe)
     _check_base(recipe)
+    _check_precision(recipe)
     _check_trackers(recipe.training)
     if recipe.start: _check_start(recipe, set(settings))
     if recipe.accelerate and read_accelerate(recipe.accelerate).kind in _NO_SHARDS: raise InputError(
@@ -511,7 +526,7 @@ def recipe_tree(
     recipe:Recipe, # resolved
 )->dict: # as its YAML has it
     "A recipe as plain values."
-    out = {name:getattr(recipe, name) for name in _TOP if getattr(recipe, name) not in (None, '')}
+    out = {name:getattr(recipe, name) for name in _TOP if getattr(recipe, name) not in (None, '', False)}
     for section,(_,taken) in _OURS.items():
         own = getattr(recipe, section)
         if own is None or section=='data' and recipe.perspectives: continue

@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..backbones import Phi3VBackbone
+from ..backbones import NF4_BITS, Phi3VBackbone, four_bit_layers
 from ..core import CheckpointError, InputError, image_size
 from ..docments import document
 from ..generic import backbone_class, load_processor
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from ..config import RewardConfig, planned_updates
+from ..trainer import choose_parts
 from ..weights import how_to_fetch, hub_folder
 
 # %% ../../nbs/7_scale/705_plan.ipynb #03f19356
@@ -76,17 +77,21 @@ def hollow_model(
     model = RewardModel(hollow_backbone(name, dtype, num_crops), str(name))
     with torch.device('meta'):
         model.add_perspective('planned', config, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    choose_parts(model, ['planned'], args)
     return model
 
 def trainable_groups(
     model:RewardModel, # with a perspective
 )->dict: # group -> number of trained parameters; groups without any are left out
     "What is trained, by what it is for."
-    groups = {'LoRA':0, 'projector':0, 'SkipCA':0, 'value head':0}
+    groups = {'language model':0, 'vision tower':0, 'LoRA':0, 'projector':0, 'SkipCA':0, 'value head':0}
+    tower = {id(p) for p in model.backbone.tower.parameters()}
     for name,p in model.named_parameters():
         if not p.requires_grad: continue
         if 'lora_' in name: group = 'LoRA'
-        elif not name.startswith('heads.'): group = 'projector'
+        elif id(p) in tower: group = 'vision tower'
+        elif 'modules_to_save' in name: group = 'projector'
+        elif not name.startswith('heads.'): group = 'language model'
         else: group = 'value head' if 'value_head' in name else 'SkipCA'
         groups[group] += p.numel()
     return {group:n for group,n in groups.items() if n}
@@ -493,6 +498,7 @@ def make_plan(
     dtype:torch.dtype=torch.float32, # of the frozen weights
     processes:int=None,        # devices; None: those of this run
     num_crops:int=None,        # most crops of an image; None: the base's own setting
+    load_in_4bit:bool=False,   # hold the decoder in 4 bits
 )->Plan:
     "What a run will do and need; `CheckpointError` if the base has no configuration."
     model = hollow_model(base, config, args, dtype, num_crops)
@@ -515,6 +521,7 @@ def make_plan(
     except (NotImplementedError, RuntimeError, TypeError) as e:
         plan.why = f'{model.backbone.model_type} cannot be rehearsed ({str(e).splitlines()[0][:80]})'
         return plan
+    if load_in_4bit: _count_four_bits(plan.rehearsal, model)
     usual = _encoded(model.backbone, lengths.typical)
     same = all(usual[k].shape==v.shape for k,v in long.items())
     typical = plan.rehearsal if same else rehearse(model, usual, args, half)
@@ -522,6 +529,13 @@ def make_plan(
     seen = args.max_steps*plan.batch if args.max_steps>0 else epochs*n
     plan.flops = typical.flops/size*seen
     return plan
+
+def _count_four_bits(rehearsal:Rehearsal, model:RewardModel):
+    "Take off what a decoder in 4 bits saves, and add the layer that is restored for each product."
+    sizes = [m.weight.numel() for m in four_bit_layers(model.backbone).values()]
+    width = next(iter(four_bit_layers(model.backbone).values())).weight.element_size()
+    rehearsal.weights -= int(sum(sizes)*(width-NF4_BITS/8))
+    rehearsal.activations += max(sizes)*width
 
 def _assumed(backbone, size:int, paired:bool)->Lengths:
     record = [_ASSUMED]*(1+paired)
