@@ -81,6 +81,7 @@ class Backbone(nn.Module):
     sizes = () # keys of a batch that stay on the CPU
     num_crops = None # most crops of an image; None: images are not cut into a chosen number of crops
     pixels = None # least and most pixels of an image [n, n], where that can be chosen; None: it cannot
+    cuts = False # can a number of crops be chosen?
     def __init__(self,
         model:nn.Module,      # the multimodal LLM without its lm_head
         processor,            # makes a batch of images and prompts, and can be pickled without the model
@@ -176,6 +177,7 @@ class Phi3VBackbone(Backbone):
         r'language_model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))')
     projectors = ('img_projection',)
     sizes = ('image_sizes',)
+    cuts = True
     def __init__(self,
         model:Phi3VModel,         # the multimodal LLM without its lm_head
         processor:Phi3VProcessor, # its tokenizer and image processor

@@ -7,7 +7,7 @@ __all__ = ['CAPTION', 'BACKBONES', 'framed_ids', 'Frame', 'make_frame', 'QwenPro
            'load_chat_tokenizer', 'load_image_processor', 'load_processor', 'ImageText', 'QwenText', 'Qwen25Text',
            'LlavaNextText', 'normalized', 'qwen_patches', 'anyres_tiles', 'tower_blocks', 'instead', 'TowerPass',
            'record_calls', 'replay_calls', 'unread_outputs', 'without_unread', 'find_projectors', 'decoder_linears',
-           'ImageTextBackbone', 'QwenBackbone', 'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class',
+           'ImageTextBackbone', 'QwenBackbone', 'Qwen25Backbone', 'LlavaNextBackbone', 'backbone_class', 'base_folder',
            'load_backbone', 'resized']
 
 # %% ../nbs/3_paper/304_generic.ipynb #bbc8f879
@@ -1097,6 +1097,18 @@ def load(cls:ImageTextBackbone,
     return cls(model.to(device), text)
 
 # %% ../nbs/3_paper/304_generic.ipynb #fc1e243f
+def base_folder(
+    name, # folder, short name or hub id of a base, or of rewards beside it
+)->Path:
+    "Where the files of a base lie; `CheckpointError` if there are none."
+    folder = hub_folder(name)
+    if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # 'tiny'
+    if not (folder/'config.json').is_file():
+        raise CheckpointError(
+            f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal "
+            f"LLM; {how_to_fetch(folder/'config.json')}")
+    return folder
+
 def load_backbone(
     name,                          # folder, short name or hub id of a base, or of rewards beside it
     device:str='cpu',              # where the weights go
@@ -1104,12 +1116,7 @@ def load_backbone(
     num_crops:int=None,            # most crops of an image (Phi-3.5-vision); None: the model's own setting
 ): # a backbone in eval mode, all weights frozen
     "Load a base by the `model_type` of its config.json; `CheckpointError` if it cannot carry a reward."
-    folder = hub_folder(name)
-    if not (folder/'config.json').is_file() and (folder/'base').is_dir(): folder = folder/'base' # 'tiny'
-    if not (folder/'config.json').is_file():
-        raise CheckpointError(
-            f"{folder}: has no config.json, so it is no base model; pass base= the folder of the multimodal "
-            f"LLM; {how_to_fetch(folder/'config.json')}")
+    folder = base_folder(name)
     if dtype in (None, 'auto'): dtype = default_dtype(device, stored_dtype(folder))
     with blame(folder): backbone = backbone_class(folder).load(folder, device, dtype, num_crops)
     return backbone.requires_grad_(False).eval()

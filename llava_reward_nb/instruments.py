@@ -6,7 +6,7 @@
 __all__ = ['Clock', 'memory', 'Latency', 'percentiles', 'single_latency', 'kernel_kind', 'Kernels', 'kernels']
 
 # %% ../nbs/7_scale/704_instruments.ipynb #bc6a790b
-import sys, threading, time
+import os, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +138,7 @@ def kernels(
     most:int=12, # kernels in `top`
 )->Kernels:
     "Profile one pass."
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # it reports each start and stop on stderr
     from torch.profiler import ProfilerActivity, profile
     on_gpu = torch.device(device).type=='cuda'
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:

@@ -130,6 +130,7 @@ def check_origin(
     hidden_size:int, # of the base's language model
     projectors,      # modules of the base's projectors
     base:str,        # what the base is called
+    named:str=None,  # what the perspective says it was trained on
 ):
     "`CheckpointError` if a saved perspective was made for another kind of base, naming both."
     made_for = origin_of(folder)
@@ -139,7 +140,7 @@ def check_origin(
     if not other_kind and not other_size: return
     known = f', and the projector {here[0]!r}' if here else ''
     raise CheckpointError(
-        f"{folder}: was made for a base with {made_for}; the base here, {base}, has hidden size "
+        f"{folder}: was made for {f'{named}, ' if named else ''}a base with {made_for}; the base here, {base}, has hidden size "
         f"{hidden_size}{known}; pass the base it was trained on as base=")
 
 # %% ../nbs/1_foundations/107_layouts.ipynb #b1448d58

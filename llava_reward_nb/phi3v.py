@@ -6,7 +6,8 @@
 __all__ = ['CLIP_L14_336', 'SUB_GN', 'GLB_GN', 'VISION_CHUNK', 'Phi3VConfig', 'read_config', 'hd_shape', 'hd_transform',
            'hd_bytes', 'num_image_tokens', 'token_order', 'hd_crops', 'Phi3VImageProcessor', 'plain_tokenizer',
            'plain_ids', 'Phi3VProcessor', 'load_tokenizer', 'check_vocabulary', 'tokenizer_hash', 'config_facts',
-           'LongRope', 'PatchConv2d', 'PatchConv3d', 'exact_patches', 'Phi3VModel', 'published_name', 'unused_names']
+           'LongRope', 'PatchConv2d', 'PatchConv3d', 'exact_patches', 'Phi3VModel', 'crops_together', 'published_name',
+           'unused_names']
 
 # %% ../nbs/3_paper/302_phi3v.ipynb #b356956b
 import json, math, re
@@ -668,9 +669,20 @@ def from_config(cls:Phi3VModel,
         torch.manual_seed(seed)
         return cls(config).eval()
 
-# %% ../nbs/3_paper/302_phi3v.ipynb #ebc12d0f
+# %% ../nbs/3_paper/302_phi3v.ipynb #94454a0d
 VISION_CHUNK = 32 # crops that pass the tower together; bounds memory, changes nothing else
+_CPU_BYTES = 20*2**20 # of the widest numbers of a layer on a CPU
 
+def crops_together(
+    vision:CLIPVisionConfig, # sizes of the tower
+    pixels:Tensor, # crops, as the tower reads them
+)->int: # at least 1
+    "How many crops pass the tower at a time."
+    if pixels.device.type!='cpu': return VISION_CHUNK
+    tokens = (vision.image_size//vision.patch_size)**2+1
+    return min(VISION_CHUNK, max(1, _CPU_BYTES//(tokens*vision.intermediate_size*pixels.element_size())))
+
+# %% ../nbs/3_paper/302_phi3v.ipynb #ebc12d0f
 @patch
 def crop_features(self:Phi3VModel,
     pixel_values:Tensor, # (n, 3, c, c) normalised crops
@@ -680,7 +692,8 @@ def crop_features(self:Phi3VModel,
     weights = list(tower.parameters())
     wanted = any(p.requires_grad for p in [*weights, pixel_values])
     with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-        chunks = pixel_values.to(weights[0].device, weights[0].dtype).split(VISION_CHUNK)
+        pixels = pixel_values.to(weights[0].device, weights[0].dtype)
+        chunks = pixels.split(crops_together(self.config.vision, pixels))
         x = torch.cat([tower(pixel_values=c).last_hidden_state[:,1:] for c in chunks])
     return x.view(len(x),m,2,m,2,-1).permute(0,1,3,2,4,5).flatten(3)
 

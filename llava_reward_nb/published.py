@@ -53,7 +53,7 @@ def convert(
         "pass the folder of one, or one that holds several")
     model = RewardModel.from_pretrained(
         source, list(found), base, 'cpu', dtype, overrides=overrides, revision=revision)
-    where = hub_name(source, revision) if not as_path(source).is_dir() and source not in MODELS else source
+    where = str(hub_name(source, revision)) if not as_path(source).is_dir() and source not in MODELS else source
     origin = {'converted from':_source_name(where)}
     facts = TrainingFacts('the records of its authors, whose weights these are', origin, None)
     is_one = list(found.values())==[folder]

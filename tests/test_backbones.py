@@ -1,5 +1,5 @@
 "Backbones of many families against transformers alone: hidden states with pixels and padding mask, SkipCA by hand."
-import copy, json, pickle, random, threading, time
+import copy, json, pickle, random, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import families, pytest, torch
@@ -235,8 +235,13 @@ def test_refused(folder, tmp_path):
     with pytest.raises(InputError, match='prompt 0: .* the model takes 4096'): b.encode(IMAGES, 'xyz '*4100)
     with pytest.raises(CheckpointError, match='no number of crops'): load_backbone(folder('qwen3_vl'), num_crops=4)
     other = tmp_path/'other'
+    RewardModel.from_pretrained('tiny', 'safety', device='cpu').save_perspective('safety', tmp_path/'phi')
+    with pytest.raises(CheckpointError, match="was made for tiny, a base with hidden size 192.*the base here.*qwen3_vl.*hidden size 32"):
+        RewardModel.from_pretrained(tmp_path/'phi', base=folder('qwen3_vl'))  # although it was trained with a number of crops
     rm = RewardModel(b, 'here')
-    rm.add_perspective('a', lora_rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        rm.add_perspective('a', lora_rank=2)
     with pytest.raises(ValueError, match='part of an adapter'): b.save_pretrained(other)
 
 

@@ -1,5 +1,5 @@
 "The benchmark of speed: its yardstick against golden rewards, any backbone, drift of half precision, the command, and the script for a GPU."
-import json, os, shlex, subprocess
+import importlib.util, json, os, shlex, subprocess
 from dataclasses import replace
 
 import families, pytest, torch
@@ -97,11 +97,34 @@ def test_the_gpu_script_asks_for_what_there_is(tmp_path):
     "Each of its commands has options that the command knows."
     for dry in '', '1':
         env = os.environ | dict(PYTHON='echo', DRY=dry)
-        done = subprocess.run(['bash', 'tools/gpu_bench.sh', str(tmp_path/'out')], cwd=ROOT, env=env, text=True, capture_output=True, check=True)
+        done = subprocess.run(['bash', 'tools/gpu_bench.sh', str(tmp_path/f'out{dry}')], cwd=ROOT, env=env, text=True, capture_output=True, check=True)
         asked = [shlex.split(line.partition('--size')[1]+line.partition('--size')[2]) for line in done.stdout.splitlines() if '--size' in line]
-        assert len(asked) == 8
+        assert len(asked) == 9
         for words in asked:
             got = llava_reward_bench.parser().parse_args(words)
             assert got.size == ('tiny' if dry else 'full') and got.out.endswith('.json')
             case = Case('', got.size, precision=got.precision[0])
             assert replace(case).dtype in (torch.float32, torch.bfloat16)
+
+
+def test_the_gpu_script_judges_what_it_measured(tmp_path):
+    "Targets are met or not on an H100 only, and what is missing is said to be missing."
+    spec = importlib.util.spec_from_file_location('gpu_report', ROOT/'tools/gpu_report.py')
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    def write(name, device='NVIDIA H100 80GB HBM3', **figures):
+        rows = [{'path': 'ours', 's/image': .05, 'share of ceiling': .71, 'wall over device': 1.2, 'one image p50': None, **figures},
+                {'path': 'reference-like', 's/image': .117}]
+        (tmp_path/f'{name}.json').write_text(json.dumps(dict(machine=dict(device=device, torch='2'), rows=rows, drift=[])))
+    def line(start): return next(text for text in report.table(tmp_path).splitlines() if text.startswith(start)).split()
+    write('square')
+    write('four', **{'s/image': .2})
+    assert line('share of the matmul ceiling on the device, one')[-4:] == ['0.70', '0.71', 'yes', 'square']
+    assert line('times as fast as the reference')[-3:] == ['2.34', 'yes', 'square']
+    assert line('time by the clock')[-3:] == ['1.20', 'NO', 'square']
+    assert line('four perspectives')[-3:] == ['4.00', 'NO', 'four']
+    for missing in 'one image alone', 'share of the matmul ceiling on the device, mixed', 'a step: times': assert 'not measured' in ' '.join(line(missing))
+    write('compiled', **{'s/image': .04, 'wall over device': 1.1})
+    assert line('ms an image')[-3:] == ['40.0', 'yes', 'compiled'] and line('time by the clock')[-2:] == ['yes', 'compiled']
+    write('square', device='CPU, 1 threads')
+    assert not {'yes', 'NO'} & set(report.table(tmp_path).split()) and 'nothing is judged' in report.table(tmp_path)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import llava_reward_nb
 
 IMPORTS = 'import os; from llava_reward_nb.weights import hub_folder, load_pretrained; from llava_reward_nb.generic import load_backbone'
-MODEL = 'from llava_reward_nb import RewardModel, load_reward; from llava_reward_nb.published import push_to_hub'
+MODEL = 'from llava_reward_nb import RewardModel, load_reward; from llava_reward_nb.published import convert, push_to_hub'
 SMALL = {'config.json': b'{"layers": 2}', 'model.safetensors': b'12345', 'sub/dir/config.json': b'{}', 'sub/dir/x.bin': b'x', 'code.py': b'evil()',
          'alignment/llavareward_phi_alignment/reward_config.yaml': b'value_head_dim: 1'}
 
@@ -163,7 +163,7 @@ def published(name, under):
     return out | {f'{under}lora/adapter_config.json': (source/'adapter_config.json').read_bytes(), f'{under}reward_config.yaml': settings}
 
 
-def test_a_published_perspective_and_its_base_by_their_names(hub, client, image):
+def test_a_published_perspective_and_its_base_by_their_names(hub, client, image, tmp_path):
     "A folder of a repository with a revision, on a base that is a folder of a repository with another one."
     under = 'alignment/llavareward_phi_alignment/'
     hub.add('authors/rewards', published('safety', 'safety/llavareward_phi_safety/') | {'README.md': b''})
@@ -180,6 +180,10 @@ def test_a_published_perspective_and_its_base_by_their_names(hub, client, image)
     assert client(f"list(RewardModel.from_pretrained({name}@v1', {options}).configs)") == ['llavareward_phi_alignment']
     assert client(f"RewardModel.from_pretrained({name}@v1', {options}).config.base") == 'authors/base/phi/tiny@v2'
     assert "has no folder" in client.error(f"RewardModel.from_pretrained({name}', {options})")[1]
+    ours = tmp_path/'ours'
+    assert client(f"[str(p) for p in convert({name}@v1', '{ours}', 'authors/base/phi/tiny@v2', overrides=dict(num_crops=1))]") == [str(ours)]
+    assert f'| converted from | authors/rewards/{under[:-1]}@v1 |' in (ours/'README.md').read_text()
+    assert client(f"RewardModel.from_pretrained('{ours}', device='cpu')('{image}', 'a red circle').tolist()") == pytest.approx(want, abs=1e-4)
 
 
 def test_pushing_and_loading_what_arrived(hub, client, image):

@@ -201,7 +201,7 @@ def test_version_is_part(monkeypatch):
     assert make_identity('a', {}) != before
 
 
-@pytest.mark.parametrize('bad', [dict(a=torch.zeros(2)), dict(a=np.float32(1)), dict(a={1, 2}), dict(a=object()), {(1, 2): 3}], ids=str)
+@pytest.mark.parametrize('bad', [dict(a=torch.zeros(2)), dict(a=np.float32(1)), dict(a={1, 2}), dict(a=object()), {(1, 2): 3}], ids=lambda bad: type([*bad.values()][0]).__name__)
 def test_settings_are_plain(bad):
     with pytest.raises(InputError, match='settings of kind'): make_identity('kind', bad)
 

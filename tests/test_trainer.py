@@ -380,8 +380,9 @@ def scripted(accuracies, **kw):
     class Scripted(RewardTrainer):
         def metrics(self, seen): return dict(accuracy=accuracies[self.state.global_step-1])
     def make(folder, callbacks=(), **more):
-        args = config(folder, max_steps=len(accuracies), eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, save_total_limit=9,
-                      metric_for_best_model='accuracy', **{**kw, **more})
+        usual = dict(max_steps=len(accuracies), eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, save_total_limit=9,
+                     metric_for_best_model='accuracy')
+        args = config(folder, **{**usual, **kw, **more})
         pairs = load_records(alignment_pairs(8, seed=0))
         return Scripted(tiny().add_perspective('mine', lora_rank=4), args, pairs, pairs[:2], callbacks=list(callbacks))
     return make

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -26,7 +26,7 @@ from ..shapes.world import SIZE, render
 from ..shapes.prompts import CATEGORIES, VOCAB
 from ..shapes.checker import Checker
 from ..shapes.scenes import sample_prompt, scene_for
-from ..steering.pipelines import load_pipeline
+from ..steering.pipelines import load_pipeline, quiet_libraries
 from .mllm import fit, kept, launch, portion
 
 # %% ../../nbs/8_tiny/801_diffusion.ipynb #a189882e
@@ -219,8 +219,10 @@ def save_pipeline(
         own = {k.removeprefix(f'{name}.'):v for k,v in state.items() if k.startswith(f'{name}.')}
         parts[name].load_state_dict(own)
     parts['vae'].register_to_config(scaling_factor=latent_scale(work))
-    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+    with quiet_libraries(bars=False):
+        from diffusers import StableDiffusionPipeline
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                       requires_safety_checker=False)
     with atomic_path(out) as p: pipe.to(dtype=torch.float16).save_pretrained(p, safe_serialization=True)
 
 # %% ../../nbs/8_tiny/801_diffusion.ipynb #e4d0cf27
@@ -257,7 +259,7 @@ def save_early(
 
 # %% ../../nbs/8_tiny/801_diffusion.ipynb #8d7e0f27
 def satisfaction(
-    pipe:StableDiffusionPipeline, # generates 64x64 images
+    pipe,                          # diffusers pipeline that makes 64x64 images
     n:int=30,                     # prompts of each category
     seed:int=7,                   # of prompts and noise
     split:str='train',            # 'unseen': colour-shape pairs that were never trained
@@ -296,7 +298,7 @@ def _trained_generations(work:Path, share:float):
         launch(train_early, work, portion(1500, share))
         save_early(work, work/'sd_early')
 
-def _satisfaction_rows(name:str, pipe:StableDiffusionPipeline, n:int)->list:
+def _satisfaction_rows(name:str, pipe, n:int)->list:
     "Satisfaction of a pipeline in both splits."
     binding = ('colors','color_attribution')
     rows = [dict(pipeline=name, split='train', **r) for r in satisfaction(pipe, n)]
