@@ -20,7 +20,7 @@ from torch import nn, Tensor
 
 from . import __version__, views
 from .backbones import PassLock, evaluating, fast_adapters, in_four_bits, same_base
-from .generic import load_backbone
+from .generic import backbone_class, base_folder, load_backbone
 from .core import (CheckpointError, InputError, as_path, as_prompts, default_device, image_key,
     image_list, image_size)
 from .docments import document
@@ -296,7 +296,9 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     before = set(self.modules())
     with self._or_as_before(name):
         if self.peft is None: # not registered as a module: its weights are the backbone's
-            self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
+            with warnings.catch_warnings(): # PEFT reads an attribute that transformers has renamed
+                warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)
+                self.__dict__['peft'] = PeftModel(b.model, lora, adapter_name=name)
         else: self.peft.add_adapter(name, lora)
         for p in b.projectors: b.model.get_submodule(p).modules_to_save[name].float()
         fast_adapters(b.model)
@@ -875,6 +877,9 @@ def _check_unmerged(self:RewardModel):
     if self.merged: raise ValueError(f"{self.active!r} is merged into the base; save it before merging")
 
 # %% ../nbs/3_paper/305_model.ipynb #82d485b9
+_USE = re.compile(r'\n## Use\n.*?\n## Limits\n', re.S) # sections of a card
+_BASE = re.compile(r'\n\| base \|.*\|\n')              # a row of its table
+
 def moved_card(
     folder,          # a saved perspective
     where:str,       # its new address: the name of a folder, or a hub id
@@ -889,9 +894,8 @@ def moved_card(
     config = saved_config(path.parent)
     moved = replace(config, base=base or config.base)
     card = _MARKER.sub('', card, count=1)
-    card = card.replace(_usage(config, path.absolute().parent.name), _usage(moved, where))
-    row = lambda name: f"| base | {_cell(name or 'not named')} |"
-    card = card.replace(row(config.base), row(moved.base))
+    card = _USE.sub(lambda _: f'\n## Use\n\n{_usage(moved, where)}\n\n## Limits\n', card, count=1)
+    card = _BASE.sub(lambda _: f"\n| base | {_cell(moved.base or 'not named')} |\n", card, count=1)
     _,front,body = card.split('---\n', 2)
     front = {**yaml.safe_load(front), 'base_model':moved.base}
     if moved.base is None or '/' not in moved.base: del front['base_model']
@@ -1137,22 +1141,40 @@ def check_base(self:RewardModel,
 ):
     "`CheckpointError` if sizes or fingerprint tell that the perspective was trained on another base."
     here = f"{self.base or 'without a name'} ({self.backbone.model_type})"
-    check_origin(where, self.backbone.hidden_size, self.backbone.projectors, here)
+    check_origin(where, self.backbone.hidden_size, self.backbone.projectors, here, config.base)
     if config.fingerprint is None or same_base(config.fingerprint, self.backbone.fingerprint()): return
     raise CheckpointError(
         f"{where}: was trained on another base, {config.base or 'which it does not name'}; the one here, "
         f"{here}, has other weights; pass the base it was trained on as base=")
 
-# %% ../nbs/3_paper/305_model.ipynb #afda9c2e
+# %% ../nbs/3_paper/305_model.ipynb #0303013f
+_READING = ('loss','dim','tau','skipca','gate','pooling','layer','pixels') # fields of `PerspectiveConfig`
+_WEIGHING = ('r','lora_alpha','use_rslora','use_dora','rank_pattern','alpha_pattern') # of `LoraConfig`
+
+@patch
+def _check_same(self:RewardModel, name:str, config:PerspectiveConfig, folder:Path):
+    "`CheckpointError` if saved weights belong to a perspective that is computed in another way."
+    mine,lora = self.configs[name], self.peft.peft_config[name]
+    saved = _adapter_options(folder/'adapter_config.json', self.backbone.projectors)
+    pairs = [(f, getattr(config, f), getattr(mine, f)) for f in _READING]
+    pairs += [(f, saved.get(f) or None, getattr(lora, f, None) or None) for f in _WEIGHING]
+    for field,theirs,ours in pairs:
+        if theirs!=ours and not (field=='pixels' and None in (theirs, ours)): raise CheckpointError(
+            f"{folder}: was saved with {field} {theirs!r}, and {name!r} of this model has {ours!r}; "
+            "load the folder with RewardModel.from_pretrained or load_perspective")
+    self._check_crops(config, folder)
+
 @patch
 def restore_perspective(self:RewardModel,
     name:str,    # a perspective of this model
     folder:Path, # where `save_perspective` wrote it
 ):
-    "Read saved weights back into a perspective; `CheckpointError` for another base, missing tensors or NaN."
+    "Read saved weights back into a perspective; `CheckpointError` for another base or way, lost tensors or NaN."
     folder = Path(folder)
     self._known(name)
-    self.check_base(saved_config(folder), folder)
+    config = saved_config(folder)
+    self.check_base(config, folder)
+    self._check_same(name, config, folder)
     adapter = read_weights(folder/'adapter_model.safetensors')
     head = read_weights(folder/'head.safetensors')
     with self.lock: self._fill(self._known(name), adapter, head, folder)
@@ -1259,6 +1281,8 @@ def from_pretrained(cls:RewardModel,
     found = perspective_folders(folder, perspective)
     where,said = _find_base(name, folder, found, base)
     crops = _trained_crops(found, overrides) if num_crops is None else num_crops
+    is_ours = num_crops is None and crops is not None
+    if is_ours and not backbone_class(base_folder(where)).cuts: crops = None # another base: the reason follows
     self = cls(load_backbone(where, device, dtype, crops), said)
     if load_in_4bit: in_four_bits(self.backbone)
     self._own_crops = num_crops is not None
