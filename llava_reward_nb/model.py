@@ -1311,7 +1311,7 @@ def merge(self:RewardModel,
     with self.lock:
         if self.merged: return self.set_perspective(name)
         if self.in_4bit: raise ValueError(
-            "the base is in 4 bits, and what is merged would be rounded to them; load it without load_in_4bit")
+            "the base is in 4 bits, and what is merged would be rounded; load it without load_in_4bit")
         self.set_perspective(name)
         self._half_merged = True
         self.backbone.model = self.peft.merge_and_unload(adapter_names=[name])

@@ -563,7 +563,8 @@ def _load_from_checkpoint(self:RewardTrainer,
     where = Path(resume_from_checkpoint)
     changed = self.model.trained.changes_base # then the checkpoint has a base of its own
     for name in self.names: self._check_same(where/name, name, check_base=not changed)
-    if diff := _differences(read_json(where/'training_args.json'), self.recipe()): raise _other_run(where, diff)
+    diff = _differences(read_json(where/'training_args.json'), self.recipe())
+    if diff: raise _other_run(where, diff)
     if changed: self.model.restore_base(where/'base')
     for name in self.names: self.model.restore_perspective(name, where/name)
     self.measured.clear()
@@ -781,7 +782,8 @@ def train_perspective(
     if further: model.set_perspective(name)
     else: model.add_perspective(name, config, args.lora_rank, args.lora_alpha, args.lora_dropout)
     trainer = RewardTrainer(model, args, records, eval_records, **kwargs)
-    if further: trainer.start = tensors_hash({n:p for n,p in model.named_parameters() if name in n.split('.')})
+    own = {n:p for n,p in model.named_parameters() if name in n.split('.')}
+    if further: trainer.start = tensors_hash(own)
     return trainer.run(resume)
 
 # %% ../nbs/3_paper/314_trainer.ipynb #ca251278

@@ -408,7 +408,7 @@ def _check_precision(recipe:Recipe):
     from importlib.util import find_spec
     changed = [k for k in ('train_language_model', 'train_tower') if getattr(recipe.training, k)]
     if recipe.load_in_4bit and changed: raise InputError(
-        f"load_in_4bit: weights in 4 bits cannot learn, and {changed[0]} trains the base; leave one of them out")
+        f"load_in_4bit: weights in 4 bits cannot learn, and {changed[0]} trains the base; leave one out")
     if changed and recipe.dtype not in (None, 'float32'): raise InputError(
         f"dtype is {recipe.dtype}, and {changed[0]} trains the base: small updates would be rounded away; "
         "leave dtype out, bf16 still computes in bfloat16")
