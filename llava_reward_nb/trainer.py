@@ -411,6 +411,8 @@ _SAME = ('learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_st
          'bf16', 'fp16', 'dataloader_drop_last', 'train_sampling_strategy', 'margin', 'margin_by_ratings',
          'focal_gamma', 'smoothing', 'class_weights', 'ties', 'train_projector', 'train_language_model',
          'train_tower') # decide which weights come out
+_BEST = ('metric_for_best_model', 'greater_is_better', 'eval_strategy', 'eval_steps', 'eval_delay',
+         'save_strategy', 'save_steps') # the same, where the best weights are kept
 
 def _base_identity(model:RewardModel)->str:
     "Dtype and hash of the frozen weights, without those of perspectives."
@@ -429,13 +431,22 @@ def recipe(self:RewardTrainer)->dict: # name -> value
     "What decides, besides the perspective's own configuration, which weights come out."
     args = json.loads(self.args.to_json_string())
     if self.inputs is None:
-        self.inputs = dict(records=self._identity(), base=_base_identity(self.model))
+        self.inputs = dict(records=self._identity(), base=_base_identity(self.model),
+                           held_out=self._held_out())
     loras = [self.model.peft.peft_config[name] for name in self.names]
     one = lambda values: values[0] if len(set(values))==1 else values
     sizes = dict(lora_rank=one([c.r for c in loras]), lora_alpha=one([c.lora_alpha for c in loras]),
                  lora_dropout=one([c.lora_dropout for c in loras]))
     return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, **sizes,
+                best={k:args.get(k) for k in _BEST} if self.args.load_best_model_at_end else None,
                 **{k:args.get(k) for k in _SAME})
+
+@patch
+def _held_out(self:RewardTrainer): # text, or a dict of them; None without such records
+    "Identity of what a run is measured on."
+    found = self.eval_dataset
+    if isinstance(found, dict): return {name:records.identity() for name,records in found.items()}
+    return found.identity() if found else None
 
 # %% ../nbs/3_paper/314_trainer.ipynb #201d683c
 @patch

@@ -8,7 +8,7 @@ __all__ = ['plain_text', 'text_html', 'thumbnail', 'picture_html', 'note_html', 
            'value_lines', 'score_columns', 'show', 'Pairs', 'show_pairs', 'draw_pictures']
 
 # %% ../nbs/1_foundations/109_html.ipynb #e8231d35
-import base64, html, io, math, unicodedata
+import base64, html, io, math, textwrap, unicodedata
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ def bar_html(
 # %% ../nbs/1_foundations/109_html.ipynb #9a543463
 def grid_html(
     cells:list,     # HTML of each
-    width:int=150,  # of a cell, pixels
+    width:int=170,  # of a cell, pixels
 )->str: # HTML
     "Boxes beside each other, as many as there is room for."
     style = (f'display:inline-block;vertical-align:top;width:{width}px;margin:0 12px 12px 0;'
@@ -331,8 +331,9 @@ class Pairs(View):
             lines = {name:v[i] for name,v in self.values.items()}
             bars = value_lines(lines, {name:(0,1) for name in lines})
             cells.append(f'{both}<br>{text_html(self.prompts[i], 160)}<br>{bars}')
-        note = note_html('The numbers are the probability that the left picture is preferred.')
-        return f'{grid_html(cells, 244)}<p>{note}</p>{first_note(len(cells), len(self), "pairs")}'
+        words = note_html('The numbers are the probability that the left picture is preferred.')
+        note = f'<p>{words}</p>' if self.values else ''
+        return f'{grid_html(cells, 244)}{note}{first_note(len(cells), len(self), "pairs")}'
 
 def show_pairs(
     first,      # one image or n of them, see `image_list`
@@ -351,6 +352,13 @@ def show_pairs(
     return Pairs(a, b, as_prompts(prompts, len(a)), values, n)
 
 # %% ../nbs/1_foundations/109_html.ipynb #95cb1d0e
+_WIDE = 24 # characters below a picture
+
+def _wrapped(caption:str)->str:
+    "A caption whose lines are no wider than a picture."
+    lines = [textwrap.fill(line, _WIDE) for line in caption.split('\n')]
+    return '\n'.join(lines)
+
 def draw_pictures(
     images:list,       # see `open_image`; None leaves a place empty
     captions:list,     # a text for each
@@ -360,21 +368,27 @@ def draw_pictures(
 ): # matplotlib figure
     "Pictures with a text below each."
     import matplotlib.pyplot as plt
+    captions = [_wrapped(caption) for caption in captions]
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images)//columns)
     lines = max((c.count('\n')+1 for c in captions), default=1)
-    tall = size+.14*lines+.1
-    fig,axes = plt.subplots(rows, columns, figsize=(columns*size+.2, rows*tall+.4*bool(title)), squeeze=False,
-                            dpi=80, layout='constrained')
+    below = .15+.16*lines # inches, as all here
+    head = .35 if title else .05
+    wide = columns*(size+.1)+.1
+    tall = rows*(size+below)+head
+    grid = dict(left=.1/wide, right=1-.1/wide, bottom=below/tall, top=1-head/tall, wspace=.1/size,
+                hspace=below/size)
+    fig,axes = plt.subplots(rows, columns, figsize=(wide, tall), squeeze=False, dpi=80, gridspec_kw=grid)
     for ax in axes.flat: ax.axis('off')
     for ax,image,caption in zip(axes.flat, images, captions):
         if image is not None: ax.imshow(load_image(image))
         ax.text(.5, -.04, caption, transform=ax.transAxes, ha='center', va='top', fontsize=7.5,
                 parse_math=False)
-    if title: fig.suptitle(plain_text(title, 100), fontsize=9, parse_math=False)
+    if title: fig.suptitle(plain_text(title, 17*columns), fontsize=9, parse_math=False)
     plt.close(fig)
     return fig
 
+# %% ../nbs/1_foundations/109_html.ipynb #cca9fdc4
 @patch
 def plot(self:Gallery,
     n:int=12, # most to be shown
@@ -382,27 +396,27 @@ def plot(self:Gallery,
     "Pictures with their numbers."
     captions = []
     for i in self.order[:n]:
-        lines = [] if self.prompt is not None else [plain_text(self.prompts[i], 24)]
+        lines = [] if self.prompt is not None else [plain_text(self.prompts[i], _WIDE)]
         lines += [f'{name} {number_text(v[i])}'.strip() for name,v in self.values.items()]
         captions.append('\n'.join(lines))
     return draw_pictures([self.images[i] for i in self.order[:n]], captions, title=self.prompt or '')
+
+def _alternating(first:list, second:list)->list:
+    "One of the first, one of the second, and so on."
+    both = []
+    for pair in zip(first, second): both += pair
+    return both
 
 @patch
 def plot(self:Pairs,
     n:int=6, # most to be shown
 ): # matplotlib figure
-    "Pairs with the probability of each picture."
-    images = []
-    captions = []
-    def add(image, i, shares):
-        lines = [plain_text(self.prompts[i], 24), *(number_text(share) for share in shares)]
-        images.append(image)
-        captions.append('\n'.join(lines))
-    for i in range(min(n, len(self))):
-        shares = [v[i] for v in self.values.values()]
-        add(self.first[i], i, shares)
-        add(self.second[i], i, [1-share for share in shares])
-    return draw_pictures(images, captions, columns=6)
+    "Pairs with the probability that each picture is preferred to the other."
+    n = min(n, len(self))
+    images = _alternating(self.first[:n], self.second[:n])
+    prompts = _alternating(self.prompts[:n], self.prompts[:n])
+    shares = {name or 'preferred':_alternating(v[:n], [1-p for p in v[:n]]) for name,v in self.values.items()}
+    return Gallery(images, prompts, shares, list(range(2*n))).plot(2*n)
 
 # %% ../nbs/1_foundations/109_html.ipynb #f85a3c2b
 document(__name__)

@@ -1,5 +1,5 @@
 "JupyterLab in headless Chromium, as a person uses it."
-import json, os, socket, subprocess, sys, time
+import json, os, re, socket, subprocess, sys, time
 from pathlib import Path
 from shutil import which
 from urllib.request import urlopen
@@ -18,6 +18,7 @@ RUN = """async () => {
   jupyterapp.commands.execute('notebook:run-all-cells');
   return true;
 }"""
+OURS = re.compile(r'(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|(data|blob|file|about):')  # nothing leaves this machine
 NOT_OURS = ('/lsp/status',)  # what JupyterLab itself complains of
 
 
@@ -73,12 +74,13 @@ class Lab:
 
 
 class Window:
-    "A page of the browser that remembers what its console said."
+    "A page of the browser that remembers what its console said, and what it asked other machines for."
     def __init__(self, browser):
         self.page = browser.new_page(viewport=dict(width=1200, height=1000))
         self.page.set_default_timeout(60_000)
         self.errors = []
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.on('request', lambda r: OURS.match(r.url) or self.errors.append(f'asked for {r.url}'))
         self.page.on('console', lambda m: m.type == 'error' and self.errors.append(f'{m.text} {m.location.get("url", "")}'))
 
     def run(self, url):

@@ -3,6 +3,7 @@ import os, re, subprocess, sys, time
 from urllib.request import urlopen
 
 import pytest
+from browser import Window
 from PIL import Image
 from project import ROOT
 
@@ -66,6 +67,26 @@ DROP = '''async ([name, text, n]) => {
 }'''
 
 
+PASTE = '''async () => {
+  const files = new DataTransfer();
+  const canvas = new OffscreenCanvas(30, 30);
+  canvas.getContext('2d').fillRect(0, 0, 30, 30);
+  files.items.add(new File([await canvas.convertToBlob()], 'pasted.png', {type: 'image/png'}));
+  const stage = document.querySelector('.lr-stage');
+  stage.dispatchEvent(new ClipboardEvent('paste', {bubbles: true, cancelable: true, clipboardData: files}));
+}'''
+
+
+def drop_path(page, path):
+    "Drop a file or folder as the file manager does."
+    box = page.locator('.lr-drop').bounding_box()
+    devtools = page.context.new_cdp_session(page)
+    data = dict(items=[], files=[str(path)], dragOperationsMask=1)
+    for kind in ('dragEnter', 'dragOver', 'drop'):
+        devtools.send('Input.dispatchDragEvent', dict(type=kind, x=box['x']+9, y=box['y']+9, data=data))
+    devtools.detach()
+
+
 def drop(page, n, name='', text=''):
     "Drop n pictures, and a file with a text."
     page.evaluate(DROP, [name, text, n])
@@ -112,6 +133,38 @@ def test_playground(lab, window):
     download.value.save_as(path)
     assert [r['image'] for r in read_table(path)] == ['image 2.png', 'image 1.png', 'image 0.png']
     page.screenshot(path=lab.folder/'play.png')
+    assert window.complaints() == []
+
+
+@pytest.fixture
+def crowd(tmp_path):
+    "A folder of 10,000 images, one of them deeper, and other files."
+    Image.new('RGB', (24, 20), 'red').save(tmp_path/'one.png')
+    inner = tmp_path/'crowd'/'inner'
+    inner.mkdir(parents=True)
+    os.link(tmp_path/'one.png', inner/'deep.png')
+    for i in range(9_999): os.link(tmp_path/'one.png', tmp_path/'crowd'/f'{i:04d}.png')
+    for name in ('.DS_Store', 'notes.txt'): (tmp_path/'crowd'/name).write_text('no image')
+    return tmp_path/'crowd'
+
+
+def test_folders_and_the_clipboard(lab, window, crowd):
+    "Of 10,000 files in a folder the first are taken, and one line says so; folders are searched at any depth, for images only."
+    page = window.run(lab.notebook('folder.ipynb', PLAY+'playground.stage.most_files = 5\nplayground'))
+    page.locator('.lr-drop').wait_for()
+    page.evaluate(PASTE)
+    said(page, '1 image')
+    drop_path(page, crowd)
+    said(page, "the first 5 of 10,000 files were taken; type the folder's path to take all")
+    assert page.locator('.lr-card').count() == 6
+    drop_path(page, crowd/'inner')
+    said(page, '7 images')
+    (crowd/'empty').mkdir()
+    drop_path(page, crowd/'empty')
+    said(page, 'no images in what was dropped')
+    drop_path(page, crowd/'notes.txt')
+    said(page, 'notes.txt: not an image')
+    assert page.locator('.lr-card').count() == 7
     assert window.complaints() == []
 
 
@@ -216,7 +269,7 @@ def test_table_explorer(lab, window):
     assert page.get_by_role('button', name='more').is_disabled()
     page.get_by_role('button', name='back').click()
     page.get_by_text('page 1 of 2').wait_for()
-    page.get_by_label('against').select_option('checker')
+    page.get_by_label('compare with').select_option('checker')
     page.get_by_text('where it differs most from checker').wait_for()
     page.screenshot(path=lab.folder/'table.png')
     page.locator('[data-act=open]').nth(6).focus()
@@ -253,15 +306,84 @@ def wait_for_server(url):
     raise TimeoutError(url)
 
 
-def test_labelling_page_without_jupyter(app, window, tmp_path):
-    "Voilà's own template asks the network for a font of icons, which our pages do not use: it gets an empty one."
+def open_label(window, app):
     page = window.page
-    icons = re.compile('https://cdn.jsdelivr.net/npm/@fortawesome/.*css')
-    page.route(icons, lambda route: route.fulfill(content_type='text/css', body=''))
     page.goto(f'{app}voila/render/label.ipynb')
     page.locator('.lr-big img[src^="data:image"]').nth(1).wait_for()
-    page.locator('.lr-stage').focus()
-    page.keyboard.press('ArrowLeft')
-    said(page, '1 answered')
-    assert len(load_records(tmp_path/'labels/overall.jsonl')) == 1
+    return page
+
+
+def asked(page): return page.locator('[data-shows]').get_attribute('data-shows')
+
+
+def test_two_windows_without_jupyter(app, window, browser, tmp_path):
+    "Each has a kernel of its own. No answer is lost, no pair is asked twice, each sees the other's answers, and nothing asks the network."
+    one, two = open_label(window, app), open_label(other := Window(browser), app)
+    first = asked(one)
+    assert asked(two) == first  # nobody has answered yet
+    one.locator('.lr-stage').focus()
+    one.keyboard.press('ArrowLeft')
+    said(one, '1 answered')
+    two.locator('.lr-stage').focus()
+    said(two, '1 answered')
+    assert len({first, asked(one), asked(two)}) == 3
+    two.keyboard.press('ArrowRight')
+    said(two, '2 answered')
+    one.locator('.lr-stage').blur()
+    one.locator('.lr-stage').focus()
+    said(one, '2 answered')
+    for k in range(3, 7):
+        one.keyboard.press('t')
+        said(one, f'{k} answered')
+    said(one, 'All pairs are answered')
+    two.keyboard.press('ArrowRight')  # the question is still there, and its answer came from the other window
+    said(two, 'its answer stands')
+    said(two, 'All pairs are answered')
+    records = load_records(tmp_path/'labels/overall.jsonl')
+    assert len(records) == len({r['pair'] for r in records}) == 6
+    assert len((tmp_path/'labels/journal.log').read_text().splitlines()) == 6
+    assert window.complaints()+other.complaints() == []
+    other.page.close()
+
+
+HOSTILE = '<script>document.title="lost"</script><img src=x onerror=alert(1)> نجمة 星 🌟'
+
+
+@pytest.fixture(scope='module')
+def reports(tmp_path_factory):
+    "The page that each command writes."
+    from llava_reward_nb.commands.evaluate import llava_reward_eval, llava_reward_table
+    from llava_reward_nb.commands.score import llava_reward_compare, llava_reward_score
+    from llava_reward_nb.commands.steer import llava_reward_steer
+    folder = tmp_path_factory.mktemp('reports')
+    images = []
+    for color in ('red', 'green', 'blue'):
+        Image.new('RGB', (64, 64), color).save(folder/f'{color} & <b>.png')
+        images.append(str(folder/f'{color} & <b>.png'))
+    page = {name: str(folder/f'{name}.html') for name in ('score', 'compare', 'rank', 'steer', 'eval', 'table')}
+    asked = ['--prompt', HOSTILE, '--perspective', 'alignment']
+    llava_reward_score.main([*images, *asked, '--html', page['score']])
+    llava_reward_compare.main([*images[:2], *asked, '--html', page['compare']])
+    llava_reward_compare.main([*images, *asked, '--html', page['rank']])
+    llava_reward_steer.main(['a red circle', '--reward', 'checker', '--steps', '5', '--n-particles', '2', '--out', str(folder/'steered'), '--html', page['steer']])
+    run = str(folder/'tifa')
+    llava_reward_eval.main(['tifa160', '--reward', 'checker', '--limit', '4', '--out', run, '--html', page['eval']])
+    llava_reward_table.main(['tifa160', run, '--out', page['table']])
+    return page
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('name,pictures', dict(score=3, compare=2, rank=3, steer=2, eval=0, table=0).items())
+def test_pages_of_commands(name, pictures, scheme, reports, window):
+    "Every picture is shown, text is text, nothing is wider than a small window, and nothing is asked of anybody."
+    page = window.page
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size(dict(width=600, height=800))
+    page.goto(f'file://{reports[name]}')
+    sizes = page.evaluate('[...document.images].map(image => image.naturalWidth)')
+    assert len(sizes) >= pictures and all(sizes)
+    assert page.evaluate('document.scripts.length') == 0 and page.title() != 'lost'
+    if name in ('score', 'compare', 'rank'): assert HOSTILE in page.inner_text('body')
+    assert page.evaluate('document.documentElement.scrollWidth') <= 600
+    page.screenshot(path=f'{reports[name]}-{scheme}.png', full_page=True)
     assert window.complaints() == []

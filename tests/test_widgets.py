@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from llava_reward_nb.data import load_records
-from llava_reward_nb.widgets import Board, Journal, LabelSession, find_pairs, folder_pairs
+from llava_reward_nb.widgets import Board, Journal, Labeller, LabelSession, Playground, find_pairs, folder_pairs, open_judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +46,84 @@ def test_windows_that_write_at_once_lose_no_label(shades, tmp_path):
     for perspective in ('overall', 'looks'):
         votes = {x.pair for x in labels if x.perspective == perspective and x.choice != 'skip'}
         assert {r['pair'] for r in load_records(tmp_path/f'labels/{perspective}.jsonl')} == votes
+
+
+WINDOW = '''
+import sys
+from llava_reward_nb.widgets import Labeller
+labeller = Labeller(sys.argv[1], sys.argv[2], prompt='x')
+print('ready', flush=True)
+sys.stdin.readline()
+while asked := labeller.desk.asked(): labeller._hear('key', 't', asked)
+labeller._hear('focus', '', '')
+print(len(labeller.desk.session.mine), len(labeller.desk.session.labels), flush=True)
+'''
+
+
+def test_two_labellers_in_two_processes(shades, tmp_path):
+    "Both answer as fast as they can: each pair has one answer, and each window sees all of them."
+    for k in range(6, 12): Image.new('L', (8, 8), 20*k+1).save(shades/f'{k}.png')
+    other = subprocess.Popen([sys.executable, '-c', WINDOW, shades, tmp_path/'labels'], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    here = Labeller(shades, tmp_path/'labels', prompt='x')
+    assert other.stdout.readline() == 'ready\n'
+    other.stdin.write('\n')
+    other.stdin.flush()
+    while asked := here.desk.asked(): here._hear('key', 'ArrowLeft', asked)
+    theirs, seen = map(int, other.communicate(timeout=120)[0].split())
+    here._hear('focus', '', '')
+    labels, damaged = Journal(tmp_path/'labels').read()
+    assert (len(labels), len({x.pair for x in labels}), damaged, seen) == (24, 24, 0, 24)
+    assert len(here.desk.session.mine)+theirs == 24
+    assert '24 answered' in here.stage.html and 'All pairs are answered' in here.stage.html
+    assert len(load_records(tmp_path/'labels/overall.jsonl')) == 24
+
+
+@pytest.fixture
+def loading(monkeypatch):
+    "A reward that loads until the event is set."
+    ready = threading.Event()
+
+    def wait_and_open(rm):
+        ready.wait(60)
+        return open_judge(rm)
+    for module in ('labeller', 'playground'): monkeypatch.setattr(f'llava_reward_nb.widgets.{module}.open_judge', wait_and_open)
+    yield ready
+    ready.set()
+
+
+def brightness(images, prompts): return [float(im.convert('L').getpixel((0, 0))) for im in images]
+
+
+def test_a_model_that_is_still_loading(shades, tmp_path, loading):
+    "Pairs are answered and prompts typed meanwhile; one line says what is missing."
+    labeller, playground = Labeller(shades, tmp_path/'labels', brightness, prompt='x'), Playground(brightness, shades, 'x')
+    labeller._hear('key', 'ArrowLeft', labeller.desk.asked())
+    playground.text.value = 'y'
+    playground._hear('click', 'choose-image', '0')
+    for widget in (labeller, playground): assert 'loading the reward …' in widget.stage.html
+    assert '1 answered' in labeller.stage.html and 'agreed' not in labeller.stage.html
+    loading.set()
+    for widget in (labeller, playground): assert widget.wait(60)
+    assert 'the reward agreed with you in' in labeller.stage.html
+    assert len(playground.board.values()['brightness']) == 6 and playground.board.prompt == 'y'
+    assert len(load_records(tmp_path/'labels/overall.jsonl')) == 1
+
+
+def test_a_full_disk_while_a_widget_labels(shades, tmp_path, monkeypatch):
+    "Pictures from memory, which go to the disk with their labels: one line says what waits, and the next answer takes it along."
+    images = [Image.open(file).copy() for file in sorted(shades.iterdir())]
+    labeller = Labeller([(images[0], im, 'x') for im in images[1:]], tmp_path/'labels')
+
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as broken:
+        broken.setattr('PIL.Image.Image.save', full)
+        broken.setattr('os.fsync', full)
+        monkeypatch.setattr('llava_reward_nb.widgets.labeller.thumbnail', lambda *args: '')  # in memory, but by the same function
+        for _ in range(2): labeller._hear('key', 'ArrowLeft', labeller.desk.asked())
+    assert 'not on the disk: No space left on device; 2 answers wait in memory' in labeller.stage.html
+    labeller._hear('key', 't', labeller.desk.asked())
+    assert 'wait' not in labeller.stage.html and '3 answered' in labeller.stage.html
+    assert len(load_records(tmp_path/'labels/overall.jsonl')) == 3
 
 
 FULL = '''
@@ -117,7 +195,7 @@ def test_an_interrupt_keeps_the_state():
     assert board.values() == {'reward': {0: 1., 1: 1., 2: 1.}}
 
 
-@pytest.mark.parametrize('prompt', ['ein „Stern“', 'نجمة حمراء', '紅い星 🌟', '<script>alert(1)</script>', '" onmouseover="x', 'a\nb\u2028c', ''])
+@pytest.mark.parametrize('prompt', ['ein „Stern“', 'نجمة حمراء', '紅い星 🌟', '<script>alert(1)</script>', '" onmouseover="x', 'a\nb\u2028c', '', 'x'*10_000, 'שלום '*2000])
 def test_prompts_of_any_kind(prompt, shades, tmp_path):
     "They are kept as they are, and shown as text."
     images = sorted(shades.iterdir())
@@ -130,4 +208,5 @@ def test_prompts_of_any_kind(prompt, shades, tmp_path):
     board.add(images)
     board.wait()
     assert set(board.values()['reward'].values()) == {float(len(prompt))}
-    for shown in (board.page_html(), board.still().html()): assert '<script>' not in shown and 'onmouseover="x' not in shown
+    for shown in (board.page_html(), board.still().html(), Labeller(session.pairs.values(), tmp_path/'others').stage.html):
+        assert '<script>' not in shown and 'onmouseover="x' not in shown and len(shown) < 20_000

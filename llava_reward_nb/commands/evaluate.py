@@ -76,6 +76,7 @@ def _eval_words()->dict:
 
 @command('''  llava_reward_eval mjbench --reward tiny/alignment tiny/safety checker
   llava_reward_eval all --reward tiny tiny-clip tiny-imagereward checker --limit 50
+  llava_reward_eval mjbench --reward tiny/alignment checker --limit 50 --html mjbench.html
   llava_reward_eval unsafebench --reward me/my-rewards/safety --data yiting/UnsafeBench
   llava_reward_eval tifa160 --reward imagereward vqascore --data ~/tifa --out runs/tifa
   llava_reward_eval geneval --reward hpsv2.1 --data my/generated/images
@@ -142,6 +143,7 @@ def _tabled(table:str, given:list)->list: # of paths
 # %% ../../nbs/9_doors/905_evaluate.ipynb #d9222714
 @command('''  llava_reward_table tifa160
   llava_reward_table mjbench runs/mjbench runs/other --by category --intervals --out mjbench.tex
+  llava_reward_table mjbench --intervals --out mjbench.html
   llava_reward_table table9 steered --out table9.md
   llava_reward_table latency runs/latency.parquet
 

@@ -512,7 +512,7 @@ def _score_bulk(sources:list, rewards, out, where:dict, device, dtype, ray):
   llava_reward_score renders/ --prompt "a red circle" --perspective alignment fidelity --out scores.csv
   llava_reward_score --table items.csv --out scores.parquet --skip-bad
   llava_reward_score --table metadata.jsonl --image-column file_name --prompt-column text --out scores.jsonl
-  llava_reward_score photo.jpg --perspective safety
+  llava_reward_score photo.jpg --perspective safety --html scores.html
   llava_reward_score a.png --prompt "a red circle" --model me/rewards --base microsoft/Phi-3.5-vision-instruct
   llava_reward_score renders/ --prompt "a red circle" --reward tiny/alignment imagereward hpsv2.1 checker
   llava_reward_score shards/ items.parquet me/renders --reward tiny/alignment tiny-clip --out scores/
@@ -613,6 +613,7 @@ def _compare(items:list, pair:bool, table, used:dict, model, how:dict, batch_siz
 # %% ../../nbs/9_doors/902_score.ipynb #c8e35a57
 @command('''  llava_reward_compare a.png b.png --prompt "a red circle"
   llava_reward_compare renders/ --prompt "a red circle" --perspective overall --out ranking.csv
+  llava_reward_compare renders/ --prompt "a red circle" --html ranking.html
   llava_reward_compare --table pairs.csv --out preferences.csv
   llava_reward_compare --table pickapic.parquet --image-column jpg_0 jpg_1 --prompt-column caption --out p.csv
 

@@ -177,6 +177,7 @@ def _words()->dict:
 # %% ../../nbs/9_doors/906_steer.ipynb #115f8dd8
 @command('''  llava_reward_steer "a photo of a red circle" --model tiny --reward tiny --out steered
   llava_reward_steer "two stars" "a red square" --reward tiny/alignment --held-out checker tiny-clip --compare
+  llava_reward_steer "two stars" --reward tiny/alignment --html steered.html
   llava_reward_steer prompts.txt --model sdxl --reward llava-reward:me/rewards/overall --steps 100
   llava_reward_steer prompts.csv --model my/pipeline --reward imagereward clipscore --lam 10 --out runs/mine
 

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..core import InputError, as_path
 from ..docments import document
 from ..files import atomic_path
+from ..views import page_html
 
 # %% ../../nbs/6_evaluation/605_tables.ipynb #1d1d0d53
 @dataclass
@@ -198,7 +199,8 @@ _HTML = dict(best='<b>{}</b>', second='<u>{}</u>', source='<i style="opacity:.7"
 
 def _html_cell(text:str, mark:str, tag:str='td')->str:
     side = 'left' if mark=='label' else 'right'
-    return f'<{tag} style="text-align:{side}">{_HTML.get(mark,"{}").format(html.escape(text))}</{tag}>'
+    shown = _HTML.get(mark, '{}').format(html.escape(text))
+    return f'<{tag} style="text-align:{side};padding:2px 8px">{shown}</{tag}>'
 
 @patch
 def to_html(self:Table)->str:
@@ -328,8 +330,8 @@ def save(self:Table,
 )->Path:
     "Write the table in the form that the suffix tells; `InputError` for another suffix."
     path = as_path(path)
-    forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.html':self.to_html, '.csv':self.to_csv,
-             '.txt':lambda: repr(self)+'\n'}
+    forms = {'.md':self.to_markdown, '.tex':self.to_latex, '.csv':self.to_csv, '.txt':lambda: repr(self)+'\n',
+             '.html':lambda: page_html(one_line(self.title) or 'Table', [self])}
     kind = path.suffix.lower()
     if kind not in forms: raise InputError(f"{path}: tables are written as {', '.join(forms)}; "
                                            f"got {path.suffix or 'no suffix'!r}")

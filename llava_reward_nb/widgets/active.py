@@ -6,7 +6,7 @@
 __all__ = ['PairReader', 'held_out_keys', 'divided_records', 'Practice', 'heldout_agreement', 'train_on_labels']
 
 # %% ../../nbs/9_doors/918_active.ipynb #01428d15
-import time
+import math, time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from ..stats import interval, mean
 from ..store import text_hash
 from ..trainer import train_perspective
 from ..config import RewardConfig
+from ..views import View, curves_html, text_html
 from .judge import cycles, look_each, pair_doubts
 from .session import Agreement, LabelSession, label_records
 
@@ -124,20 +125,43 @@ def divided_records(
     return tuple(load_records(part, folder=session.folder) if part else None for part in parts)
 
 # %% ../../nbs/9_doors/918_active.ipynb #e3fa2abe
-@dataclass
-class Practice:
+@dataclass(repr=False)
+class Practice(View):
     "What a short training did."
     name:str         # of the perspective that was trained
     records:int      # it was trained on
     before:Agreement # of the model as it was with the answers held out; n is 0 if it has no such perspective
     curve:list = field(default_factory=list) # of (updates, `Agreement`) with the answers held out
     folder:Path = None # of the perspective
+    title = 'Training'
 
-    def __str__(self):
+    def __repr__(self):
         steps = ', '.join(f'{a} after {n}' for n,a in self.curve) or 'no answers are held out yet'
         was = f'; the model as it was: {self.before}' if self.before.n else ''
         spread = f'; {_spread(self.curve[-1][1])}' if self.curve else ''
-        return f'{self.name}, trained on {self.records} answers; agreement with others: {steps}{was}{spread}'
+        agreed = f'agreement with answers held out, by updates: {steps}{was}{spread}'
+        return f'{self.name}, trained on {self.records} answers; {agreed}'
+
+    def html(self)->str:
+        "The words, and the agreement with answers held out as a curve."
+        known = {n:a.agreed/a.n for n,a in self.curve if a.n}
+        words = f'<p>{text_html(self, 1000)}</p>'
+        if len(known)<2: return words
+        updates = list(known)
+        below = f'updates {updates[0]} to {updates[-1]}, share from'
+        return words+curves_html(updates, {'agreement with answers held out':list(known.values())}, below)
+
+    def plot(self): # matplotlib figure
+        "The agreement with answers held out."
+        import matplotlib.pyplot as plt
+        fig,ax = plt.subplots(figsize=(4,2.2), dpi=80, layout='constrained')
+        shares = [a.agreed/a.n if a.n else math.nan for _,a in self.curve]
+        ax.plot([n for n,_ in self.curve], shares, marker='o')
+        ax.axhline(.5, color='.6', ls='--', lw=1, label='a coin')
+        ax.set(title=self.name, xlabel='updates', ylabel='agreement', ylim=(0,1.05))
+        ax.legend(fontsize=7)
+        plt.close(fig)
+        return fig
 
 def _spread(a:Agreement)->str:
     "How far an agreement may be from what more answers would show."

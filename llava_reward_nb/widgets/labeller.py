@@ -10,7 +10,6 @@ import html, threading, time
 from pathlib import Path
 
 from fastcore.basics import patch
-from ipywidgets import VBox
 
 from ..core import InputError
 from ..docments import document
@@ -18,17 +17,18 @@ from ..views import grid_html, picture_html, text_html, thumbnail
 from .active import PairReader, train_on_labels
 from .judge import ModelJudge, open_judge
 from .session import LabelSession, TwoGenerators, agreement, find_pairs
-from .stage import Stage, Still, Worker
+from .stage import Shown, Stage, Still, Worker
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #1bb701f7
 _KEYS = dict(ArrowLeft='left', ArrowRight='right', ArrowDown='tie', t='tie', s='skip', u='undo',
              Backspace='undo')
-_BUTTONS = dict(left='← left', right='right →', tie='tie (t)', skip='skip (s)', undo='undo (u)')
+_BUTTONS = dict(left='<kbd>←</kbd> left', right='right <kbd>→</kbd>', tie='tie <kbd>t</kbd>',
+                skip='skip <kbd>s</kbd>', undo='undo <kbd>u</kbd>') # HTML
 _PIECE = 8 # pairs between two looks at whether to go on
 
-def _button(act:str, text:str, title:str='', value:str='')->str:
+def _button(act:str, content:str, title:str='', value:str='')->str:
     said = f'data-act="{act}" data-value="{value}" title="{html.escape(title)}"'
-    return f'<button {said}>{html.escape(text)}</button>'
+    return f'<button {said}>{content}</button>'
 
 def _line(text:str, kind:str='')->str:
     return f'<div class="lr-said {kind}" role="status">{text_html(text, 500)}</div>'
@@ -135,6 +135,14 @@ def answer(self:Desk,
     if self.made: self.maker.start('make', self._make)
 
 @patch
+def come_back(self:Desk):
+    "See what other windows answered meanwhile, and ask something else if they answered what is asked here."
+    with self.lock:
+        self.session.refresh()
+        q = self.question
+        if q is None or (q.pair.key, q.perspective) in self.session.answered(): self.ask()
+
+@patch
 def undo(self:Desk):
     "Take back the last answer of this window."
     with self.lock:
@@ -150,6 +158,7 @@ def agreement(self:Desk,
     keys = {x.pair for x in self.session.labels}
     return agreement(self.session.turned(), perspective, self.reader.leanings(self.column(perspective), keys))
 
+# %% ../../nbs/9_doors/921_labeller.ipynb #15a817b9
 @patch
 def train(self:Desk,
     updates:int=24, # for each perspective
@@ -186,12 +195,21 @@ def progress_line(self:Desk)->str:
     return ' · '.join(parts)
 
 @patch
+def progress_html(self:Desk)->str:
+    "How far the pairs are answered, as a bar."
+    n = len(self.session.pairs)
+    done = n-len(self.session.open_keys())
+    return f'<progress max="{n}" value="{done}" aria-label="pairs answered"></progress>'
+
+@patch
 def state_html(self:Desk)->str:
     "What is at work, what went wrong, and what the reward thought afterwards."
     s = self.session
     lines = [_line(self.progress_line())]
-    waiting = f'{len(s.unsaved)} answers wait in memory and go with the next one'
-    if s.trouble: lines.append(_line(f'not on the disk: {s.trouble}; {waiting}', 'lr-bad'))
+    waiting = f'{len(s.unsaved)} answers wait in memory' if s.unsaved else 'the records wait'
+    full = f'not on the disk: {s.trouble}; {waiting} and go with the next one'
+    if s.trouble: lines.append(_line(full, 'lr-bad'))
+    if s.is_late: lines.append(_line('another window had answered that pair; its answer stands'))
     for worker in (self.worker, self.maker):
         if worker.error: lines.append(_line(worker.error, 'lr-bad'))
         elif worker.doing: lines.append(_line(worker.doing))
@@ -211,15 +229,17 @@ def question_html(self:Desk)->str:
         is_making = self.maker.is_busy
         return _line('one moment …' if is_making else 'All pairs are answered.')
     asked = self.asked()
-    image = lambda act: f'<div class="lr-frame"><img class="lr-sharp" alt="{act}" data-picture="{act}"></div>'
-    place = 'role="button" tabindex="0"'
-    side = lambda act: (f'<div class="lr-big" data-act="{act}" data-value="{asked}" {place} '
-                        f'aria-label="{act}">{image(act)}</div>')
+    def button(act): return _button(act, _BUTTONS[act], value=asked)
+    def side(act):
+        image = f'<div class="lr-frame"><img class="lr-sharp" alt="{act} image" data-picture="{act}"></div>'
+        said = f'data-act="{act}" data-value="{asked}" role="button" tabindex="0"'
+        big = f'<div class="lr-big" {said} aria-label="choose the {act} image">{image}</div>'
+        return f'<div>{big}{button(act)}</div>'
     ask = f'Which is better: <b>{html.escape(q.perspective)}</b>?'
-    buttons = ' '.join(_button(act, text, value=asked) for act,text in _BUTTONS.items())
     return (f'<div class="lr-prompt" data-shows="{asked}">{text_html(q.pair.prompt, 1000)}</div>'
-            f'<div>{ask}</div>'
-            f'<div class="lr-row">{side("left")}{side("right")}</div><div class="lr-tools">{buttons}</div>')
+            f'<div>{ask}</div><div class="lr-pair">{side("left")}{side("right")}</div>'
+            f'<div class="lr-tools">{button("tie")}{button("skip")}{button("undo")}</div>'
+            f'{self.progress_html()}')
 
 @patch
 def page_html(self:Desk)->str:
@@ -227,7 +247,7 @@ def page_html(self:Desk)->str:
     answers = sum(x.choice!='skip' for x in self.session.labels)
     train = _button('train', f'Train on these {answers}', 'a few updates; accuracy on answers held out')
     stop = _button('stop', 'Stop') if self.worker.is_busy else ''
-    tools = f'<div class="lr-tools">{train} {stop}</div>' if self.rm is not None and answers else ''
+    tools = f'<div class="lr-tools">{train}{stop}</div>' if self.rm is not None and answers else ''
     return self.question_html()+self.state_html()+tools
 
 @patch
@@ -245,7 +265,7 @@ def _desk(source, out, rm, prompts, prompt, perspectives, seed, changed)->Desk:
     pairs = [] if functions else find_pairs(source, prompt, seed)
     return Desk(LabelSession(pairs, out, perspectives, seed), rm, made, changed)
 
-class Labeller(VBox):
+class Labeller(Shown):
     "Compare two images at a time with the keyboard, and train on the answers."
     def __init__(self,
         source,                    # a folder, a table, a list of (image, image, prompt), or two generators
@@ -258,17 +278,13 @@ class Labeller(VBox):
     ):
         self.drawn = 0. # when the page was drawn last
         self.seen = None # the question whose pictures are shown
-        self.stage = Stage(self._hear, label='labeller', hotkeys=list(_KEYS))
+        self.stage = Stage(self._hear, label='labeller', hotkeys=list(_KEYS), tells_focus=True)
         self.desk = _desk(source, out, rm, prompts, prompt, perspectives, seed, self._changed)
         super().__init__([self.stage])
         self.desk.begin()
         self.draw()
 
     def __repr__(self): return f'Labeller({self.desk.session!r})'
-
-    def _repr_mimebundle_(self, **kwargs):
-        bundle = super()._repr_mimebundle_(**kwargs)
-        return {**bundle, 'text/html':self.still().html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/921_labeller.ipynb #9ee5d046
 @patch
@@ -292,7 +308,8 @@ def _changed(self:Labeller):
 def _hear(self:Labeller, kind:str, act:str, value:str):
     "A click or a key."
     choice = _KEYS.get(act) if kind=='key' else act
-    if choice=='undo': self.desk.undo()
+    if kind=='focus': self.desk.come_back()
+    elif choice=='undo': self.desk.undo()
     elif choice in ('left','right','tie','skip'): self.desk.answer(choice, value)
     elif choice=='train': self.desk.train()
     elif choice=='stop': self.desk.worker.cancel()

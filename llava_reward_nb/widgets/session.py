@@ -184,8 +184,14 @@ class Journal:
         lines:list, # of dicts
     ):
         "Add lines, all or none of them; OSError or `InputError` if that fails."
+        with folder_lock(self.folder): self.append(lines)
+
+    def append(self,
+        lines:list, # of dicts
+    ):
+        "`add` for those who hold the folder's lock."
         text = ''.join(json.dumps(line, ensure_ascii=True)+'\n' for line in lines).encode()
-        with folder_lock(self.folder), open(self.path, 'ab', buffering=0) as f: # closing writes a buffer
+        with open(self.path, 'ab', buffering=0) as f: # closing writes a buffer
             size = f.seek(0, os.SEEK_END)
             try:
                 rest = text if self._ends_whole(size) else b'\n'+text
@@ -282,6 +288,8 @@ class LabelSession:
         self.faulty = {}   # key -> why its images cannot be shown
         self.mine = []     # `Label`s of this window, the last one last
         self.unsaved = []  # lines for the journal that did not reach it
+        self.unwritten = {} # path from the folder of labels -> image from memory that is not there yet
+        self.is_late = False # whether another window's answer came before the last one here
         self.trouble = ''  # why not
         self.returned = None # key of the pair whose answer was taken back
         self.since = time.monotonic()
@@ -330,11 +338,36 @@ def open_keys(self:LabelSession)->list:
     return sorted(left, key=rank)
 
 # %% ../../nbs/9_doors/917_session.ipynb #0d00d5cf
+_HELD = 120 # seconds for which a pair is left to the window that asks about it
+
+@patch
+def _hold(self:LabelSession, key:str):
+    "Tell other windows what this one asks about."
+    if not self.folder.is_dir(): return # nobody has answered anything
+    file = self.folder/'windows'/self.name
+    try:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(key)
+    except OSError: return # a full disk: another window may ask the same
+
+@patch
+def _held(self:LabelSession)->set: # of keys
+    "What other windows ask about."
+    keys = set()
+    for file in (self.folder/'windows').glob('*'):
+        try:
+            is_new = time.time()-file.stat().st_mtime<_HELD
+            if is_new and file.name!=self.name: keys.add(file.read_text())
+            if not is_new: file.unlink()
+        except OSError: continue # another window has removed it
+    return keys
+
 @patch
 def question(self:LabelSession)->Question|None: # None: all is answered
     "What is to be asked now; pairs whose images do not open are set aside."
     done = self.answered()
-    for key in self.open_keys():
+    held = self._held()
+    for key in sorted(self.open_keys(), key=lambda k: k in held): # the last pairs are asked everywhere
         pair = self.pairs[key]
         try:
             for image in (pair.a, pair.b): load_image(image)
@@ -343,6 +376,7 @@ def question(self:LabelSession)->Question|None: # None: all is answered
             continue
         perspective = next(p for p in self.perspectives if (key,p) not in done)
         swapped = int(text_hash(f'{self.seed} side {key}'), 16)%2==1
+        self._hold(key)
         return Question(pair, perspective, swapped)
     return None
 
@@ -357,11 +391,17 @@ def _place(self:LabelSession, image)->str:
 
 @patch
 def _kept(self:LabelSession, image)->str:
-    "The path of an image from the folder of labels; images from memory are written there first."
+    "The path of an image from the folder of labels; an image from memory is written there by `flush`."
     name = self._place(image)
-    if not isinstance(image, (str, os.PathLike)) and not (self.folder/name).is_file():
-        with atomic_path(self.folder/name) as p: load_image(image).save(p)
+    if not isinstance(image, (str, os.PathLike)): self.unwritten[name] = image
     return name
+
+@patch
+def _write_images(self:LabelSession):
+    for name,image in list(self.unwritten.items()):
+        if not (self.folder/name).is_file():
+            with atomic_path(self.folder/name) as p: load_image(image).save(p)
+        del self.unwritten[name]
 
 @patch
 def _label(self:LabelSession, question:Question, choice:str)->Label:
@@ -372,11 +412,24 @@ def _label(self:LabelSession, question:Question, choice:str)->Label:
 
 # %% ../../nbs/9_doors/917_session.ipynb #f3501de0
 @patch
+def _write_answers(self:LabelSession):
+    "Write the answers that wait, but for those that another window has given."
+    with folder_lock(self.folder):
+        labels,_ = self.journal.read()
+        taken = {(x.pair, x.perspective) for x in labels if x.choice!='skip' and x.session!=self.name}
+        told = [line for line in self.unsaved if line.get('choice', 'skip')!='skip'] # no skips, nothing undone
+        late = {line['id'] for line in told if (line['pair'], line['perspective']) in taken}
+        lines = [line for line in self.unsaved if line.get('id') not in late]
+        if lines: self.journal.append(lines)
+    self.unsaved = []
+    self.mine = [x for x in self.mine if x.id not in late]
+
+@patch
 def flush(self:LabelSession)->bool: # whether all is on the disk
     "Write what waits, and the records of all perspectives."
     try:
-        if self.unsaved: self.journal.add(self.unsaved)
-        self.unsaved = []
+        self._write_images()
+        if self.unsaved: self._write_answers()
         self.refresh()
         self._write_records()
         self.trouble = ''
@@ -407,7 +460,7 @@ def records_file(self:LabelSession,
 def answer(self:LabelSession,
     choice:str,             # one of `ANSWERS`
     question:Question=None, # None: the present one
-)->Label|None: # None: there was nothing to answer
+)->Label|None: # None: there was nothing to answer, or another window had answered
     "Keep an answer; ValueError for an unknown one."
     if choice not in ANSWERS: raise ValueError(f"answer {choice!r}; there are {', '.join(ANSWERS)}")
     question = question or self.question()
@@ -419,11 +472,13 @@ def answer(self:LabelSession,
     self.returned = None
     self.since = time.monotonic()
     self.flush()
-    return label
+    self.is_late = label not in self.mine
+    return None if self.is_late else label
 
 @patch
 def undo(self:LabelSession)->Label|None: # what was taken back; None: this window has not answered yet
     "Take back the last answer of this window; its question comes again."
+    self.is_late = False
     if not self.mine: return None
     label = self.mine.pop()
     waits = [line for line in self.unsaved if line.get('id')==label.id]

@@ -10,15 +10,15 @@ import html, io, math
 
 import torch
 from fastcore.basics import patch
-from ipywidgets import Button, HBox, IntSlider, Layout, Text, VBox
+from ipywidgets import Button, HBox, IntSlider, Layout, Text
 
 from ..core import InputError
 from ..docments import document
 from ..rewards.registry import load_reward
 from ..steering.hook import steer
 from ..steering.pipelines import load_pipeline, split_arguments
-from ..views import plain_text, show, thumbnail
-from .stage import Stage, Still, Worker
+from ..views import number_text, plain_text, show, text_html, thumbnail
+from .stage import Shown, Stage, Still, Worker
 
 # %% ../../nbs/9_doors/922_steering_viewer.ipynb #ff3f6eff
 class SeenEnough(Exception):
@@ -102,12 +102,13 @@ def look_html(
         fate = 'ends here' if n==0 else f'goes on {n} times' if n>1 else '&nbsp;'
         chosen = ' lr-chosen' if (at,slot) in kept else ''
         faded = ' style="opacity:.45"' if n==0 else ''
+        said = f'data-act="keep" data-value="{slot}" tabindex="0" role="button"'
         cards.append(
-            f'<div class="lr-card{chosen}" data-act="keep" data-value="{slot}" tabindex="0">'
+            f'<div class="lr-card{chosen}" {said} aria-label="keep particle {slot+1}, reward {value:.3g}">'
             f'<div class="lr-frame"{faded}>'
-            f'<img class="lr-sharp" data-picture="{at}.{slot}" alt="particle {slot}"></div>'
+            f'<img class="lr-sharp" data-picture="{at}.{slot}" alt="particle {slot+1}"></div>'
             f'<div class="lr-bar"><i style="width:{100*_share(value, span):.0f}%"></i>'
-            f'<b>{value:.3g}</b></div>'
+            f'<b>reward</b><span>{number_text(value)}</span></div>'
             f'<div class="lr-name">{fate}</div></div>')
     return f'<div class="lr-row">{"".join(cards)}</div>'
 
@@ -148,15 +149,17 @@ def tree_html(
             parts.append(f'<line {ends} stroke="{color}"/>')
     for i,look in enumerate(looks):
         for slot,value in enumerate(look.rewards[0].tolist()):
-            ring = ' stroke="#d32f2f" stroke-width="2"' if i==at else ''
+            ring = ' stroke="#d32f2f" stroke-width="2"' if i==at else ' stroke="rgba(127,127,127,.7)"'
             dot = f'cx="{x(i)}" cy="{y(slot)}" r="6" fill="{_shade(_share(value, span))}"{ring}'
             words = f'<title>step {look.step}: {value:.3g}</title>'
             parts.append(f'<circle {dot} data-act="look" data-value="{i}">{words}</circle>')
+    ends = ' to '.join(number_text(end) for end in span)
+    legend = f'a row for each particle, a column for each look; dots: reward, {ends} from dark to light'
     return (f'<svg width="{40+(n-1)*step}" height="{20+k*18}" role="img" aria-label="family tree">'
-            f'{"".join(parts)}</svg>')
+            f'{"".join(parts)}</svg><div class="lr-hint">{legend}</div>')
 
 # %% ../../nbs/9_doors/922_steering_viewer.ipynb #5cffbb1f
-class SteeringViewer(VBox):
+class SteeringViewer(Shown):
     "Steer a pipeline by a reward and watch; name it on a cell's last line."
     def __init__(self,
         pipe,          # a diffusers pipeline, or a name for `load_pipeline`
@@ -256,12 +259,13 @@ def _draw(self:SteeringViewer):
     "Show the look that is chosen."
     looks = self.run.looks if self.run else []
     is_bad = bool(self.said or self.worker.error)
-    parts = [f'<div class="lr-said{" lr-bad" if is_bad else ""}">{html.escape(self._status())}</div>']
+    kind = ' lr-bad' if is_bad else ''
+    parts = [f'<div class="lr-said{kind}" role="status">{html.escape(self._status())}</div>']
     if looks:
         at = min(self.at.value, len(looks)-1)
         here = {(look,slot) for run,look,slot in self.kept if run==self.runs}
         where = f'look {at+1} of {len(looks)}, after step {looks[at].step+1}; click a preview to keep it'
-        parts += [f'<div class="lr-prompt">{html.escape(self.run.prompt)}</div>', f'<div>{where}</div>',
+        parts += [f'<div class="lr-prompt">{text_html(self.run.prompt, 1000)}</div>', f'<div>{where}</div>',
                   look_html(looks, at, here), tree_html(looks, at)]
         thumbs = enumerate(looks[at].thumbs[0])
         self.stage.pictures = {f'{at}.{slot}':thumbnail(im, 192) for slot,im in thumbs}
@@ -309,12 +313,6 @@ def still(self:SteeringViewer)->Still:
 def __repr__(self:SteeringViewer)->str:
     looks = len(self.run.looks) if self.run else 0
     return f'SteeringViewer({self.words.value!r}, {looks} looks, {len(self.kept)} kept)'
-
-@patch
-def _repr_mimebundle_(self:SteeringViewer, **kwargs):
-    "The live widget, and its content for places without a kernel."
-    live = VBox._repr_mimebundle_(self, **kwargs)
-    return {**live, 'text/html':self.still().html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/922_steering_viewer.ipynb #539a3288
 document(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
-from ipywidgets import Dropdown, HBox, VBox
+from ipywidgets import Dropdown, HBox
 
 from ..core import InputError
 from ..docments import document
@@ -19,8 +19,8 @@ from ..evaluation.benchmarks import load_benchmark
 from ..evaluation.measures import from_boundary, results
 from ..evaluation.runs import Run
 from ..stats import midranks
-from ..views import number_text, picture_html, table_html, text_html
-from .stage import Stage, Still, one_line
+from ..views import grid_html, number_text, picture_html, table_html, text_html
+from .stage import Shown, Stage, Still, one_line
 
 # %% ../../nbs/9_doors/923_table_explorer.ipynb #4abbdcfe
 def _places(
@@ -159,7 +159,7 @@ def finding_html(self:RunReader,
 # %% ../../nbs/9_doors/923_table_explorer.ipynb #547893b7
 _PAGE = 8 # rows that are shown at once
 
-class TableExplorer(VBox):
+class TableExplorer(Shown):
     "A run's table, and what is behind its cells; name it on a cell's last line."
     def __init__(self,
         run,        # a `Run` or its folder
@@ -170,17 +170,14 @@ class TableExplorer(VBox):
         if not names: raise InputError(f"{self.reader.run.folder}: holds no scores; evaluate a reward first")
         self.cell = (names[0], *self.reader.parts[0])
         self.page = 0
-        self.against = Dropdown(options=[('the truth','')]+[(n,n) for n in names], description='against')
+        self.against = Dropdown(options=[('the truth','')]+[(n,n) for n in names], description='compare with',
+                                style=dict(description_width='initial'))
         self.against.observe(self._turned, 'value')
         self.stage = Stage(self._hear, label='table of a run', hotkeys=['ArrowLeft','ArrowRight'])
         super().__init__([HBox([self.against]), self.stage])
         self.draw()
 
     def __repr__(self): return f'TableExplorer({self.reader.run!r})'
-
-    def _repr_mimebundle_(self, **kwargs):
-        live = super()._repr_mimebundle_(**kwargs)
-        return {**live, 'text/html':self.still().html(), 'text/plain':repr(self)}
 
 # %% ../../nbs/9_doors/923_table_explorer.ipynb #c0dda32f
 @patch
@@ -237,7 +234,7 @@ def findings_html(self:TableExplorer)->str:
     n = f'{len(found)} rows, page {self.page+1} of {pages}'
     turns = ''.join(self._turn_html(step, word, pages) for step,word in ((-1,'back'), (1,'more')))
     shown = found[self.page*_PAGE:(self.page+1)*_PAGE]
-    rows = ''.join(self.reader.finding_html(f) for f in shown)
+    rows = grid_html([self.reader.finding_html(f) for f in shown], 430 if kind=='pair' else 220)
     line = text_html(f'{reward} on {part or kind}, {order}: {n}')
     why = f'<div>{text_html(self.reader.no_images)}</div>' if self.reader.no_images else ''
     return f'<p>{line} {turns}</p>{why}{rows}'
