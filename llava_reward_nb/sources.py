@@ -506,8 +506,8 @@ def _rows(self:Source): # of (raw row, its place in words)
         lacking = [' or '.join(names) for names in self.layout.needs if not set(names)&set(first)]
         ranked = set(RANKING_FIELDS)<=set(first)
         if lacking and ranked: raise InputError(
-            f"{file}: holds rankings ({', '.join(RANKING_FIELDS)}), and sets are of pairs or labels; "
-            "rankings are trained from Python: train_perspective(model, name, load_records(file), args)")
+            f"{file}: holds rankings ({', '.join(RANKING_FIELDS)}), and a source is of pairs or labels; "
+            "llava_reward_train takes rankings, and load_records reads them")
         if lacking: raise InputError(
             f"{file}: lacks the column {', '.join(lacking)}; it has {', '.join(map(str, first))}")
         rows = chain([first], rows)

@@ -350,6 +350,8 @@ _SAME = ('learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_st
          'bf16', 'fp16', 'dataloader_drop_last', 'train_sampling_strategy', 'margin', 'margin_by_ratings',
          'focal_gamma', 'smoothing', 'class_weights', 'ties', 'train_projector', 'train_language_model',
          'train_tower') # decide which weights come out
+_BEST = ('metric_for_best_model', 'greater_is_better', 'eval_strategy', 'eval_steps', 'eval_delay',
+         'save_strategy', 'save_steps') # the same, where the best weights are kept
 
 def _base_identity(model:RewardModel)->str:
     "Dtype and hash of the frozen weights, without those of perspectives."
@@ -366,10 +368,18 @@ def recipe(self:RewardTrainer)->dict: # name -> value
     if self.inputs is None:
         points = self.args.margin_by_ratings
         records = self.train_dataset.identity(points) if self.train_dataset else None
-        self.inputs = dict(records=records, base=_base_identity(self.model))
+        self.inputs = dict(records=records, base=_base_identity(self.model), held_out=self._held_out())
     sizes = dict(lora_rank=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout)
     return dict(**self.inputs, version=__version__, processes=self.args.world_size, start=self.start, **sizes,
+                best={k:args.get(k) for k in _BEST} if self.args.load_best_model_at_end else None,
                 **{k:args.get(k) for k in _SAME})
+
+@patch
+def _held_out(self:RewardTrainer): # text, or a dict of them; None without such records
+    "Identity of what a run is measured on."
+    found = self.eval_dataset
+    if isinstance(found, dict): return {name:records.identity() for name,records in found.items()}
+    return found.identity() if found else None
 
 # %% ../nbs/3_paper/314_trainer.ipynb #201d683c
 @patch

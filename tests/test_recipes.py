@@ -1,7 +1,8 @@
 "Recipes: from every source to a scored perspective by one command, the files of the package, the plan against what really runs."
 import csv, json
 
-import families, pytest, torch
+import families, pytest
+from llava_reward_nb.commands.score import llava_reward_score
 from llava_reward_nb.commands.train import llava_reward_train
 from llava_reward_nb.core import InputError
 from llava_reward_nb.generic import load_backbone
@@ -22,24 +23,39 @@ def command(capsys, *args):
     return 0, capsys.readouterr()
 
 
-@pytest.mark.parametrize('name', ['imagereward', 'pickapic', 'hpdv2', 'hpdv3', 'unsafebench', 'llava', 'folder'])
-def test_from_each_source_to_a_score(homes, name, tmp_path, capsys):  # noqa: F811
-    source = homes[name] if name=='folder' else f'{name}:{homes[name]}'
-    code, said = command(capsys, source, '--name', 'mine', '--out', tmp_path/'run', '--device', 'cpu', '--lora-rank', 2, 'max_steps=1', '--batch-size', 2)
+@pytest.fixture
+def sources(homes):  # noqa: F811
+    "What is typed for each public source, and for tables of one's own."
+    folder = homes['folder']
+    ranked = folder.parent/'ranked'/'mine.jsonl'
+    ranked.parent.mkdir()
+    ranked.write_text(''.join(json.dumps(dict(prompt=f'{n} signs', images=[f'{folder}/{i}.png' for i in range(3)], ranks=[1, 2, 2]))+'\n' for n in (2, 3)))
+    pairs = folder.parent/'pairs'/'mine.csv'
+    pairs.parent.mkdir()
+    pairs.write_text('prompt,chosen_path,reject_path\n'+''.join(f'{n} signs,{folder}/0.png,{folder}/1.png\n' for n in (2, 3)))
+    typed = {name: f'{name}:{home}' for name, home in homes.items() if name != 'folder'}
+    return dict(typed, labels=folder, pairs=pairs, ranked=ranked)
+
+
+@pytest.mark.parametrize('name', ['imagereward', 'pickapic', 'hpdv2', 'hpdv3', 'unsafebench', 'llava', 'labels', 'pairs', 'ranked'])
+def test_from_each_source_to_a_score(sources, homes, name, tmp_path, capsys):  # noqa: F811
+    run = tmp_path/'run'
+    code, said = command(capsys, sources[name], '--name', 'mine', '--out', run, '--device', 'cpu', '--lora-rank', 2, 'max_steps=2', '--batch-size', 2)
     assert code == 0, said.err
-    rm = RewardModel.from_pretrained(tmp_path/'run', device='cpu')
-    assert rm.config.loss == ('cls' if name in ('unsafebench', 'folder') else 'bt')
-    assert torch.isfinite(rm.score([Image.new('RGB', (16,16))], ['a sign'])).all()
-    about = json.loads((tmp_path/'run'/'run.json').read_text())
-    assert 'hash' in about['records']['train']['identity'] and about['versions']['torch']
+    assert json.loads((run/'mine'/'reward_config.json').read_text())['loss'] == dict(unsafebench='cls', labels='cls', ranked='pl').get(name, 'bt')
+    about = json.loads((run/'run.json').read_text())
+    assert 'hash' in about['records']['train']['identity'] and about['versions']['torch'] and about['plan']['updates'] == 2
+    usage = next(line for line in said.out.splitlines() if line.startswith('use it: llava_reward_score '))
+    assert usage.endswith(f'--model {run}')
+    llava_reward_score([homes['folder']/'0.png'], 'a sign', model=run, device='cpu', out=tmp_path/'scores.csv')
+    assert all(abs(float(row['mine'])) < 1e6 for row in csv.DictReader(open(tmp_path/'scores.csv'))), (tmp_path/'scores.csv').read_text()
 
 
-def test_rankings_are_sent_to_python(tmp_path, capsys):
-    table = tmp_path/'ranked.jsonl'
-    table.write_text(json.dumps(dict(prompt='a cat', images=['a.png', 'b.png'], ranks=[1, 2])))
-    for words in ([table], ['tiny-alignment-bt', f'data.train={table}'], ['tiny-alignment-bt', f'data.eval={table}']):
+def test_kinds_of_records_do_not_mix(sources, tmp_path, capsys):
+    for words, why in (([sources['ranked'], f"data.eval={sources['pairs']}"], 'records of several kinds'), ([sources['ranked'], '--loss', 'bt'], "'pl' from rankings"),
+                       ([sources['pairs'], '--loss', 'pl'], "'pl' from rankings")):
         code, said = command(capsys, *words, '--name', 'mine', '--out', tmp_path/'run')
-        assert code == 1 and 'rankings are trained from Python: train_perspective' in said.err, said.err
+        assert code == 1 and why in said.err, said.err
 
 
 def test_ones_own_folder(tmp_path, capsys):
@@ -54,6 +70,14 @@ def test_ones_own_folder(tmp_path, capsys):
     assert '3 pairs' in said.out and 'held out: 1 pairs' in said.out and (tmp_path/'run'/'alignment'/'README.md').is_file()
     again = files.read_recipe(tmp_path/'run'/'recipe.yaml')
     assert (again.training.num_train_epochs, again.training.lora_rank, again.training.lora_alpha, again.data.holdout) == (2, 2, 4, .25)
+
+
+def test_own_records_are_measured_on_their_own(sources, tmp_path, capsys):
+    "A recipe that measures on the world of shapes does not do so with other records."
+    code, said = command(capsys, 'tiny-alignment-bt', sources['pairs'], '--out', tmp_path/'run', '--dry-run')
+    assert code == 0 and '1 held-out pairs; 0.1 of the records' in said.out, said.out+said.err
+    code, said = command(capsys, 'tiny-safety-cls', f"data.train={sources['labels']}", 'data.eval=[]', 'eval_strategy=no', '--dry-run')
+    assert code == 0 and 'measures   nothing' in said.out, said.out+said.err
 
 
 @pytest.mark.parametrize('args,why', [

@@ -100,7 +100,11 @@ def _load_sets(
     if train and data.without:
         screened = drop_leaks(train, held_out_sets(data.without))
         train,dropped = screened.records, str(screened)
-    if train and data.holdout: train,held_out = split_by_prompt(train, data.holdout, seed)
+    if train and data.holdout:
+        try: train,held_out = split_by_prompt(train, data.holdout, seed)
+        except InputError as e: raise InputError(
+            f"{e}: name one with data.eval=…, or measure nothing with 'data.eval=[]' eval_strategy=no"
+            ) from None
     return _Sets(train, held_out, dropped)
 
 # %% ../../nbs/9_doors/903_train.ipynb #bafa7bd9
@@ -260,11 +264,19 @@ def _plan_of(
     base,config,crops = _read_by(recipe, start)
     return make_plan(base, config, recipe.training, train, dtype, many, crops)
 
-def _print_plan(plan, recipe:Recipe, words:list, devices:bool):
+def _measured_on(sets:_Sets, recipe:Recipe)->str:
+    "What a run is measured on, in words."
+    if sets.held_out is None: return 'nothing; name records with --eval, or a share of yours with holdout=.1'
+    share = recipe.data.holdout
+    source = f'; {share:g} of the records, by prompt (holdout)' if share else f' of {sets.held_out.name}'
+    return f'{len(sets.held_out)} held-out {sets.held_out.kind}s{source}'
+
+def _print_plan(plan, recipe:Recipe, sets:_Sets, words:list, devices:bool):
     "The plan, and how the run is started on several devices."
     from llava_reward_nb.recipes.plan import plan_lines
     args = recipe.training
     for line in plan_lines(plan, devices): print(line)
+    if sets.train: print('measures  ', _measured_on(sets, recipe))
     scale = args.lora_alpha/args.lora_rank
     print(f"LoRA       rank {args.lora_rank}, scale {scale:g}; learning rate {args.learning_rate:g}; "
           f"seed {args.seed}")
@@ -292,7 +304,7 @@ def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, w
     first = args.process_index==0
     plan = _plan_of(recipe, sets.train, start) if first else None
     if sets.dropped and first: print(sets.dropped)
-    if first: _print_plan(plan, recipe, words, dry_run or args.n_gpu>0)
+    if first: _print_plan(plan, recipe, sets, words, dry_run or args.n_gpu>0)
     if dry_run:
         from llava_reward_nb.recipes.plan import hollow_backbone
         base,_,crops = _read_by(recipe, start)
@@ -331,6 +343,11 @@ the columns prompt, chosen_path and reject_path (and c_rate, r_rate: equal ones 
 path and label (1 or 0). Other common names are understood. Paths of images are relative to the table:
   prompt,chosen_path,reject_path
   a red circle,images/1.png,images/2.png
+Rankings are lines of .jsonl with a list of images and their ranks, 1 the best:
+  {"prompt": "a red circle", "images": ["1.png", "2.png", "3.png"], "ranks": [2, 1, 3]}
+
+Held-out records: --eval names a table of them; holdout=.1 takes a tenth of yours, by prompt. A recipe that
+measures on a set of its own (the tiny ones do) takes a tenth of yours when you train on yours.
 
 Public data sets lie on the disk and are named NAME:PATH (imagereward, pickapic, hpdv2, hpdv3, unsafebench,
 llava); shapes:alignment:64 draws records of the offline world.
@@ -346,7 +363,7 @@ makes the same run again; versions and hashes of the records as run.json; metric
 Run the same command with --resume after an interruption: the weights will be the same as without it. On
 several GPUs: torchrun --nproc-per-node 8 --no-python llava_reward_train …, or the line of --dry-run.'''
 
-_WORDS = dict(loss=('bt','gpm','cls','gauss'), dtype=DTYPES, precision=DTYPES)
+_WORDS = dict(loss=('bt','gpm','gauss','cls','pl'), dtype=DTYPES, precision=DTYPES)
 
 def _words_of_train()->dict: return _WORDS|dict(records=recipe_names())
 
@@ -387,7 +404,7 @@ def llava_reward_train(
     out:str=None, # folder of this run: the perspective, its checkpoints and its log (needed)
     base:str=None, # multimodal LLM to build on: a folder, a hub id, or 'tiny', which is taken if left out
     from_:str=None, # start from the weights of a saved perspective: its folder, its run, or tiny/alignment
-    loss:str=None, # bt, gpm or gauss for pairs, cls for labels; bt or cls if left out
+    loss:str=None, # bt, gpm or gauss for pairs, cls for labels, pl for rankings; bt, cls or pl if left out
     dim:int=None, # numbers per image of a gpm head, even; 2 if left out
     tau:float=None, # temperature of the preference probability; 0.1 if left out
     eval:str=None, # held-out records to measure on at the end

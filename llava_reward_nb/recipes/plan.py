@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backbones import Phi3VBackbone
-from ..core import CheckpointError, InputError, image_size
+from ..core import CheckpointError, InputError, image_key, image_size
+from ..data import record_images
 from ..docments import document
 from ..generic import backbone_class, load_processor
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from ..config import RewardConfig, planned_updates
+from ..vision_cache import cut_features
 from ..weights import how_to_fetch, hub_folder
 
 # %% ../../nbs/7_scale/705_plan.ipynb #03f19356
@@ -286,6 +288,8 @@ class Rehearsal:
     activations:int # gradients, and all that lives between the forward and the backward pass
     flops:float     # operations, forward and backward
     tokens:int      # of all rows, without padding
+    tower:float=0.  # operations of the tower, where a vision cache spares them; they are not in `flops`
+    features:int=0  # bytes of the tower's features, where a vision cache keeps them
 
     @property
     def peak(self)->int:
@@ -307,6 +311,12 @@ _MOMENTS = { # bytes of an optimizer's state for each trained number; others: 8
 
 def _bytes_of(tensors)->int: return sum(t.numel()*t.element_size() for t in tensors)
 
+# %% ../../nbs/7_scale/705_plan.ipynb #144d6ed7
+def _tower_first(model:RewardModel, held:dict)->dict: # batch with features and without pixels
+    "What a batch is with a vision cache."
+    with torch.no_grad(): features = model.backbone.vision(held)
+    return {k:v for k,v in held.items() if not v.is_floating_point()}|dict(features=features)
+
 # %% ../../nbs/7_scale/705_plan.ipynb #7cecd61f
 def rehearse(
     model:RewardModel,      # from `hollow_model`, or a real one
@@ -327,6 +337,13 @@ def rehearse(
         model.activation_checkpointing_enable(how)
     with rehearsing(ledger, half) as autocast:
         held = {k:as_ghost(v) if ghosts and v.is_floating_point() else v.clone() for k,v in batch.items()}
+        tower,features = 0.,0
+        if args.vision_cache:
+            ledger.restart()
+            held = _tower_first(model, held)
+            tower = ledger.flops
+            features = _bytes_of(cut_features(held['features']).values())
+            autocast.copies.clear()
         waiting = ledger.now*(args.gradient_accumulation_steps-1)
         for _ in range(1+accumulated):
             ledger.restart()
@@ -336,7 +353,7 @@ def rehearse(
             del loss
     for p in learn: p.grad = None
     return Rehearsal(_bytes_of(model.parameters()), _MOMENTS.get(optim, 8)*sum(p.numel() for p in learn),
-                     ledger.peak+waiting, ledger.flops, int(batch['attention_mask'].sum()))
+                     ledger.peak+waiting, ledger.flops, int(batch['attention_mask'].sum()), tower, features)
 
 # %% ../../nbs/7_scale/705_plan.ipynb #568103ba
 @dataclass
@@ -348,12 +365,10 @@ class Row:
 _ASSUMED = Row((1024,1024), ' '.join(['word']*40)) # where there are no records yet
 
 def rows_of(
-    record:dict, # a clean pair or label
+    record:dict, # clean
 )->list: # of `Row`
     "What the model reads of a record."
-    fields = [f for f in ('chosen_path','reject_path','path') if f in record]
-    prompts = record['prompt'] if isinstance(record['prompt'], list) else [record['prompt']]*len(fields)
-    return [Row(image_size(record[f]), prompt) for f,prompt in zip(fields, prompts)]
+    return [Row(image_size(shown.image), shown.prompt) for shown in record_images(record)]
 
 @dataclass
 class Lengths:
@@ -389,7 +404,7 @@ def row_lengths(
 # %% ../../nbs/7_scale/705_plan.ipynb #ec8c9906
 def _encoded(backbone, records:list)->dict: # records: lists of `Row`
     "A batch of pictures of one colour."
-    rows = [row for record in zip(*records) for row in record] # all first images, then all second ones
+    rows = [row for record in records for row in record]
     return backbone.encode([Image.new('RGB', r.size) for r in rows], [r.prompt for r in rows])
 
 # %% ../../nbs/7_scale/705_plan.ipynb #745707a6
@@ -440,6 +455,8 @@ class Plan:
     flops:float=None  # of the whole run
     why:str=''        # there is no rehearsal
     buckets:int=0     # bytes in which several processes exchange gradients
+    images:int=0      # different ones, whose features a vision cache keeps; 0: no cache
+    cache:float=0.    # bytes of these features on the disk
 
     @property
     def memory(self)->int:
@@ -478,6 +495,9 @@ def plan_lines(
     lines.append(f"memory     {_gib(plan.memory)} at the longest rows: weights {_gib(r.weights)}, optimizer "
                  f"{_gib(r.optimizer)}, gradients and activations {_gib(r.activations)}{exchange}")
     lines.append(f"work       {plan.flops:.2e} operations in {plan.half}")
+    if plan.images: lines.append(
+        f"cache      features of {plan.images} images, {_gib(plan.cache)} on the disk, computed before the "
+        "first update")
     if not devices: return lines
     table = [f"{d.name} {_hours(hours_on(d, plan.flops, plan.processes))}" if fits_on(d, plan.memory)
              else f"{d.name} too small" for d in DEVICES]
@@ -502,9 +522,8 @@ def make_plan(
     share = n if processes==here else (n//processes if args.dataloader_drop_last else math.ceil(n/processes))
     size = args.per_device_train_batch_size
     groups = trainable_groups(model)
-    paired = config.make_loss().pairs
     if records: lengths = row_lengths(records, model.backbone, size)
-    else: lengths = _assumed(model.backbone, size, paired)
+    else: lengths = _assumed(model.backbone, size, config.make_loss().learns)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     plan = Plan(groups, sum(p.numel() for p in model.parameters())-sum(groups.values()), n, not records,
                 planned_updates(args, share), size*args.gradient_accumulation_steps*processes, processes,
@@ -521,10 +540,20 @@ def make_plan(
     epochs = args.num_train_epochs
     seen = args.max_steps*plan.batch if args.max_steps>0 else epochs*n
     plan.flops = typical.flops/size*seen
+    if args.vision_cache: _count_cache(plan, typical, len(usual['attention_mask']), size, records)
     return plan
 
-def _assumed(backbone, size:int, paired:bool)->Lengths:
-    record = [_ASSUMED]*(1+paired)
+def _count_cache(plan:Plan, typical:Rehearsal, rows:int, size:int, records):
+    "Add what the tower does before the first update."
+    if records: plan.images = len({image_key(x.image) for record in records for x in record_images(record)})
+    else: plan.images = plan.records*rows//size
+    plan.flops += typical.tower/rows*plan.images
+    plan.cache = typical.features/rows*plan.images
+
+_IMAGES = dict(label=1, pair=2, ranking=4) # kind of records -> images that one is assumed to have
+
+def _assumed(backbone, size:int, kind:str)->Lengths:
+    record = [_ASSUMED]*_IMAGES[kind]
     tokens = sum(backbone.token_counts([r.size for r in record], [r.prompt for r in record]))
     return Lengths([record]*size, [record]*size, tokens)
 

@@ -58,14 +58,14 @@ def train_cycle(
     out,        # folder for checkpoints
     loss:str,   # key of `HEADS`
     seed:int,   # of initialisation and order; the pairs are always the same
-    n:int=480,  # training pairs
+    n:int=960,  # training pairs
 )->RewardModel: # with the perspective `style`
     "Train one loss on the cycle, once over the pairs."
     if loss not in HEADS: raise ValueError(f"no loss {loss!r} on the cycle; use {' or '.join(HEADS)}")
     args = RewardConfig(
         output_dir=str(out), learning_rate=1e-3, per_device_train_batch_size=8,
         gradient_accumulation_steps=1, lora_rank=16, lora_alpha=32, dataloader_drop_last=True,
-        use_cpu=True, save_strategy='no', seed=seed)
+        use_cpu=True, save_strategy='no', logging_steps=5, seed=seed)
     model = RewardModel(load_backbone(base, num_crops=1))
     records = load_records(cyclic_pairs(n, 1), check_images=False)
     config = PerspectiveConfig(loss=loss, dim=HEADS[loss], num_crops=1)
@@ -97,7 +97,7 @@ def cycle_run(
     out,           # folder for checkpoints
     loss:str,      # key of `HEADS`
     seed:int,      # of initialisation and order
-    n:int=480,     # training pairs
+    n:int=960,     # training pairs
     held:int=150,  # held-out pairs
 )->list: # 1.0 or 0.0 for each held-out pair
     "Train one loss with one seed, and ask it about the held-out pairs."
@@ -107,8 +107,8 @@ def cycle_run(
 def cycle_study(
     base,           # folder of the frozen base
     work,           # folder for the runs; those that are there are not repeated
-    seeds=(1,2,3),  # of the runs
-    n:int=480,      # training pairs of a run
+    seeds=range(1,6), # of the runs
+    n:int=960,      # training pairs of a run
     held:int=150,   # held-out pairs
 )->list: # rows: loss, seed, pair, right (1.0 or 0.0)
     "Train both losses with every seed, and ask them about the same held-out pairs."
