@@ -141,11 +141,6 @@ class RewardModel(nn.Module):
         return self.configs[self._known(self.active)]
 
     @property
-    def in_4bit(self)->bool:
-        "Whether the decoder is held in 4 bits."
-        return getattr(self.backbone.model, 'is_loaded_in_4bit', False)
-
-    @property
     def device(self):
         "Where the weights are."
         return next(self.backbone.parameters()).device
@@ -393,6 +388,11 @@ def _route(self:RewardModel, name:str):
     from peft.utils import ModulesToSaveWrapper
     for m in self.peft.modules():
         if isinstance(m, (BaseTunerLayer,ModulesToSaveWrapper)): m._active_adapter = [name]
+
+@patch(as_prop=True)
+def in_4bit(self:RewardModel)->bool:
+    "Whether the decoder is held in 4 bits."
+    return getattr(self.backbone.model, 'is_loaded_in_4bit', False)
 
 # %% ../nbs/3_paper/305_model.ipynb #51a6b143
 @patch

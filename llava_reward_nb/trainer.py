@@ -141,46 +141,52 @@ class RewardTrainer(Trainer):
         self.vision = self._cached_vision() if args.vision_cache else None
         if self.vision: self.data_collator.collator = self.vision.collator(self.data_collator.collator)
 
-    def names_of(self,
-        model:RewardModel, # with perspectives
-        records,           # to train on
-    )->list: # names
-        "The perspectives that are trained; ValueError without one."
-        model.config # raises
-        return [model.active]
-
-    def own(self,
-        records,  # of the run
-        name:str, # of a perspective
-    ): # `RewardRecords`, a dict of several, or None
-        "The records of one perspective."
-        return records
-
-    def joined(self,
-        records, # to train on
-    ): # a data set
-        "What batches are made of."
-        return records
-
-    def collator(self,
-        model:RewardModel, # whose processor reads the records
-        args:RewardConfig, # the recipe
-    ): # function from records to a batch
-        "What makes the batches."
-        return PlacedCollator(RewardCollator(model.backbone.processor, args.margin_by_ratings))
-
-    def attend(self,
-        name:str, # one of `names`
-    ):
-        "Let loss, evaluation and metrics be those of a perspective."
-        self.perspective = name
-        self.loss = self.losses[name]
-        self.label_names = [TRUTH[self.loss.learns]]
-
     def _cached_vision(self)->CachedVision:
         "The tower with a cache, in the precision of this run."
         precision = 'bfloat16' if self.args.bf16 else 'float16' if self.args.fp16 else 'none'
         return CachedVision(self.args.vision_cache, self.model, precision, self.accelerator.autocast)
+
+# %% ../nbs/3_paper/314_trainer.ipynb #391d74d6
+@patch
+def names_of(self:RewardTrainer,
+    model:RewardModel, # with perspectives
+    records,           # to train on
+)->list: # names
+    "The perspectives that are trained; ValueError without one."
+    model.config # raises
+    return [model.active]
+
+@patch
+def own(self:RewardTrainer,
+    records,  # of the run
+    name:str, # of a perspective
+): # `RewardRecords`, a dict of several, or None
+    "The records of one perspective."
+    return records
+
+@patch
+def joined(self:RewardTrainer,
+    records, # to train on
+): # a data set
+    "What batches are made of."
+    return records
+
+@patch
+def collator(self:RewardTrainer,
+    model:RewardModel, # whose processor reads the records
+    args:RewardConfig, # the recipe
+): # function from records to a batch
+    "What makes the batches."
+    return PlacedCollator(RewardCollator(model.backbone.processor, args.margin_by_ratings))
+
+@patch
+def attend(self:RewardTrainer,
+    name:str, # one of `names`
+):
+    "Let loss, evaluation and metrics be those of a perspective."
+    self.perspective = name
+    self.loss = self.losses[name]
+    self.label_names = [TRUTH[self.loss.learns]]
 
 # %% ../nbs/3_paper/314_trainer.ipynb #e6b59801
 @patch

@@ -394,6 +394,7 @@ def _load_several(recipe:Recipe)->dict: # perspective -> `_Sets`
     "The records of each perspective."
     return {name:_checked(_load_sets, (own,))[0] for name,own in recipe.perspectives.items()}
 
+# %% ../../nbs/9_doors/903_train.ipynb #72458503
 def _train_several(recipe:Recipe, resume:bool, dry_run:bool):
     "Read and check the records of several perspectives, print what will be done, train, report."
     from llava_reward_nb.config import check_plan
@@ -421,6 +422,7 @@ def _train_several(recipe:Recipe, resume:bool, dry_run:bool):
     report([dict(perspective=name, **_metrics_of(metrics, name)) for name in items.sets])
     print(f"saved: {out}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
 
+# %% ../../nbs/9_doors/903_train.ipynb #50e263f6
 def _metrics_of(metrics:dict, name:str)->dict:
     "What a table shows of one perspective."
     prefix = f'eval_{name}_'

@@ -517,6 +517,7 @@ def _several(settings:dict, parts:dict, elsewhere:bool)->Recipe:
     recipe.training = next(iter(found.values())).training
     return recipe
 
+# %% ../../nbs/7_scale/706_recipes.ipynb #b623266e
 OWN_SHARE = .1 # of records, held out where a recipe measures on a set that is not of theirs
 
 def _own_evaluation(found:dict, given:dict)->dict: # settings of the file

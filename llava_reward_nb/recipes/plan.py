@@ -550,6 +550,7 @@ def make_plan(
     if args.vision_cache: _count_cache(plan, typical, len(usual['attention_mask']), size, records)
     return plan
 
+# %% ../../nbs/7_scale/705_plan.ipynb #d29fa422
 def _count_four_bits(rehearsal:Rehearsal, model:RewardModel):
     "Take off what a decoder in 4 bits saves, and add the layer that is restored for each product."
     sizes = [m.weight.numel() for m in four_bit_layers(model.backbone).values()]
