@@ -1148,8 +1148,8 @@ def check_base(self:RewardModel,
         f"{here}, has other weights; pass the base it was trained on as base=")
 
 # %% ../nbs/3_paper/305_model.ipynb #0303013f
-_READING = ('loss','dim','tau','skipca','gate','pooling','layer','pixels') # fields of `PerspectiveConfig`
-_WEIGHING = ('r','lora_alpha','use_rslora','use_dora','rank_pattern','alpha_pattern') # of `LoraConfig`
+_READING = ('loss','dim','tau','skipca','gate','pooling','layer','num_crops','pixels') # how it is computed
+_WEIGHING = ('r','lora_alpha','use_rslora','use_dora','rank_pattern','alpha_pattern') # and LoRA
 
 @patch
 def _check_same(self:RewardModel, name:str, config:PerspectiveConfig, folder:Path):
@@ -1159,10 +1159,10 @@ def _check_same(self:RewardModel, name:str, config:PerspectiveConfig, folder:Pat
     pairs = [(f, getattr(config, f), getattr(mine, f)) for f in _READING]
     pairs += [(f, saved.get(f) or None, getattr(lora, f, None) or None) for f in _WEIGHING]
     for field,theirs,ours in pairs:
-        if theirs!=ours and not (field=='pixels' and None in (theirs, ours)): raise CheckpointError(
+        not_said = field in ('num_crops','pixels') and None in (theirs, ours)
+        if theirs!=ours and not not_said: raise CheckpointError(
             f"{folder}: was saved with {field} {theirs!r}, and {name!r} of this model has {ours!r}; "
             "load the folder with RewardModel.from_pretrained or load_perspective")
-    self._check_crops(config, folder)
 
 @patch
 def restore_perspective(self:RewardModel,
