@@ -580,7 +580,9 @@ def _load_from_checkpoint(self:RewardTrainer,
     where = Path(resume_from_checkpoint)
     changed = self.model.trained.changes_base # then the checkpoint has a base of its own
     for name in self.names: self._check_same(where/name, name, check_base=not changed)
-    diff = _differences(read_json(where/'training_args.json'), self.recipe())
+    mine = self.recipe()
+    if mine['best'] is None: del mine['best'] # the last weights can be had of a run that looked for the best
+    diff = _differences(read_json(where/'training_args.json'), mine)
     if diff: raise _other_run(where, diff)
     if changed: self.model.restore_base(where/'base')
     for name in self.names: self.model.restore_perspective(name, where/name)
