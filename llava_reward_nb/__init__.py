@@ -31,7 +31,7 @@ _MOVED = {  # where modules of the time before 0.1.0 went
     **{n: f'evaluation.{n}' for n in ('geneval', 'benchmarks', 'tables', 'signs')},
     'tiny_diffusion': 'tiny.diffusion', 'tiny_metrics': 'tiny.metrics', 'guidance': 'tiny.guidance',
 }
-_DIVIDED = {'core': ['files', 'weights'], 'trainer': ['config', 'batches']}  # modules of the time before 0.1.0, and those that took over some of their names
+_DIVIDED = {'core': ['files', 'weights']}  # modules of the time before 0.1.0, and those that took over some of their names
 
 
 def _public(path):

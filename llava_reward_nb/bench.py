@@ -25,6 +25,7 @@ from .phi3v import num_image_tokens
 from .quantize import QUANTIZATIONS, Drift, check_quantization, drift, quantize
 from .reference import ATTENTION, ReferenceLike
 from .sizes import SIZES, bench_inputs, parse_size, random_model
+from .stepbench import StepSetup, compare_steps
 from .weights import hub_folder
 from .work import ceiling, counted, needed_work, picture_of
 
@@ -425,6 +426,8 @@ def machine(
   llava_reward_bench --size mid --crops 16 --precision float32 bfloat16 --against reference-like
   llava_reward_bench --size full --device cuda --batch 16 --image-size mixed --out bench.json
   llava_reward_bench --model tiny --precision bfloat16 int8 --drift 500
+  llava_reward_bench --step --size mid --batch 1 --image-size mixed --threads 1
+  llava_reward_bench --step --size full --device cuda --batch 2 --image-size mixed --gradient-checkpointing
 
 Each case runs in its own process. CPU is CPU time; peak memory is what scoring took above the loaded
 model; of ceiling is the least work that gives the rewards, over the device's time, as a share of its
@@ -445,6 +448,8 @@ def llava_reward_bench(
     attention:str=None,         # of that path: eager (default on a CPU), sdpa or flash (default on CUDA)
     repeats:int=3,              # of which the median is taken
     drift:int=0,                # scores whose move against float32 is measured; 500 will do
+    step:bool=False,            # measure updates of a training instead: --batch pairs, against a plain loop
+    gradient_checkpointing:bool=False, # of --step: compute activations twice
     device:str=None,            # torch device; the best there is if left out
     threads:int=None,           # torch threads; as torch likes if left out
     out:str=None,               # write all of it to this .json, or the rows to .csv, .jsonl or .parquet
@@ -457,6 +462,8 @@ def llava_reward_bench(
     numbers = dict(crops=crops, batch=batch, images=images, perspectives=perspectives, repeats=repeats,
                    threads=threads)
     _check_options(size, model, image_size, precisions, against, attention, numbers, device)
+    if step: return _bench_steps(size, model, image_size, crops, batch, precisions, gradient_checkpointing,
+                                 attention, repeats, device, threads, out)
     asked = Case(model or f'{size}, {image_size}, {crops} crops', size or '', model or '', image_size, crops,
                  images or batch, batch, perspectives, repeats=repeats, singles=20. if cuda else 5.)
     cases = [asked] if size or model else suite(quick)
@@ -467,6 +474,25 @@ def llava_reward_bench(
     run_cases(report, cases, bool(against), drift, out, dict(device=device, threads=threads))
     print(f'\n{show(report.rows)}', *notes_on(report.rows), sep='\n')
     if out: print(f'written to {out}')
+
+# %% ../nbs/9_doors/908_bench.ipynb #c0d73d2c
+def _bench_steps(size, model, image_size, crops, batch, precisions, checkpointing, attention, repeats, device,
+                 threads, out):
+    "Measure updates of a training, and print the table."
+    if model or len(precisions)>1: raise InputError(
+        "--step measures one precision of a model with random weights; pass --size and one --precision")
+    usual = 'flash' if torch.device(device).type=='cuda' else 'eager'
+    setup = StepSetup(size or 'mid', image_size, crops, batch, precision=precisions[0],
+                      checkpointing=checkpointing, attention=attention or usual, device=str(device),
+                      threads=threads)
+    told = lambda text: print(text, file=sys.stderr, flush=True)
+    found = compare_steps(setup, repeats, told)
+    print(text_table(found.rows()))
+    print(f'planned {found.planned:.0f} MiB above the model; load of the machine {found.load}')
+    if not out: return
+    report = Report(machine(device, threads), found.rows())
+    report.write(out)
+    print(f'written to {out}')
 
 # %% ../nbs/9_doors/908_bench.ipynb #56efc6c8
 def run_cases(

@@ -205,7 +205,7 @@ def _silent(records:RewardRecords)->str|None:
         "in every pair that is no tie both images are the same; bring pairs of different images")
 
 def check_plan(
-    records:RewardRecords, # to train on
+    records:RewardRecords, # to train on; or an object that has several as `sets`
     args:RewardConfig,     # the recipe
 )->int: # updates that the run will make
     "ValueError if a run over these records cannot teach anything."
@@ -214,7 +214,8 @@ def check_plan(
     if not n: raise ValueError(
         f"{records.name}: {len(records)} records make no batch of {batch}; bring more, "
         "lower per_device_train_batch_size, or leave dataloader_drop_last out")
-    if why := _silent(records): raise ValueError(f"{records.name}: nothing to learn: {why}")
+    for one in getattr(records, 'sets', {'':records}).values():
+        if why := _silent(one): raise ValueError(f"{one.name}: nothing to learn: {why}")
     warmup = args.get_warmup_steps(n)
     if warmup>n: raise ValueError(
         f"warmup_steps: {warmup} updates of warm-up in a run of {n}; the rate would never reach "

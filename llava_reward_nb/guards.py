@@ -67,12 +67,12 @@ def _listed_files(folder:Path)->dict: # name -> [size, hash]
 def check_checkpoint(
     folder:Path,  # of a checkpoint
     hashes=False, # read all files, and not only their sizes
-)->str: # name of the perspective in it
+)->str: # names of the perspectives in it, with commas between
     "`CheckpointError` naming the file that is missing or damaged."
     folder = Path(folder)
     files = _listed_files(folder)
     names = [f.removesuffix('/reward_config.json') for f in files if f.endswith('/reward_config.json')]
-    if len(names)!=1: raise CheckpointError(
+    if not names: raise CheckpointError(
         f"{folder}: lacks a perspective; it is no whole checkpoint")
     for f,(size,digest) in files.items():
         path = folder/f
@@ -81,7 +81,7 @@ def check_checkpoint(
             f"{path}: has {path.stat().st_size} bytes of {size}; the checkpoint is not whole")
         if hashes and file_hash(path)!=digest: raise CheckpointError(
             f"{path}: is not as it was written; the disk or a copy spoilt it")
-    return names[0]
+    return ', '.join(sorted(names))
 
 # %% ../nbs/3_paper/309_guards.ipynb #eaeeea53
 def checkpoint_folders(

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from . import __version__, views
-from .backbones import PassLock, evaluating, fast_adapters, same_base
+from .backbones import PassLock, evaluating, fast_adapters, in_four_bits, same_base
 from .generic import backbone_class, base_folder, load_backbone
 from .core import (CheckpointError, InputError, as_path, as_prompts, default_device, image_key,
     image_list, image_size)
@@ -388,6 +388,11 @@ def _route(self:RewardModel, name:str):
     from peft.utils import ModulesToSaveWrapper
     for m in self.peft.modules():
         if isinstance(m, (BaseTunerLayer,ModulesToSaveWrapper)): m._active_adapter = [name]
+
+@patch(as_prop=True)
+def in_4bit(self:RewardModel)->bool:
+    "Whether the decoder is held in 4 bits."
+    return getattr(self.backbone.model, 'is_loaded_in_4bit', False)
 
 # %% ../nbs/3_paper/305_model.ipynb #51a6b143
 @patch
@@ -953,6 +958,7 @@ def identity_of(self:RewardModel,
         settings = dict(config=asdict(self.configs[name]), model=model.config.to_dict(), merged=self.merged,
                         lora=self._lora_facts(name), inputs=self.backbone.facts())
         for k in 'base','fingerprint','version': del settings['config'][k]
+        if self.in_4bit: settings['four_bits_of'] = self.backbone.fingerprint()
         weights = [*sorted(base.items()), *sorted(own.items()), *self.heads[name].state_dict().items()]
         return make_identity(type(self).__name__, settings, weights)
 
@@ -1142,8 +1148,8 @@ def check_base(self:RewardModel,
         f"{here}, has other weights; pass the base it was trained on as base=")
 
 # %% ../nbs/3_paper/305_model.ipynb #0303013f
-_READING = ('loss','dim','tau','skipca','gate','pooling','layer','pixels') # fields of `PerspectiveConfig`
-_WEIGHING = ('r','lora_alpha','use_rslora','use_dora','rank_pattern','alpha_pattern') # of `LoraConfig`
+_READING = ('loss','dim','tau','skipca','gate','pooling','layer','num_crops','pixels') # how it is computed
+_WEIGHING = ('r','lora_alpha','use_rslora','use_dora','rank_pattern','alpha_pattern') # and LoRA
 
 @patch
 def _check_same(self:RewardModel, name:str, config:PerspectiveConfig, folder:Path):
@@ -1153,10 +1159,10 @@ def _check_same(self:RewardModel, name:str, config:PerspectiveConfig, folder:Pat
     pairs = [(f, getattr(config, f), getattr(mine, f)) for f in _READING]
     pairs += [(f, saved.get(f) or None, getattr(lora, f, None) or None) for f in _WEIGHING]
     for field,theirs,ours in pairs:
-        if theirs!=ours and not (field=='pixels' and None in (theirs, ours)): raise CheckpointError(
+        not_said = field in ('num_crops','pixels') and None in (theirs, ours)
+        if theirs!=ours and not not_said: raise CheckpointError(
             f"{folder}: was saved with {field} {theirs!r}, and {name!r} of this model has {ours!r}; "
             "load the folder with RewardModel.from_pretrained or load_perspective")
-    self._check_crops(config, folder)
 
 @patch
 def restore_perspective(self:RewardModel,
@@ -1266,6 +1272,7 @@ def from_pretrained(cls:RewardModel,
     num_crops:int=None,     # crops an image is cut into; None: as in training
     overrides:dict=None,    # fields of `PerspectiveConfig` that a published folder lacks: dict(loss='cls')
     revision:str=None,      # of a hub id: branch, tag or commit; None: the one in its name, or the newest
+    load_in_4bit:bool=False, # hold the decoder in 4 bits, see `in_four_bits`
 )->RewardModel: # in eval mode; active: the first perspective
     "Load a reward model; `CheckpointError` names the file or tensor at fault and the remedy."
     folder = hub_folder(name, revision=revision)
@@ -1277,6 +1284,7 @@ def from_pretrained(cls:RewardModel,
     is_ours = num_crops is None and crops is not None
     if is_ours and not backbone_class(base_folder(where)).cuts: crops = None # another base: the reason follows
     self = cls(load_backbone(where, device, dtype, crops), said)
+    if load_in_4bit: in_four_bits(self.backbone)
     self._own_crops = num_crops is not None
     for n,f in found.items(): self.load_perspective(f, n, overrides)
     if found: self.set_perspective(next(iter(found)))
@@ -1302,6 +1310,8 @@ def merge(self:RewardModel,
     name = self._known(perspective or self.active)
     with self.lock:
         if self.merged: return self.set_perspective(name)
+        if self.in_4bit: raise ValueError(
+            "the base is in 4 bits, and what is merged would be rounded; load it without load_in_4bit")
         self.set_perspective(name)
         self._half_merged = True
         self.backbone.model = self.peft.merge_and_unload(adapter_names=[name])
@@ -1356,8 +1366,9 @@ def _without_adapters(self:RewardModel):
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
     model = self.backbone.model
-    worn = {path:m for path,m in model.named_modules() if isinstance(m, (BaseTunerLayer,ModulesToSaveWrapper))}
-    bare = {path:m.base_layer if isinstance(m, BaseTunerLayer) else m.original_module for path,m in worn.items()}
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    worn = {path:m for path,m in model.named_modules() if isinstance(m, kinds)}
+    bare = {path:getattr(m, 'base_layer', None) or m.original_module for path,m in worn.items()}
     with self.lock:
         try:
             for path,m in bare.items(): model.set_submodule(path, m)

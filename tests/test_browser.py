@@ -79,7 +79,7 @@ PASTE = '''async () => {
 
 def drop_path(page, path):
     "Drop a file or folder as the file manager does."
-    box = page.locator('.lr-drop').bounding_box()
+    box = page.locator('.lr-stage').bounding_box()  # what is in it is drawn anew at any time
     devtools = page.context.new_cdp_session(page)
     data = dict(items=[], files=[str(path)], dragOperationsMask=1)
     for kind in ('dragEnter', 'dragOver', 'drop'):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 from torch.testing import assert_close
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import integration_utils
 
 from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.weights import MODELS
@@ -350,3 +352,78 @@ def test_metrics_of_what_cannot_be_measured(prob, label, error):
     with pytest.raises(ValueError, match=error): label_metrics(prob, label)
     if math.nan in prob:
         with pytest.raises(ValueError, match=error): pairwise_accuracy(prob)
+
+
+def stops_after(step):
+    "A callback that ends a run in the middle."
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw): control.should_training_stop = state.global_step >= step
+    return Stop()
+
+
+def test_a_run_over_batches_of_like_length_goes_on_exactly(tmp_path):
+    pairs = load_records([{**r, 'prompt': ' '.join([r['prompt']]*(1+i % 3))} for i, r in enumerate(alignment_pairs(12, seed=0))])
+    def run(folder, callbacks=(), resume=None):
+        torch.manual_seed(0)
+        rm = tiny().add_perspective('mine', lora_rank=4)
+        args = config(tmp_path/folder, num_train_epochs=2, train_sampling_strategy='group_by_length', save_strategy='steps', save_steps=2)
+        RewardTrainer(rm, args, pairs, callbacks=list(callbacks)).train(resume)
+        return {n: p.detach() for n, p in rm.named_parameters() if p.requires_grad}
+    straight = run('straight')
+    run('stopped', [stops_after(4)])
+    shutil.rmtree(tmp_path/'stopped'/'checkpoint-4') # it goes on in the middle of the first epoch
+    assert same(run('stopped', resume=True), straight)
+
+
+def scripted(accuracies, **kw):
+    "A trainer that measures what it is told, a number for each update."
+    class Scripted(RewardTrainer):
+        def metrics(self, seen): return dict(accuracy=accuracies[self.state.global_step-1])
+    def make(folder, callbacks=(), **more):
+        usual = dict(max_steps=len(accuracies), eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, save_total_limit=9,
+                     metric_for_best_model='accuracy')
+        args = config(folder, **{**usual, **kw, **more})
+        pairs = load_records(alignment_pairs(8, seed=0))
+        return Scripted(tiny().add_perspective('mine', lora_rank=4), args, pairs, pairs[:2], callbacks=list(callbacks))
+    return make
+
+
+def test_early_stopping_the_most_accurate_update_and_a_tracker(tmp_path, monkeypatch):
+    seen = []
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kw): seen.append(json.loads(model.config.to_json_string()))
+        def on_log(self, args, state, control, logs=None, **kw): seen.append(dict(logs, step=state.global_step))
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, 'fake', Tracker)
+    t = scripted([.5, .9, .7, .6, .95], load_best_model_at_end=True, report_to='fake')(tmp_path, [EarlyStoppingCallback(early_stopping_patience=2)])
+    t.train()
+    assert (t.state.global_step, t.state.best_global_step) == (4, 2)
+    now = weights(t.model.save_perspective('mine', tmp_path/'now'))
+    assert same(now, weights(tmp_path/'checkpoint-2'/'mine')) and not same(now, weights(tmp_path/'checkpoint-4'/'mine'))
+    assert seen[0]['loss'] == 'bt' and {x['step']: x['eval_accuracy'] for x in seen if 'eval_accuracy' in x} == {1: .5, 2: .9, 3: .7, 4: .6}
+    assert [x['step'] for x in seen if 'loss' in x and 'grad_norm' in x] == [1, 2, 3, 4]
+
+
+def test_a_metric_that_is_never_a_number_is_an_error(tmp_path):
+    make = scripted([math.nan]*2)
+    with pytest.raises(ValueError, match='eval_accuracy was nan, nan in 2 measurements, so no update is the best; the last good checkpoint is .*checkpoint-2'):
+        make(tmp_path, load_best_model_at_end=True).train()
+    make(tmp_path).train(True) # as the error says
+    with pytest.raises(ValueError, match='no update is the best; the last good checkpoint is .*checkpoint-2'):
+        make(tmp_path/'best', load_best_model_at_end=True, save_strategy='best').train()
+
+
+def test_one_pass_over_both_images_equals_two(tmp_path):
+    torch.manual_seed(0)
+    rm = tiny().add_perspective('mine', lora_rank=4)
+    t = RewardTrainer(rm, config(tmp_path), load_records(alignment_pairs(3, seed=0)))
+    rows = t.train_dataset.rows
+    grads = []
+    for passes in 1, 2:
+        rm.zero_grad()
+        if passes == 1: loss = t.compute_loss(rm, {k: v for k, v in t.data_collator(rows).items() if k != 'places'})
+        else:
+            scores = [rm(**rm.backbone.encode([r[side] for r in rows], [r['prompt'] for r in rows])) for side in ('chosen_path', 'reject_path')]
+            loss = t.loss.loss(*scores, torch.tensor([float(r['target']) for r in rows]))
+        loss.backward()
+        grads.append([loss.detach()]+[p.grad.clone() for p in rm.parameters() if p.requires_grad])
+    for a, b in zip(*grads): assert_close(a, b, rtol=1e-3, atol=1e-5*float(b.abs().max())+1e-8)

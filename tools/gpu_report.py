@@ -107,9 +107,10 @@ def measure_step(folder, device):
     "The paper's recipe on one device: pairs 4 at a time, 16 crops, checkpointing; tiny and short on a CPU."
     from llava_reward_nb.stepbench import StepSetup, compare_steps
     full = device == 'cuda'
-    setup = StepSetup('full' if full else 'tiny', '512x512' if full else '90x60', 16 if full else 2, 4 if full else 1,
-                      128 if full else 4, 'bfloat16' if full else 'float32', full, 'flash' if full else 'eager', device)
-    report = compare_steps(setup, 2, ('ours', 'plain'), lambda line: print(f'   {line}', flush=True))
+    tiny = dict(size='tiny', image_size='90x60', crops=2, pairs=1, rank=4, threads=1)
+    paper = dict(size='full', image_size='512x512', pairs=4, precision='bfloat16', checkpointing=True, attention='flash', device=device)
+    setup = StepSetup(**paper if full else tiny)
+    report = compare_steps(setup, 2, told=lambda line: print(f'   {line}', flush=True))
     result = {r['way']: r for r in report.rows()}
     loaded = model_gib(setup) if full else 0
     result |= {'setup': asdict(setup), 'planned over measured': report.planned/report.memory['ours'],

@@ -132,7 +132,7 @@ def _sorted_words(words)->_Words:
     "Words by what they are; UsageError for one that is nothing."
     several = isinstance(words, (list, tuple))
     words = [str(w) for w in (words if several else [words] if words is not None else [])]
-    is_override = lambda w: re.match(r'[A-Za-z_][\w.]*=', w) and not as_path(w).exists()
+    is_override = lambda w: re.match(r'[A-Za-z_][\w.-]*=', w) and not as_path(w).exists()
     overrides = [w for w in words if is_override(w)]
     rest = [w for w in words if not is_override(w)]
     is_recipe = lambda w: w in recipe_names() or w.lower().endswith(('.yaml', '.yml'))
@@ -196,8 +196,8 @@ def _eval_printer():
     from transformers import TrainerCallback
     class Printer(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs):
-            if state.global_step<state.max_steps and state.is_world_process_zero:
-                said = ', '.join(f'{k} {v:.3f}' for k,v in _shown_metrics(metrics).items())
+            said = ', '.join(f'{k} {v:.3f}' for k,v in _shown_metrics(metrics).items())
+            if said and state.global_step<state.max_steps and state.is_world_process_zero:
                 print(f'update {state.global_step} of {state.max_steps}: {said}')
     return Printer()
 
@@ -262,7 +262,7 @@ def _plan_of(
     here = recipe.training.world_size
     many = read_accelerate(recipe.accelerate).processes if recipe.accelerate and here==1 else here
     base,config,crops = _read_by(recipe, start)
-    return make_plan(base, config, recipe.training, train, dtype, many, crops)
+    return make_plan(base, config, recipe.training, train, dtype, many, crops, recipe.load_in_4bit)
 
 def _measured_on(sets:_Sets, recipe:Recipe)->str:
     "What a run is measured on, in words."
@@ -316,7 +316,8 @@ def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, w
         f"{plan.batch*args.world_size//plan.processes} records instead of {plan.batch}")
     waiting(f'loading {start.folder or start.base}')
     dtype = recipe.dtype and getattr(torch, recipe.dtype)
-    how = dict(device=recipe.device, dtype=dtype, num_crops=recipe.num_crops)
+    how = dict(device=recipe.device, dtype=dtype, num_crops=recipe.num_crops,
+               load_in_4bit=recipe.load_in_4bit)
     if start.folder: rm = RewardModel.from_pretrained(start.folder, start.name, start.base, **how)
     else: rm = RewardModel.from_pretrained(start.base, [], **how)
     kept = _checked(check_fit, (sets.train, sets.held_out), processor=rm.backbone.processor,
@@ -336,6 +337,8 @@ _EXAMPLES = '''  llava_reward_train --list
     --out runs/alignment --eval held_out.jsonl
   llava_reward_train labels.csv --name safety --loss cls --out runs/safety
   llava_reward_train more.jsonl --from runs/alignment --out runs/alignment2
+  llava_reward_train perspectives.alignment.train=pairs.csv perspectives.safety.train=labels.csv \\
+    perspectives.safety.loss=cls --base microsoft/Phi-3.5-vision-instruct --out runs/both
   llava_reward_score a.png --prompt "a red circle" --model runs/alignment
 
 Your own images: a folder with a table in it (.csv, .tsv, .json, .jsonl or .parquet), or the table. Pairs have
@@ -367,6 +370,76 @@ _WORDS = dict(loss=('bt','gpm','gauss','cls','pl'), dtype=DTYPES, precision=DTYP
 
 def _words_of_train()->dict: return _WORDS|dict(records=recipe_names())
 
+# %% ../../nbs/9_doors/903_train.ipynb #466d2b98
+def _check_several(recipe:Recipe, resume:bool):
+    "UsageError or `InputError` for a run of several perspectives without folder, records or base."
+    if not recipe.out: raise UsageError("give the run a folder with --out")
+    for name,own in recipe.perspectives.items():
+        if not own.data.train: raise UsageError(
+            f"name the records of {name}: perspectives.{name}.train=, a table, a folder with one, or "
+            "NAME:PATH")
+        _check_place(Path(recipe.training.output_dir), name, resume)
+    _check_base(recipe.base or 'tiny')
+
+def _several_lines(recipe:Recipe, items, updates:int)->list: # of strings
+    "What a run of several perspectives will do."
+    rows = sum(map(len, items.sets.values()))
+    lines = [f"steps      {updates} updates; {len(items)} items for {rows} records; those that show the same "
+             "images are one item"]
+    for name,records in items.sets.items():
+        lines.append(f"{name:10} {recipe.perspectives[name].perspective.loss}, {records}")
+    return [*lines, "memory     not estimated for several; each alone: the same records with --dry-run"]
+
+def _load_several(recipe:Recipe)->dict: # perspective -> `_Sets`
+    "The records of each perspective."
+    return {name:_checked(_load_sets, (own,))[0] for name,own in recipe.perspectives.items()}
+
+# %% ../../nbs/9_doors/903_train.ipynb #72458503
+def _train_several(recipe:Recipe, resume:bool, dry_run:bool):
+    "Read and check the records of several perspectives, print what will be done, train, report."
+    from llava_reward_nb.config import check_plan
+    from llava_reward_nb.model import RewardModel
+    from llava_reward_nb.together import JointRecords, train_together
+    check_settings(recipe.device, recipe.dtype, None, 1, recipe.num_crops)
+    if not dry_run: _check_several(recipe, resume)
+    args = recipe.training
+    sets = _load_several(recipe)
+    items = JointRecords({name:s.train for name,s in sets.items()})
+    updates = check_plan(items, args)
+    if args.process_index==0: print('\n'.join(_several_lines(recipe, items, updates)))
+    if dry_run: return
+    waiting(f"loading {recipe.base or 'tiny'}")
+    how = dict(device=recipe.device, dtype=recipe.dtype and getattr(torch, recipe.dtype))
+    rm = RewardModel.from_pretrained(recipe.base or 'tiny', [], num_crops=recipe.num_crops,
+                                     load_in_4bit=recipe.load_in_4bit, **how)
+    configs = {name:own.perspective for name,own in recipe.perspectives.items()}
+    held = {name:s.held_out for name,s in sets.items() if s.held_out}
+    if args.process_index==0: _keep_several(recipe, sets)
+    metrics = train_together(rm, items.sets, args, configs, held or None, resume, callbacks=[_eval_printer()])
+    if not args.should_save: return
+    out = Path(args.output_dir)
+    _write_json(metrics, out/'metrics.json')
+    report([dict(perspective=name, **_metrics_of(metrics, name)) for name in items.sets])
+    print(f"saved: {out}\nuse it: llava_reward_score IMAGE --prompt TEXT --model {out}")
+
+# %% ../../nbs/9_doors/903_train.ipynb #50e263f6
+def _metrics_of(metrics:dict, name:str)->dict:
+    "What a table shows of one perspective."
+    prefix = f'eval_{name}_'
+    own = {k.replace(prefix, 'eval_'):v for k,v in metrics.items() if k.startswith(prefix)}
+    return _shown_metrics(dict(train_loss=metrics['train_loss'], **own))
+
+def _keep_several(recipe:Recipe, sets:dict):
+    "Write recipe.yaml and run.json of several perspectives into the folder of the run."
+    from llava_reward_nb.evaluation.runs import versions
+    out = as_path(recipe.out)
+    write_recipe(recipe, out/'recipe.yaml')
+    points = recipe.training.margin_by_ratings
+    records = {name:{part:dict(source=r.name, identity=r.identity(points)) for part,r in
+                     dict(train=s.train, held_out=s.held_out).items() if r} for name,s in sets.items()}
+    _write_json(dict(perspectives=list(sets), records=records, left_out={n:s.dropped for n,s in sets.items()},
+                     versions=versions(), processes=recipe.training.world_size), out/'run.json')
+
 # %% ../../nbs/9_doors/903_train.ipynb #ba79c773
 def _start_of(recipe:Recipe)->_Start:
     "What a recipe starts from; UsageError without a name."
@@ -389,7 +462,8 @@ def _check_options(found:_Words, dry_run:bool, **options):
     if options['from_'] and given: raise UsageError(
         f"--{given[0]}: --from keeps what the perspective was trained with; leave it out")
     keys = {o.partition('=')[0] for o in found.overrides}
-    no_name = not options['name'] and not options['from_'] and not found.recipe and not keys&{'name','start'}
+    named = keys&{'name','start'} or any(k.startswith('perspectives.') for k in keys)
+    no_name = not options['name'] and not options['from_'] and not found.recipe and not named
     no_out = not options['out'] and 'out' not in keys and not found.recipe
     if (no_name or no_out) and not dry_run:
         raise UsageError("give the new perspective a --name and a folder with --out")
@@ -440,6 +514,7 @@ def llava_reward_train(
     settings = _option_settings(found.records, eval, precision, **options)
     if batch_size is not None: check_settings(batch_size=batch_size)
     recipe = read_recipe(found.recipe, found.overrides, settings, elsewhere=dry_run)
+    if recipe.perspectives: return _train_several(recipe, resume, dry_run)
     start = _start_of(recipe)
     check_settings(recipe.device, recipe.dtype, None, 1, recipe.num_crops)
     if not dry_run: _check_run(recipe, start, resume)

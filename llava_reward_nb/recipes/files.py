@@ -54,10 +54,12 @@ class Recipe:
     num_crops:int = None  # crops an image is cut into (Phi-3.5-vision); None: the base's own setting
     device:str = None     # cpu, or a GPU's name; None: the best there is
     dtype:str = None      # of the frozen base: float32, bfloat16 or float16; None: what suits the device
+    load_in_4bit:bool = False # hold the decoder in 4 bits and train LoRA on it (QLoRA)
     accelerate:str = None # how processes are laid out: one of `accelerate_names`, or a file
     data:DataConfig = field(default_factory=DataConfig)
     perspective:PerspectiveConfig = None # None: Bradley-Terry for pairs, 'cls' for labels, 'pl' for rankings
     training:RewardConfig = None
+    perspectives:dict = field(default_factory=dict) # name -> `Recipe`, where several are trained in one run
     settings:dict = field(default_factory=dict, repr=False) # (section, name) -> value, as it was named
 
 _OURS = { # section -> its class, and fields of it that a recipe does not set, with what does
@@ -68,7 +70,7 @@ _OURS = { # section -> its class, and fields of it that a recipe does not set, w
     'training': (RewardConfig, dict(output_dir='out', use_cpu='device: cpu', local_rank='torchrun',
                                     do_train='the command', do_eval='data.eval', do_predict='the command',
                                     resume_from_checkpoint='--resume'))}
-_TOP = tuple(f.name for f in fields(Recipe) if f.name not in (*_OURS, 'settings'))
+_TOP = tuple(f.name for f in fields(Recipe) if f.name not in (*_OURS, 'perspectives', 'settings'))
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #97b70b74
 @lru_cache
@@ -201,6 +203,9 @@ def _settings_of(tree, where:str)->dict: # (section, name) -> value
         f"{where}: is {tree!r:.40}; a recipe is a mapping of settings, such as `base: tiny`")
     out = {}
     for key,value in tree.items():
+        if key=='perspectives':
+            out |= _perspective_settings(value, where)
+            continue
         if key in _OURS:
             if value is not None and not isinstance(value, dict): raise InputError(
                 f"{where}: {key} is {value!r:.40}; it is a section, with settings below it")
@@ -211,10 +216,35 @@ def _settings_of(tree, where:str)->dict: # (section, name) -> value
             out[place] = fit_value(v, _hint_of(*place), f'{where}: {k}')
     return out
 
+def _perspective_settings(tree, where:str)->dict: # ('perspectives', name) -> its settings
+    "The section `perspectives`: for each name a mapping with the settings of its own."
+    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()): raise InputError(
+        f"{where}: perspectives is {tree!r:.40}; it maps the name of each perspective to settings of its "
+        "own, such as `safety: {train: labels.csv, loss: cls}`")
+    found = {}
+    for name,inner in tree.items():
+        settings = _settings_of(inner, f'{where}: perspectives.{name}')
+        for place in settings: _check_own(place, f'{where}: perspectives.{name}')
+        found['perspectives',str(name)] = settings
+    return found
+
+def _check_own(place:tuple, where:str):
+    "`InputError` for a setting that all perspectives of a run have in common."
+    section,name = place
+    if section not in ('data', 'perspective'): raise InputError(
+        f"{where}.{name}: all perspectives of a run share it; set {name} at the top")
+
 def _override(text:str)->tuple: # ((section, name), value)
     "A setting from the command line."
     key,equals,raw = text.partition('=')
     if not equals: raise InputError(f"{text!r}: a setting is written key=value, such as learning_rate=1e-4")
+    if key.startswith('perspectives.'):
+        name,dot,own = key.removeprefix('perspectives.').partition('.')
+        if not dot: raise InputError(
+            f"{key}: write perspectives.NAME.SETTING=value, such as perspectives.{name}.train=pairs.csv")
+        place,value = _override(f'{own}={raw}')
+        _check_own(place, f'perspectives.{name}')
+        return ('perspectives',name), {place:value}
     place = find_key(key.strip())
     hint = _hint_of(*place)
     is_word = str in _choices(hint) and raw not in ('null', '~', '') and raw[0] not in '[{'
@@ -392,6 +422,19 @@ def _check_base(recipe:Recipe):
     if kind!='phi3_v': raise InputError(
         f"num_crops is {recipe.num_crops}, but a {kind} base has no number of crops to choose; leave it out")
 
+def _check_precision(recipe:Recipe):
+    "`InputError` for a base that could not be trained, or not be loaded, in this precision."
+    from importlib.util import find_spec
+    changed = [k for k in ('train_language_model', 'train_tower') if getattr(recipe.training, k)]
+    if recipe.load_in_4bit and changed: raise InputError(
+        f"load_in_4bit: weights in 4 bits cannot learn, and {changed[0]} trains the base; leave one out")
+    if changed and recipe.dtype not in (None, 'float32'): raise InputError(
+        f"dtype is {recipe.dtype}, and {changed[0]} trains the base: small updates would be rounded away; "
+        "leave dtype out, bf16 still computes in bfloat16")
+    if recipe.load_in_4bit and find_spec('bitsandbytes') is None: raise InputError(
+        "load_in_4bit needs bitsandbytes, which is not installed: pip install llava_reward_nb[qlora]")
+    if changed: recipe.dtype = 'float32'
+
 def _check_trackers(args:RewardConfig):
     "`InputError` for a tracker that is not installed."
     from transformers.integrations import get_available_reporting_integrations
@@ -439,8 +482,9 @@ def resolve(
     elsewhere:bool=False, # to look at: the run may be for a GPU that is not here
 )->Recipe:
     "A whole recipe; `InputError` for anything that cannot be trained."
-    parts = {section:{} for section in ('', *_OURS)}
+    parts = {section:{} for section in ('', *_OURS, 'perspectives')}
     for (section,name),value in settings.items(): parts[section][name] = value
+    if parts['perspectives']: return _several(settings, parts, elsewhere)
     recipe = Recipe(**parts[''], data=DataConfig(**parts['data']), settings=dict(settings))
     _check_data(recipe.data)
     kind = _check_kinds(recipe.data)
@@ -451,6 +495,7 @@ def resolve(
         _built(training_loss, 'training', config=recipe.perspective, args=recipe.training)
     _check_measuring(recipe)
     _check_base(recipe)
+    _check_precision(recipe)
     _check_trackers(recipe.training)
     if recipe.start: _check_start(recipe, set(settings))
     if recipe.accelerate and read_accelerate(recipe.accelerate).kind in _NO_SHARDS: raise InputError(
@@ -458,6 +503,21 @@ def resolve(
         "honour; use one of those with a whole model on each GPU, such as ddp-4")
     return recipe
 
+def _several(settings:dict, parts:dict, elsewhere:bool)->Recipe:
+    "A recipe of several perspectives: each is a recipe of its own, and they share the rest."
+    for section,name in ('data','train'), ('data','eval'), ('','name'), ('','start'):
+        if name in parts[section]: raise InputError(
+            f"{name} stands at the top, and the run trains {', '.join(parts['perspectives'])}; "
+            f"{'set it for each of them' if section else 'leave it out'}")
+    shared = {place:value for place,value in settings.items() if place[0]!='perspectives'}
+    found = {name:resolve({**shared, **own, ('','name'):name}, elsewhere)
+             for name,own in parts['perspectives'].items()}
+    recipe = Recipe(**parts[''], data=DataConfig(**parts['data']), settings=dict(settings))
+    recipe.perspectives = found
+    recipe.training = next(iter(found.values())).training
+    return recipe
+
+# %% ../../nbs/7_scale/706_recipes.ipynb #b623266e
 OWN_SHARE = .1 # of records, held out where a recipe measures on a set that is not of theirs
 
 def _own_evaluation(found:dict, given:dict)->dict: # settings of the file
@@ -478,7 +538,11 @@ def read_recipe(
     if spec is not None:
         path = recipe_file(spec)
         found = _settings_of(read_yaml(path.read_text(encoding='utf-8'), str(path)), str(path))
-    given = dict(map(_override, overrides))|(settings or {})
+    given = {}
+    for place,value in map(_override, overrides):
+        several = place[0]=='perspectives'
+        given[place] = {**found.get(place, {}), **given.get(place, {}), **value} if several else value
+    given |= settings or {}
     return resolve(_own_evaluation(found, given)|given, elsewhere)
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #1087d3b5
@@ -493,15 +557,19 @@ def recipe_tree(
     recipe:Recipe, # resolved
 )->dict: # as its YAML has it
     "A recipe as plain values."
-    out = {name:getattr(recipe, name) for name in _TOP if getattr(recipe, name) not in (None, '')}
+    out = {name:getattr(recipe, name) for name in _TOP if getattr(recipe, name) not in (None, '', False)}
     for section,(_,taken) in _OURS.items():
         own = getattr(recipe, section)
+        if own is None or section=='data' and recipe.perspectives: continue
         named = {name for s,name in recipe.settings if s==section}
         chosen = [f.name for f in fields(own) if f.name in named or f.name in _KEPT.get(section, ())]
         out[section] = {name:getattr(own, name) for name in chosen if name not in taken}
     if recipe.start: # the saved perspective has these
         del out['perspective']
         for name in ('lora_rank','lora_alpha','lora_dropout'): out['training'].pop(name, None)
+    trees = {name:recipe_tree(own) for name,own in recipe.perspectives.items()}
+    if trees: out['perspectives'] = {name:{k:tree[k] for k in ('data','perspective') if k in tree}
+                                     for name,tree in trees.items()}
     return {k:_plain(v) for k,v in out.items() if v!={}}
 
 def _plain(value):

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..backbones import Phi3VBackbone
+from ..backbones import NF4_BITS, Phi3VBackbone, four_bit_layers
 from ..core import CheckpointError, InputError, image_key, image_size
 from ..data import record_images
 from ..docments import document
@@ -28,6 +28,7 @@ from ..generic import backbone_class, load_processor
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from ..config import RewardConfig, planned_updates
+from ..trainer import choose_parts
 from ..vision_cache import cut_features
 from ..weights import how_to_fetch, hub_folder
 
@@ -78,17 +79,21 @@ def hollow_model(
     model = RewardModel(hollow_backbone(name, dtype, num_crops), str(name))
     with torch.device('meta'):
         model.add_perspective('planned', config, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    choose_parts(model, ['planned'], args)
     return model
 
 def trainable_groups(
     model:RewardModel, # with a perspective
 )->dict: # group -> number of trained parameters; groups without any are left out
     "What is trained, by what it is for."
-    groups = {'LoRA':0, 'projector':0, 'SkipCA':0, 'value head':0}
+    groups = {'language model':0, 'vision tower':0, 'LoRA':0, 'projector':0, 'SkipCA':0, 'value head':0}
+    tower = {id(p) for p in model.backbone.tower.parameters()}
     for name,p in model.named_parameters():
         if not p.requires_grad: continue
         if 'lora_' in name: group = 'LoRA'
-        elif not name.startswith('heads.'): group = 'projector'
+        elif id(p) in tower: group = 'vision tower'
+        elif 'modules_to_save' in name: group = 'projector'
+        elif not name.startswith('heads.'): group = 'language model'
         else: group = 'value head' if 'value_head' in name else 'SkipCA'
         groups[group] += p.numel()
     return {group:n for group,n in groups.items() if n}
@@ -513,6 +518,7 @@ def make_plan(
     dtype:torch.dtype=torch.float32, # of the frozen weights
     processes:int=None,        # devices; None: those of this run
     num_crops:int=None,        # most crops of an image; None: the base's own setting
+    load_in_4bit:bool=False,   # hold the decoder in 4 bits
 )->Plan:
     "What a run will do and need; `CheckpointError` if the base has no configuration."
     model = hollow_model(base, config, args, dtype, num_crops)
@@ -534,6 +540,7 @@ def make_plan(
     except (NotImplementedError, RuntimeError, TypeError) as e:
         plan.why = f'{model.backbone.model_type} cannot be rehearsed ({str(e).splitlines()[0][:80]})'
         return plan
+    if load_in_4bit: _count_four_bits(plan.rehearsal, model)
     usual = _encoded(model.backbone, lengths.typical)
     same = all(usual[k].shape==v.shape for k,v in long.items())
     typical = plan.rehearsal if same else rehearse(model, usual, args, half)
@@ -542,6 +549,14 @@ def make_plan(
     plan.flops = typical.flops/size*seen
     if args.vision_cache: _count_cache(plan, typical, len(usual['attention_mask']), size, records)
     return plan
+
+# %% ../../nbs/7_scale/705_plan.ipynb #d29fa422
+def _count_four_bits(rehearsal:Rehearsal, model:RewardModel):
+    "Take off what a decoder in 4 bits saves, and add the layer that is restored for each product."
+    sizes = [m.weight.numel() for m in four_bit_layers(model.backbone).values()]
+    width = next(iter(four_bit_layers(model.backbone).values())).weight.element_size()
+    rehearsal.weights -= int(sum(sizes)*(width-NF4_BITS/8))
+    rehearsal.activations += max(sizes)*width
 
 def _count_cache(plan:Plan, typical:Rehearsal, rows:int, size:int, records):
     "Add what the tower does before the first update."

@@ -417,7 +417,7 @@ def _write_answers(self:LabelSession):
     with folder_lock(self.folder):
         labels,_ = self.journal.read()
         taken = {(x.pair, x.perspective) for x in labels if x.choice!='skip' and x.session!=self.name}
-        told = [line for line in self.unsaved if line.get('choice', 'skip')!='skip'] # no skips, nothing undone
+        told = [line for line in self.unsaved if line.get('choice', 'skip')!='skip'] # no undoing
         late = {line['id'] for line in told if (line['pair'], line['perspective']) in taken}
         lines = [line for line in self.unsaved if line.get('id') not in late]
         if lines: self.journal.append(lines)

@@ -15,6 +15,7 @@ import traitlets
 from ipywidgets import DOMWidget, VBox
 from fastcore.basics import patch
 
+from ..commands.items import image_suffixes
 from ..docments import document
 from ..views import View
 try: from anywidget import AnyWidget
@@ -160,7 +161,8 @@ const pause = () => new Promise(resolve => { answered = resolve; });
 async function send(found) {
   const files = found.slice(0, model.get('most_files'));
   tell('drop', String(files.length), String(found.length));
-  for (const [at, file] of files.entries()) {
+  for (const [at, one] of files.entries()) {
+    const file = one instanceof File ? one : await asked((resolve, reject) => one.file(resolve, reject));
     for (let start = 0; start === 0 || start < file.size; start += PIECE) {
       const bytes = await file.slice(start, start + PIECE).arrayBuffer();
       const done = pause();
@@ -179,18 +181,19 @@ const deliver = files => {
   last = last.then(async () => send(await files)).catch(error => tell('drop', '0', String(error)));
 };
 const asked = ask => new Promise((resolve, reject) => ask(resolve, reject));
+const isPicture = name => !name.startsWith('.') && model.get('suffixes').some(
+  suffix => name.toLowerCase().endsWith(suffix));
 async function inside(folder) {
-  const files = [];
+  const entries = [];
   const reader = folder.createReader();
   for (let some = [folder]; some.length; ) {
     some = await asked((resolve, reject) => reader.readEntries(resolve, reject));
     for (const entry of some) {
-      if (entry.isDirectory) { files.push(...await inside(entry)); continue; }
-      const file = await asked((resolve, reject) => entry.file(resolve, reject));
-      if (file.type.startsWith('image/')) files.push(file);
+      if (entry.isDirectory) entries.push(...await inside(entry));
+      else if (isPicture(entry.name)) entries.push(entry);
     }
   }
-  return files;
+  return entries;
 }
 function dropped(data) {
   const entries = [...data.items].map(item => item.webkitGetAsEntry?.());
@@ -293,7 +296,7 @@ STYLE = '''
 .lr-stage .lr-card:focus-visible { outline-style: dashed; outline-offset: 1px; }
 .lr-over { background: rgba(33,150,243,.2); }
 .lr-body { display: flex; flex-direction: column; gap: 8px; }
-.lr-body p { margin: 0; }
+.lr-body > p { margin: 0; } .lr-body > table { align-self: flex-start; }
 .lr-tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
 .lr-stage button[data-act] { padding: 3px 10px; color: inherit; border-radius: 3px;
   border: 1px solid var(--jp-border-color1, #b0b4ba); background: var(--jp-layout-color1, #fff);
@@ -358,6 +361,7 @@ class Stage(AnyWidget or DOMWidget):
     pictures = traitlets.Dict().tag(sync=True)            # name -> data URI, for <img data-picture="name">
     hotkeys = traitlets.List().tag(sync=True)             # names of keys it takes, such as 'ArrowLeft'
     takes_files = traitlets.Bool(False).tag(sync=True)    # whether files may be dropped
+    suffixes = traitlets.List().tag(sync=True)            # of the pictures in a folder that is dropped
     most_files = traitlets.Int(1000).tag(sync=True)       # that are taken of those dropped together
     tells_focus = traitlets.Bool(False).tag(sync=True)    # whether `hear` is told that a person comes back
     label = traitlets.Unicode('').tag(sync=True)          # for readers of screens
@@ -369,7 +373,8 @@ class Stage(AnyWidget or DOMWidget):
     ):
         if AnyWidget is None: raise ImportError(
             "keys, clicks and dropped files need the package anywidget: pip install anywidget")
-        super().__init__(takes_files=take is not None, **traits)
+        suffixes = sorted(image_suffixes()) if take else []
+        super().__init__(takes_files=take is not None, suffixes=suffixes, **traits)
         self.hear = hear
         self.take = take
         self.pieces = {} # view -> bytes of the file that is arriving
