@@ -447,6 +447,7 @@ def _check(self:Gate, scope):
     told = headers.get(b'content-length', b'0')
     if told.isdigit() and int(told)>self.config.most_bytes: raise self._too_large()
 
+# %% ../nbs/7_scale/715_serve.ipynb #4f34ff1b
 @patch
 def _too_large(self:Gate):
     return WireError(
