@@ -154,7 +154,8 @@ def _waits(self:RewardServer)->Callable:
 def _options(self:RewardServer)->dict: # of a client of httpx
     local = urlsplit(self.url).hostname in ('localhost', '127.0.0.1', '::1')
     headers = {'Authorization': f'Bearer {self.token}'} if self.token else {}
-    return dict(base_url=self.url, headers=headers, timeout=self.timeout, trust_env=not local)
+    secret = self.url.lower().startswith('https:')
+    return dict(base_url=self.url, headers=headers, timeout=self.timeout, trust_env=not local, verify=secret)
 
 def _lost(e:Exception, url:str)->_Again:
     return _Again(f"{type(e).__name__}: {e or 'no answer'}")

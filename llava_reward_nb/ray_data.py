@@ -56,7 +56,8 @@ class ShardScorer:
         if self.rewards is None: self.load()
         only = None if shard==ALL else [shard]
         run = BulkRun(self.job.shards, self.rewards, self.job.columns, self.folder, Rank(), only)
-        run.run()
+        try: run.run()
+        finally: self.folder.release_all() # after an error, so that others can take the pieces
         return run.pace.rows
 
     def load(self):

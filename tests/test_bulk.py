@@ -1,5 +1,5 @@
 "Bulk scoring: killed, shared and started by a launcher, each row is scored once; memory stays flat; the hub is streamed."
-import io, json, os, signal, subprocess, sys, tarfile, time
+import importlib.util, io, json, os, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import pandas as pd
@@ -131,16 +131,67 @@ def test_memory_is_flat(tmp_path):
     assert seen[-1]-seen[3] < 30e6
 
 
+LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
+
+
 def test_a_launcher_starts_two(data, tmp_path):
     out = tmp_path/'out'
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
-               '--dynamo_backend', 'no', '-m', 'llava_reward_nb', 'score', str(data), '--reward', 'jpeg', '--out', str(out)]
+    command = [*LAUNCH, '-m', 'llava_reward_nb', 'score', str(data), '--reward', 'jpeg', '--out', str(out)]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('131 rows: 130 scored') == 1  # one of them speaks
     table = pd.read_parquet(out)
     assert len(table) == table.key.nunique() == 131
     assert table.jpeg.isna().sum() == 1
+
+
+def test_a_launcher_is_killed(data, tmp_path):
+    "Its two processes may go on without it; whoever comes then does what is left, and nothing twice."
+    out, script = tmp_path/'out', tmp_path/'score.py'
+    script.write_text(SCRIPT)
+    launcher = subprocess.Popen([*LAUNCH, str(script), str(data), str(out), '.05'], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for_parts(out, 2, launcher)
+        launcher.kill()
+        launcher.wait()
+        process = start(data, out, 0)
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    finally:
+        try: os.killpg(launcher.pid, signal.SIGKILL)
+        except ProcessLookupError: pass  # all of them have ended
+    check(out, data)
+
+
+def test_the_benchmark_in_small(tmp_path, capsys, monkeypatch):
+    "`tools/bulk_bench.py`, without the kill: its figures, and that it notices lost, repeated and wrong rows."
+    if not Path('/proc/self/statm').exists(): pytest.skip('this system has no /proc')
+    bench = script('bulk_bench')
+    monkeypatch.setattr(bench, 'DRAWINGS', 8)
+    monkeypatch.setattr(bench, 'SHARD', 600)
+    data, out, about = tmp_path/'data', tmp_path/'out', tmp_path/'first.json'
+    data.mkdir()
+    bench.write_shards(data, 700)
+    bench.work(data, 'jpeg', out, about)
+    ratio, grown = bench.report('first', about)
+    assert ratio >= 1 and grown >= 0 and '700 rows in' in capsys.readouterr().out
+    stamps = {p: p.stat().st_mtime_ns for p in bench.parts(out)}
+    assert len(stamps) == 3 and bench.check(out, 700, 'jpeg', stamps) == 0
+    last, first = sorted(stamps)[-1], sorted(stamps)[0]
+    whole = last.read_bytes()
+    last.write_bytes(first.read_bytes())
+    assert bench.check(out, 700, 'jpeg', {}) == 100+512  # lost and repeated
+    last.write_bytes(whole)
+    assert bench.check(out, 700, 'jpeg', stamps) == 1  # scored again
+    assert bench.growth([(0, 1.), (10, 5.), (50, 9.), (99, 7.)], 100) == 4
+
+
+def script(name):
+    "A script of `tools/`, as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT/'tools'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_hub_is_streamed(data, tmp_path):

@@ -63,7 +63,7 @@ def stub():
     server.rewards = dict(red=dict(identity='Red-1', range='0 to 255'), **{'team/red': dict(identity='Red-2')})
     server.seen, server.moods, server.lock, server.delay, server.inside, server.most = [], [], threading.Lock(), 0., 0, 0
     server.url = f'http://127.0.0.1:{server.server_port}'
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[.01], daemon=True).start()  # seconds until it notices its end
     yield server
     server.shutdown()
     server.server_close()

@@ -296,7 +296,7 @@ STYLE = '''
 .lr-stage .lr-card:focus-visible { outline-style: dashed; outline-offset: 1px; }
 .lr-over { background: rgba(33,150,243,.2); }
 .lr-body { display: flex; flex-direction: column; gap: 8px; }
-.lr-body p { margin: 0; }
+.lr-body > p { margin: 0; } .lr-body > table { align-self: flex-start; }
 .lr-tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
 .lr-stage button[data-act] { padding: 3px 10px; color: inherit; border-radius: 3px;
   border: 1px solid var(--jp-border-color1, #b0b4ba); background: var(--jp-layout-color1, #fff);
