@@ -395,7 +395,7 @@ def progress(
     desc:str='',    # words before the bar
     unit:str='it',  # what is counted, such as 'img'
 ):
-    "Loop with a progress bar after two seconds, in notebooks and terminals; silent in files and other threads."
+    "Loop with a progress bar after two seconds; silent in other threads, and if output goes to a file."
     from tqdm.auto import tqdm
     is_main = threading.current_thread() is threading.main_thread()
     is_seen = is_main and (sys.stderr.isatty() or 'ipykernel' in sys.modules)
