@@ -106,6 +106,7 @@ class Downloads:
         if self.left<0: raise InputError(
             f"{_plain(address)}: the images of the request have more than {self.most:,} bytes")
 
+# %% ../nbs/7_scale/715_serve.ipynb #b677c7bb
 async def fetch(
     address:str, # of an image
     hosts:tuple, # that are allowed
