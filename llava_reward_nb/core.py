@@ -9,7 +9,7 @@ __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'InputError', 'CheckpointError
            'default_dtype', 'progress', 'batch_progress']
 
 # %% ../nbs/1_foundations/101_core.ipynb #87966c70
-import io, os, platform, re, sys, warnings
+import io, os, platform, re, sys, threading, warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -395,9 +395,10 @@ def progress(
     desc:str='',    # words before the bar
     unit:str='it',  # what is counted, such as 'img'
 ):
-    "Loop with a progress bar after two seconds, in notebooks and terminals; silent if output goes to a file."
+    "Loop with a progress bar after two seconds; silent in other threads, and if output goes to a file."
     from tqdm.auto import tqdm
-    is_seen = sys.stderr.isatty() or 'ipykernel' in sys.modules
+    is_main = threading.current_thread() is threading.main_thread()
+    is_seen = is_main and (sys.stderr.isatty() or 'ipykernel' in sys.modules)
     return tqdm(items, total=total, desc=desc, unit=unit, leave=False, delay=2, disable=not is_seen)
 
 # %% ../nbs/1_foundations/101_core.ipynb #38e58f08

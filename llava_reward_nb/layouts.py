@@ -139,9 +139,10 @@ def check_origin(
     other_size = made_for.hidden_size not in (None, hidden_size)
     if not other_kind and not other_size: return
     known = f', and the projector {here[0]!r}' if here else ''
+    trained_on = f'{named}, ' if named else ''
     raise CheckpointError(
-        f"{folder}: was made for {f'{named}, ' if named else ''}a base with {made_for}; the base here, {base}, has hidden size "
-        f"{hidden_size}{known}; pass the base it was trained on as base=")
+        f"{folder}: was made for {trained_on}a base with {made_for}; the base here, {base}, "
+        f"has hidden size {hidden_size}{known}; pass the base it was trained on as base=")
 
 # %% ../nbs/1_foundations/107_layouts.ipynb #b1448d58
 def read_published(

@@ -1169,7 +1169,7 @@ def restore_perspective(self:RewardModel,
     name:str,    # a perspective of this model
     folder:Path, # where `save_perspective` wrote it
 ):
-    "Read saved weights back into a perspective; `CheckpointError` for another base or way, lost tensors or NaN."
+    "Read saved weights back into a perspective; `CheckpointError` for another base or way, or lost tensors."
     folder = Path(folder)
     self._known(name)
     config = saved_config(folder)
@@ -1282,7 +1282,7 @@ def from_pretrained(cls:RewardModel,
     where,said = _find_base(name, folder, found, base)
     crops = _trained_crops(found, overrides) if num_crops is None else num_crops
     is_ours = num_crops is None and crops is not None
-    if is_ours and not backbone_class(base_folder(where)).cuts: crops = None # another base: the reason follows
+    if is_ours and not backbone_class(base_folder(where)).cuts: crops = None # the reason follows
     self = cls(load_backbone(where, device, dtype, crops), said)
     if load_in_4bit: in_four_bits(self.backbone)
     self._own_crops = num_crops is not None

@@ -53,7 +53,8 @@ def convert(
         "pass the folder of one, or one that holds several")
     model = RewardModel.from_pretrained(
         source, list(found), base, 'cpu', dtype, overrides=overrides, revision=revision)
-    where = str(hub_name(source, revision)) if not as_path(source).is_dir() and source not in MODELS else source
+    is_here = as_path(source).is_dir() or source in MODELS
+    where = source if is_here else str(hub_name(source, revision))
     origin = {'converted from':_source_name(where)}
     facts = TrainingFacts('the records of its authors, whose weights these are', origin, None)
     is_one = list(found.values())==[folder]

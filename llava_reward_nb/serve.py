@@ -106,6 +106,7 @@ class Downloads:
         if self.left<0: raise InputError(
             f"{_plain(address)}: the images of the request have more than {self.most:,} bytes")
 
+# %% ../nbs/7_scale/715_serve.ipynb #b677c7bb
 async def fetch(
     address:str, # of an image
     hosts:tuple, # that are allowed
@@ -116,7 +117,8 @@ async def fetch(
     check_host(address, hosts)
     shown = _plain(address)
     try:
-        async with downloads.few, httpx.AsyncClient(timeout=10, trust_env=False) as client:
+        options = dict(timeout=10, trust_env=False, verify=address.lower().startswith('https:'))
+        async with downloads.few, httpx.AsyncClient(**options) as client:
             if downloads.left<=0: downloads.spend(1, address)
             async with client.stream('GET', address, headers={'Accept-Encoding':'identity'}) as reply:
                 if reply.status_code!=200: raise InputError(f"{shown}: the host answered {reply.status_code}")

@@ -342,6 +342,8 @@ def test_two_windows_without_jupyter(app, window, browser, tmp_path):
     records = load_records(tmp_path/'labels/overall.jsonl')
     assert len(records) == len({r['pair'] for r in records}) == 6
     assert len((tmp_path/'labels/journal.log').read_text().splitlines()) == 6
+    one.goto(app)  # the list of pages
+    one.get_by_text('label.ipynb').wait_for()
     assert window.complaints()+other.complaints() == []
     other.page.close()
 

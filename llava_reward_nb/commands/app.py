@@ -92,15 +92,25 @@ _TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- endblock notebook_css -%}
 """
 
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{% block title %}Voilà{% endblock %}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1.0"><link rel="icon" href="data:;base64,=">
+{% block stylesheets %}{% endblock %}{% block meta %}{% endblock %}</head>
+<body data-base-url="{{ base_url }}voila/" data-voila="voila"><div>{% block body %}{% endblock %}</div>
+{% block scripts %}{% endblock %}</body></html>
+"""
+
 def write_template(
     folder, # of data of Jupyter
 )->str: # its name
     "Write a template of Voilà whose pages ask for nothing from elsewhere."
     name = 'llava_reward'
-    path = Path(folder)/'voila'/'templates'/name
-    path.mkdir(parents=True)
-    (path/'conf.json').write_text('{"base_template": "lab"}', encoding='utf-8')
-    (path/'index.html.j2').write_text(_TEMPLATE, encoding='utf-8')
+    files = {f'{name}/conf.json':'{"base_template": "lab"}', f'{name}/index.html.j2':_TEMPLATE,
+             'base/page.html':_PAGE} # the last is found before Voilà's own
+    for file,content in files.items():
+        path = Path(folder)/'voila'/'templates'/file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding='utf-8')
     return name
 
 # %% ../../nbs/9_doors/925_app.ipynb #268ff264

@@ -159,7 +159,7 @@ def _read_pipeline(name, dtype):
     where,part = hub_arguments(path)
     if 'subfolder' in part: where,part = str(hub_folder(path)),{} # diffusers takes whole repositories only
     try:
-        with warnings.catch_warnings(), quiet_libraries(bars=name not in MODELS): # newer versions call it dtype
+        with warnings.catch_warnings(), quiet_libraries(bars=name not in MODELS): # newer: dtype
             warnings.simplefilter('ignore', FutureWarning)
             return diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, **part)
     except (OSError, ValueError, KeyError) as e:
