@@ -818,8 +818,17 @@ def load_point(
     return LoadPoint(clients, seconds, len(took), wrong, failed, len(took)/seconds,
                      within(.5), within(.9), within(.99), list(took))
 
+async def _said(reader, writer, request:bytes)->dict: # the answer
+    "Send a request on an open connection and read the JSON that comes."
+    writer.write(request)
+    size = 0
+    while (line := await reader.readline()).strip():
+        name,_,value = line.lower().partition(b':')
+        if name==b'content-length': size = int(value)
+    return json.loads(await reader.readexactly(size))
+
 async def load(
-    url:str,       # of a server
+    url:str,       # of a server, http://…
     items:list,    # of (prompt, image as base64, known score or None)
     reward:str,    # its name
     clients:int,   # at the same time
@@ -827,26 +836,37 @@ async def load(
     token:str=None, # of the server
 )->LoadPoint:
     "Clients that each ask for one image after the other."
-    import httpx
     took,wrong,failed = [],0,0
-    headers = {'Authorization':f'Bearer {token.strip()}'} if token else {}
-    options = dict(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None))
-    bodies = [json.dumps(dict(prompts=[p], images=[im], rewards=[reward])).encode() for p,im,_ in items]
+    address = urlsplit(url)
+    bearer = f'Authorization: Bearer {token.strip()}\r\n' if token else ''
+    def request(prompt, image): # bytes
+        body = json.dumps(dict(prompts=[prompt], images=[image], rewards=[reward])).encode()
+        head = f'POST /v1/rewards HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n{bearer}\r\n'
+        return head.encode()+body
+    requests = [request(prompt, image) for prompt,image,_ in items]
     end = time.monotonic()+seconds
-    async def client(k, http):
-        nonlocal wrong, failed
+    async def ask(connection, k):
+        nonlocal wrong
+        start = time.monotonic()
+        score = (await asyncio.wait_for(_said(*connection, requests[k]), 120))['rewards'][reward][0]
+        if score is None: raise ValueError('no score')
+        took.append(time.monotonic()-start)
+        wrong += items[k][2] not in (None, score)
+    async def client(k):
+        nonlocal failed
+        connection = None
         while time.monotonic()<end:
-            at = k%len(items)
+            try:
+                connection = connection or await asyncio.open_connection(address.hostname, address.port)
+                await ask(connection, k%len(items))
+            except (OSError, EOFError, KeyError, ValueError, asyncio.TimeoutError):
+                failed += 1
+                if connection: connection[1].close()
+                connection = None
             k += 7*clients+1
-            start = time.monotonic()
-            try: score = (await http.post('/v1/rewards', content=bodies[at])).json()['rewards'][reward][0]
-            except (httpx.HTTPError, KeyError, ValueError): score = None
-            if score is None: failed += 1
-            else: took.append(time.monotonic()-start)
-            if score is not None and items[at][2] not in (None, score): wrong += 1
+        if connection: connection[1].close()
     start = time.monotonic()
-    async with httpx.AsyncClient(base_url=url, headers=headers, **options) as http:
-        await asyncio.gather(*[client(k, http) for k in range(clients)])
+    await asyncio.gather(*[client(k) for k in range(clients)])
     return load_point(took, clients, time.monotonic()-start, wrong, failed)
 
 # %% ../nbs/7_scale/715_serve.ipynb #45217f16

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 IMAGES = 48   # that differ
-SLICE = 30    # seconds until the clients turn to the other service
+SLICE = 60      # seconds until the clients turn to the other service
 RATIO = 2     # of the rates that batching must reach
 WAYS = dict(single=dict(budget=1), batched={})  # arguments of the batcher
 
