@@ -342,8 +342,10 @@ def test_two_windows_without_jupyter(app, window, browser, tmp_path):
     records = load_records(tmp_path/'labels/overall.jsonl')
     assert len(records) == len({r['pair'] for r in records}) == 6
     assert len((tmp_path/'labels/journal.log').read_text().splitlines()) == 6
-    one.goto(app)  # the list of pages
-    one.get_by_text('label.ipynb').wait_for()
+    kernel = one.locator('#jupyter-config-data').text_content()
+    with one.expect_response(re.compile('api/shutdown')) as farewell: one.goto(app)  # the list of pages
+    assert farewell.value.status == 204 and farewell.value.url.split('/')[-1] in kernel  # and the model's memory is free
+    one.get_by_role('link', name='label').wait_for()
     assert window.complaints()+other.complaints() == []
     other.page.close()
 
