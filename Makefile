@@ -28,7 +28,7 @@ test: $(READY) ## Check that notebooks and package agree, run every notebook, th
 	@$(step) '3/3 tests, the wheel in a fresh environment among them'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 --ignore=tests/test_project.py tests
 
-lowest: ## Install the lowest versions of settings.ini in .venv-lowest and test with them (PYTHON=python3.10; minutes)
+lowest: ## Install the lowest versions of settings.ini in .venv-lowest and test with them (PYTHON=python3.11; minutes)
 	@$(PYTHON) tools/lowest.py
 
 machines: $(READY) ## Run notebooks and numeric tests as other CPUs compute them, on 1 and 2 threads (hours)

@@ -113,7 +113,7 @@ def test_readme_has_badges(settings):
 def test_lowest_takes_every_bound(settings):
     "Whatever a user may install with a lower bound is installed at it; the notebooks and tests named there exist."
     lowest = tool('lowest')
-    extras = {k.removesuffix('_requirements') for k in settings if k.endswith('_requirements')} - {'dev', 'docs'}
+    extras = {k.removesuffix('_requirements') for k in settings if k.endswith('_requirements')} - {'dev', 'docs', 'quantize'}  # torchao needs a newer torch
     assert set(lowest.EXTRAS) == extras and all('>=' in r for r in lowest.bounded(settings))
     chosen = [p.name for p in (ROOT/'nbs').rglob('*.ipynb') if re.match(lowest.pattern(lowest.NOTEBOOKS), p.name)]
     assert len(chosen) == len(lowest.NOTEBOOKS)

@@ -1,6 +1,6 @@
 """The lowest versions that `settings.ini` allows, in an environment of their own, with a part of the tests.
 
-`python tools/lowest.py [--python 3.10]` installs them in `.venv-lowest` (what is there already stays) and runs `NOTEBOOKS`
+`python tools/lowest.py [--python 3.11]` installs them in `.venv-lowest` (what is there already stays) and runs `NOTEBOOKS`
 and `TESTS`. uv finds the versions: each `>=` of settings.ini becomes `==` the lowest release that satisfies it, whatever the others
 are, and what these need in turn is the newest that fits; bounds that contradict each other are an error. torch 2.6 for Linux comes from PyPI as a CUDA build of
 3 GB, which runs on CPUs as well; `UV_TORCH_BACKEND=cpu` takes the CPU build from download.pytorch.org."""
