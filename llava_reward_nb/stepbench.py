@@ -59,9 +59,11 @@ class StepSetup:
     def args(self)->RewardConfig:
         "The recipe, as far as the trainer needs one to compute a step."
         half = self.precision=='bfloat16'
+        newer = 'activation_checkpointing' # its name in newer versions of transformers
+        saving = newer if newer in RewardConfig.__dataclass_fields__ else 'gradient_checkpointing'
         return RewardConfig(str(Path(tempfile.gettempdir())/'step'), use_cpu=self.device=='cpu', bf16=half,
             per_device_train_batch_size=self.pairs, gradient_accumulation_steps=1, lora_rank=self.rank,
-            lora_alpha=2*self.rank, lora_dropout=0., disable_tqdm=True)
+            lora_alpha=2*self.rank, lora_dropout=0., disable_tqdm=True, **{saving:self.checkpointing})
 
 # %% ../nbs/7_scale/707_step.ipynb #7d7e6221
 def step_records(
@@ -274,7 +276,6 @@ def planned_step(
     rows = step_records(setup, setup.pairs*(k+1)).rows[k*setup.pairs:]
     images = [r[side] for side in ('chosen_path','reject_path') for r in rows]
     batch = rm.backbone.encode(images, [r['prompt'] for r in rows]*2)
-    if setup.checkpointing: rm.activation_checkpointing_enable(dict(use_reentrant=False))
     half = setup.dtype if setup.precision!='float32' else None
     return rehearse(rm, batch, setup.args, half)
 

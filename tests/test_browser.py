@@ -1,5 +1,6 @@
 "The widgets in JupyterLab, as a person uses them: drop, type, click, press keys, read."
-import os, re, subprocess, sys, time
+import json, os, re, subprocess, sys, time
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
@@ -313,6 +314,12 @@ def open_label(window, app):
     return page
 
 
+def is_alive(app, kernel):
+    "Whether the app still has a kernel."
+    try: return urlopen(f'{app}api/kernels/{kernel}', timeout=60).status == 200
+    except HTTPError as e: return e.code != 404
+
+
 def asked(page): return page.locator('[data-shows]').get_attribute('data-shows')
 
 
@@ -342,8 +349,14 @@ def test_two_windows_without_jupyter(app, window, browser, tmp_path):
     records = load_records(tmp_path/'labels/overall.jsonl')
     assert len(records) == len({r['pair'] for r in records}) == 6
     assert len((tmp_path/'labels/journal.log').read_text().splitlines()) == 6
-    one.goto(app)  # the list of pages
-    one.get_by_text('label.ipynb').wait_for()
+    kernel = json.loads(one.locator('#jupyter-config-data').text_content())['kernelId']
+    assert is_alive(app, kernel)
+    one.goto(app)
+    one.get_by_role('link', name='label').wait_for()
+    for _ in range(600):  # who leaves a page leaves no model in memory
+        if not is_alive(app, kernel): break
+        time.sleep(.1)
+    assert not is_alive(app, kernel)
     assert window.complaints()+other.complaints() == []
     other.page.close()
 

@@ -100,13 +100,21 @@ _PAGE = """<!DOCTYPE html>
 {% block scripts %}{% endblock %}</body></html>
 """
 
+_LIST = """{%- extends "page.html" -%}
+{% block title %}llava_reward{% endblock %}
+{% block body %}<ul style="font:18px/2 system-ui,sans-serif">
+{% for page in contents.content if page.type == 'notebook' -%}
+<li><a href="{{ base_url }}voila/render/{{ page.path }}?{{ query }}">{{ page.name[:-6] }}</a></li>
+{% endfor %}</ul>{% endblock %}
+"""
+
 def write_template(
     folder, # of data of Jupyter
 )->str: # its name
     "Write a template of Voilà whose pages ask for nothing from elsewhere."
     name = 'llava_reward'
     files = {f'{name}/conf.json':'{"base_template": "lab"}', f'{name}/index.html.j2':_TEMPLATE,
-             'base/page.html':_PAGE} # the last is found before Voilà's own
+             f'{name}/tree.html':_LIST, 'base/page.html':_PAGE} # the last is found before Voilà's own
     for file,content in files.items():
         path = Path(folder)/'voila'/'templates'/file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +122,9 @@ def write_template(
     return name
 
 # %% ../../nbs/9_doors/925_app.ipynb #268ff264
+_OPTIONS = ("--Voila.tornado_settings={'disable_check_xsrf': True}", '--VoilaConfiguration.classic_tree=True',
+            '--MappingKernelManager.cull_idle_timeout=600', '--MappingKernelManager.cull_interval=60')
+
 @command('''  llava_reward_app
   llava_reward_app --images photos --prompt "a red bicycle"
   llava_reward_app --label photos --out labels --reward tiny
@@ -136,7 +147,7 @@ def llava_reward_app(
         pages = write_pages(folder, reward, images, prompt, label, out)
         target = folder if label else pages[0]
         options = [f'--port={port}', '--no-browser', '--Voila.ip='+host, '--Voila.log_level=ERROR',
-                   f'--template={write_template(data)}']
+                   f'--template={write_template(data)}', *_OPTIONS]
         is_local = host in ('localhost','::1') or host.startswith('127.')
         token = '' if is_local else secrets.token_urlsafe(16)
         options.append(f'--token={token}')
