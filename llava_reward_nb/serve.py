@@ -818,6 +818,7 @@ def load_point(
     return LoadPoint(clients, seconds, len(took), wrong, failed, len(took)/seconds,
                      within(.5), within(.9), within(.99), list(took))
 
+# %% ../nbs/7_scale/715_serve.ipynb #1a968cac
 async def _said(reader, writer, request:bytes)->dict: # the answer
     "Send a request on an open connection and read the JSON that comes."
     writer.write(request)
@@ -827,6 +828,14 @@ async def _said(reader, writer, request:bytes)->dict: # the answer
         if name==b'content-length': size = int(value)
     return json.loads(await reader.readexactly(size))
 
+def _request(host:str, body:dict, token:str=None)->bytes:
+    "A request as it goes over the wire."
+    data = json.dumps(body).encode()
+    lines = ['POST /v1/rewards HTTP/1.1', f'Host: {host}', f'Content-Length: {len(data)}']
+    if token: lines.append(f'Authorization: Bearer {token.strip()}')
+    return '\r\n'.join([*lines, '', '']).encode()+data
+
+# %% ../nbs/7_scale/715_serve.ipynb #36aa1226
 async def load(
     url:str,       # of a server, http://…
     items:list,    # of (prompt, image as base64, known score or None)
@@ -838,12 +847,8 @@ async def load(
     "Clients that each ask for one image after the other."
     took,wrong,failed = [],0,0
     address = urlsplit(url)
-    bearer = f'Authorization: Bearer {token.strip()}\r\n' if token else ''
-    def request(prompt, image): # bytes
-        body = json.dumps(dict(prompts=[prompt], images=[image], rewards=[reward])).encode()
-        head = f'POST /v1/rewards HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n{bearer}\r\n'
-        return head.encode()+body
-    requests = [request(prompt, image) for prompt,image,_ in items]
+    bodies = [dict(prompts=[prompt], images=[image], rewards=[reward]) for prompt,image,_ in items]
+    requests = [_request(address.netloc, body, token) for body in bodies]
     end = time.monotonic()+seconds
     async def ask(connection, k):
         nonlocal wrong
