@@ -26,7 +26,7 @@ test: $(READY) ## Check that notebooks and package agree, run every notebook, th
 	@$(step) '2/3 every notebook runs from top to bottom'
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing $(took)
 	@$(step) '3/3 tests, the wheel in a fresh environment among them'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 --ignore=tests/test_project.py tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --ignore=tests/test_project.py tests
 
 lowest: ## Install the lowest versions of settings.ini in .venv-lowest and test with them (PYTHON=python3.11; minutes)
 	@$(PYTHON) tools/lowest.py

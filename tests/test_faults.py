@@ -331,8 +331,8 @@ def test_impossible_files_are_found_first(do, here, monkeypatch, command, args):
     for name in ('RewardModel.from_pretrained', ): monkeypatch.setattr(f'llava_reward_nb.model.{name}', load)
     (here/'re').mkdir()
     (here/'folder.csv').mkdir()
-    ends = [('x.doc', 'x.doc'), ('folder.csv', 'folder'), ('a.png/x.csv', 'cannot be written')]
-    if command != 'score': ends.append(('x', 'x'))  # there it is a folder
+    ends = [('x.doc', 'x.doc'), ('a.png/x.csv', 'cannot be written')]
+    if command != 'score': ends += [('x', 'x'), ('folder.csv', 'folder')]  # there both are folders
     for end, why in ends:
         code, out, err = do(command, *args, end)
         assert code == 1 and why in err and '--out' in err+'--out' and 'Traceback' not in err, err
