@@ -154,8 +154,9 @@ def _waits(self:RewardServer)->Callable:
 def _options(self:RewardServer)->dict: # of a client of httpx
     local = urlsplit(self.url).hostname in ('localhost', '127.0.0.1', '::1')
     headers = {'Authorization': f'Bearer {self.token}'} if self.token else {}
-    secret = self.url.lower().startswith('https:')
-    return dict(base_url=self.url, headers=headers, timeout=self.timeout, trust_env=not local, verify=secret)
+    has_tls = not local or self.url.lower().startswith('https:') # to others perhaps by a proxy's
+    return dict(base_url=self.url, headers=headers, timeout=self.timeout, trust_env=not local,
+                verify=has_tls) # where there is none, reading the certificates only takes time
 
 def _lost(e:Exception, url:str)->_Again:
     return _Again(f"{type(e).__name__}: {e or 'no answer'}")
