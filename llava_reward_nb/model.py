@@ -484,6 +484,8 @@ class _Plan:
 @torch.compiler.disable
 def _plan(self:RewardModel, images, prompts)->_Plan:
     "Check what is known before anything is opened, and find images that come more than once."
+    if hasattr(self, 'unshard'): raise ValueError( # see the chapter on FSDP2
+        "a training has divided the weights of this model among its processes; load what it saved")
     items = image_list(images)
     prompts = as_prompts(prompts, len(items))
     first,where = {},[] # image -> its number among the different ones; that number for each row
@@ -1006,9 +1008,9 @@ def _fill(self:RewardModel,
     proj = [k for k in need if 'lora_' not in k]
     _check_keys(adapter, need, where, optional=proj if bare and not any(k in adapter for k in proj) else ())
     _check_keys(head, self.heads[name].state_dict(), where)
+    into = {**need, **self.heads[name].state_dict()}
     with torch.no_grad():
-        for k,v in adapter.items(): need[k].copy_(v)
-    self.heads[name].load_state_dict({k:v.float() for k,v in head.items()})
+        for k,v in {**adapter, **head}.items(): into[k].copy_(v)
 
 # %% ../nbs/3_paper/305_model.ipynb #9160f8c5
 def _config_from(d:dict, where:Path, overrides:dict)->PerspectiveConfig:
@@ -1395,8 +1397,11 @@ def restore_base(self:RewardModel,
 ):
     "Read the weights of a base back; `CheckpointError` if they are missing or do not fit."
     kept = load_backbone(folder, self.device, next(self.backbone.parameters()).dtype, self.backbone.num_crops)
+    saved = kept.model.state_dict()
     with torch.no_grad(), self._without_adapters() as backbone:
-        backbone.model.load_state_dict(kept.model.state_dict())
+        into = backbone.model.state_dict()
+        _check_keys(saved, into, Path(folder))
+        for k,v in saved.items(): into[k].copy_(v)
 
 # %% ../nbs/3_paper/305_model.ipynb #b669760b
 @patch

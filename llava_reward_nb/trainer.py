@@ -11,6 +11,7 @@ import json, math, re, shutil, warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
@@ -21,11 +22,13 @@ from transformers import PrinterCallback, Trainer, set_seed
 from . import __version__
 from .batches import (TRUTH, LikeLengths, batch_loss, check_rankings, check_ratings,
     label_metrics, laid_out, pairwise_accuracy, ranking_probs, training_loss)
-from .config import SHARDS, RewardConfig, check_plan, make_schedule
+from .config import RewardConfig, check_plan, make_schedule
 from .core import CheckpointError, InputError
 from .data import RewardCollator, RewardRecords, check_fit, load_records, token_lengths
 from .docments import document
 from .files import atomic_path
+from .fsdp import (first_broken, is_sharded, read_whole_states, shard_model, whole_state,
+    whole_tensor, whole_weights, without_plugins)
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
     check_checkpoint, check_room, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last,
     last_checkpoint, named_records, only_run, publish, seal, writing)
@@ -123,6 +126,7 @@ class RewardTrainer(Trainer):
             learnt,held = self.own(train_dataset, name), self.own(eval_dataset, name)
             self.losses[name] = check_run(model, name, model.configs[name], args, learnt, held)
         choose_parts(model, self.names, args)
+        if args.zero_stage: self.check_divisible(model, args, kwargs.get('optimizers') or (None, None))
         if not any(p.requires_grad for p in model.parameters()): raise ValueError(
             f"perspective {model.active!r} has no trainable weights; a merged model cannot be trained: "
             "load it again without merge()")
@@ -130,9 +134,11 @@ class RewardTrainer(Trainer):
         usual = dict(model=model, args=args, data_collator=self.collator(model, args),
                      train_dataset=self.joined(train_dataset), eval_dataset=eval_dataset,
                      compute_metrics=lambda seen: self.metrics(seen))
-        super().__init__(**{**usual, **kwargs})
+        with without_plugins(): super().__init__(**{**usual, **kwargs})
         if self.is_deepspeed_enabled or self.is_fsdp_enabled: raise ValueError(
-            f"DeepSpeed and FSDP are not honoured here: {SHARDS}")
+            "Accelerate would divide the weights itself, in a way that is not honoured here; make the trainer "
+            "before any Accelerator, and set zero_stage")
+        if args.zero_stage: self.is_distributed_loading_by_transformers = True # Accelerate lets it alone
         self.attend(self.names[0])
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
         self.remove_callback(PrinterCallback)
@@ -383,7 +389,7 @@ def evaluate(self:RewardTrainer,
 # %% ../nbs/3_paper/314_trainer.ipynb #68e6d874
 def _norms(model)->dict:
     "Name of each trainable tensor -> its norm, in float64 so that small moves show."
-    norm = lambda p: torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item()
+    norm = lambda p: torch.linalg.vector_norm(whole_tensor(p.detach()), dtype=torch.float64).item()
     return {n:norm(p) for n,p in model.named_parameters() if p.requires_grad}
 
 def _check_moved(before:dict, after:dict, updates:int):
@@ -483,12 +489,17 @@ def _save(self:RewardTrainer,
     state_dict=None, # unused
 ):
     "What `save_model` and checkpoints write; ValueError, before any of it, for weights that are not finite."
-    if not self.args.should_save: return
-    bad = [n for n,p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    bad = first_broken(self.model)
     if bad: raise ValueError(
-        f"{bad[0]} is no longer finite after step {self.state.global_step}; the run cannot recover: "
+        f"{bad} is no longer finite after step {self.state.global_step}; the run cannot recover: "
         f"lower learning_rate {self.args.learning_rate:g}; {self.kept()}")
-    folder = Path(output_dir or self.args.output_dir)
+    writes = self.args.should_save
+    with whole_weights(self.model, base=self.model.trained.changes_base, keep=writes):
+        if writes: self._write(Path(output_dir or self.args.output_dir))
+
+@patch
+def _write(self:RewardTrainer, folder:Path):
+    "Write whole weights, and the recipe that they come from."
     with nullcontext() if self.draft else writing(folder, self.kept):
         if self.model.trained.changes_base: self.model.save_base(folder/'base')
         for name in self.names:
@@ -584,8 +595,9 @@ def _load_from_checkpoint(self:RewardTrainer,
     if mine['best'] is None: del mine['best'] # the last weights can be had of a run that looked for the best
     diff = _differences(read_json(where/'training_args.json'), mine)
     if diff: raise _other_run(where, diff)
-    if changed: self.model.restore_base(where/'base')
-    for name in self.names: self.model.restore_perspective(name, where/name)
+    with whole_weights(self.model, base=changed, write=True):
+        if changed: self.model.restore_base(where/'base')
+        for name in self.names: self.model.restore_perspective(name, where/name)
     self.measured.clear()
 
 # %% ../nbs/3_paper/314_trainer.ipynb #1a019662
@@ -744,6 +756,57 @@ def _get_grad_norm(self:RewardTrainer, model, grad_norm=None): # float or tensor
     elif self.accelerator.scaler is not None and self.overflows<_OVERFLOWS: self.overflows += 1
     else: raise self._broken(f"the norm of the gradient is {float(norm)}")
     return norm
+
+# %% ../nbs/3_paper/314_trainer.ipynb #a0e89eef
+@patch
+def check_divisible(self:RewardTrainer,
+    model:RewardModel,   # its weights shall be divided
+    args:RewardConfig,   # the recipe
+    optimizers:tuple,    # optimizer and schedule of the caller, or None
+):
+    "ValueError for what needs whole weights in each process."
+    stage = f'zero_stage={args.zero_stage}'
+    if args.world_size==1: raise ValueError(
+        f"{stage} divides weights among processes, and this run has one; start several with torchrun or "
+        "accelerate launch, or set zero_stage=0")
+    if len(self.names)>1: raise ValueError(
+        f"{stage} with several perspectives: a batch may lack records of one, whose gradients the other "
+        "processes would wait for; train them one by one, or set zero_stage=0")
+    if model.in_4bit: raise ValueError(
+        f"{stage} with a base in 4 bits, which cannot be cut; load it without load_in_4bit, or set "
+        "zero_stage=0")
+    if optimizers[0] is not None: raise ValueError(
+        f"{stage} with an optimizer of whole weights; leave it out, and choose one by optim=")
+
+@patch
+def _prepare_for_training(self:RewardTrainer, max_steps, train_dataloader, resume_from_checkpoint):
+    "Divide the weights, if the recipe says so, before there is an optimizer of them."
+    stage = self.args.zero_stage
+    if stage: shard_model(self.model, stage, self.args.device, keep_tower=self.vision is not None)
+    return Trainer._prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)
+
+@patch
+def create_optimizer(self:RewardTrainer, model=None): # optimizer of PyTorch
+    "The optimizer; one of divided weights reads whole states."
+    is_new = self.optimizer is None
+    Trainer.create_optimizer(self, model)
+    if is_new and is_sharded(self.model): read_whole_states(self.optimizer)
+    return self.optimizer
+
+@patch
+def _clip_grad_norm(self:RewardTrainer, model): # norm before clipping, float or tensor ()
+    "Clip the gradients by the norm of all pieces."
+    return whole_tensor(Trainer._clip_grad_norm(self, model))
+
+@patch
+def _save_optimizer_and_scheduler(self:RewardTrainer, output_dir):
+    "Write the optimizer's state, whole."
+    if not is_sharded(self.model): return Trainer._save_optimizer_and_scheduler(self, output_dir)
+    optimizer = self.optimizer
+    state = whole_state(optimizer.state_dict())
+    self.optimizer = SimpleNamespace(state_dict=lambda: state)
+    try: Trainer._save_optimizer_and_scheduler(self, output_dir)
+    finally: self.optimizer = optimizer
 
 # %% ../nbs/3_paper/314_trainer.ipynb #6ead5594
 @patch
