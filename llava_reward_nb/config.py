@@ -98,8 +98,8 @@ def _check_stage(args):
     "ValueError for a stage that there is not, and for what needs whole weights."
     stage = args.zero_stage
     if stage not in (0,2,3) or isinstance(stage, bool): raise ValueError(
-        f"zero_stage is {stage!r}; it must be 0 (every process has the whole model), 2 (gradients and moments "
-        "are divided) or 3 (weights as well)")
+        f"zero_stage is {stage!r}; it must be 0 (every process has the whole model), 2 (gradients and "
+        "moments are divided) or 3 (weights as well)")
     if not stage: return
     if args.fp16: raise ValueError(
         f"zero_stage={stage} with fp16: its scaler needs whole gradients; use bf16=True")

@@ -85,7 +85,7 @@ def test_own_records_are_measured_on_their_own(sources, tmp_path, capsys):
     (['tiny-alignment-bt', 'training.bf16=maybe'], 'needed: true or false'), (['tiny-alignment-bt', 'lora_rank=1.5'], 'needed: a whole number'),
     (['tiny-alignment-bt', 'data.train=nowhere.csv'], 'nowhere.csv: no such file'), (['tiny-alignment-bt', 'data.eval=shapes:safety:4'], 'train them apart'),
     (['tiny-safety-cls', 'loss=gpm'], "'cls' from labels"), (['tiny-alignment-bt', 'data.eval=[]'], 'no records to measure on'),
-    (['tiny-alignment-bt', 'accelerate=zero3-4'], 'divides the weights'), (['tiny-alignment-bt', 'base=nowhere/at/all'], 'no such folder'),
+    (['tiny-alignment-bt', 'zero_stage=3'], 'this run has one process'), (['tiny-alignment-bt', 'base=nowhere/at/all'], 'no such folder'),
     (['tiny-alignment-bt', 'start=tiny/alignment'], 'start keeps what'), (['tiny-alignment-bt', 'report_to=nobody'], 'no tracker'),
     (['nowhere.yaml'], 'nowhere.yaml: no such file'), (['tiny-alignment-bt', 'eval_strategy=never'], 'eval_strategy is '), (['tiny-alignment-bt', 'without=[nowhere.txt]'], 'nowhere.txt')])
 def test_what_is_wrong_is_said_before_anything_is_loaded(args, why, tmp_path, capsys, monkeypatch):

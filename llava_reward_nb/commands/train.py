@@ -262,7 +262,9 @@ def _plan_of(
     here = recipe.training.world_size
     many = read_accelerate(recipe.accelerate).processes if recipe.accelerate and here==1 else here
     base,config,crops = _read_by(recipe, start)
-    return make_plan(base, config, recipe.training, train, dtype, many, crops, recipe.load_in_4bit)
+    stage = recipe.training.zero_stage
+    if not stage and recipe.accelerate and here==1: stage = read_accelerate(recipe.accelerate).stage
+    return make_plan(base, config, recipe.training, train, dtype, many, crops, recipe.load_in_4bit, stage)
 
 def _measured_on(sets:_Sets, recipe:Recipe)->str:
     "What a run is measured on, in words."
@@ -286,6 +288,13 @@ def _print_plan(plan, recipe:Recipe, sets:_Sets, words:list, devices:bool):
     print('start     ', launch, *words)
 
 # %% ../../nbs/9_doors/903_train.ipynb #c5b2c7ff
+def _place(recipe:Recipe)->tuple: # device and dtype to load with; None: what suits
+    "Where the base is loaded to: beside the device, if only pieces of it shall lie there."
+    from llava_reward_nb.core import default_device, default_dtype
+    dtype = recipe.dtype and getattr(torch, recipe.dtype)
+    if not recipe.training.zero_stage or recipe.training.vision_cache: return recipe.device, dtype
+    return 'cpu', dtype or default_dtype(recipe.device or default_device())
+
 def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, words:list):
     "Read and check the records, print the plan, load the model, train."
     from llava_reward_nb.batches import training_loss
@@ -314,9 +323,12 @@ def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, w
     if first and plan.processes!=args.world_size: note(
         f"{recipe.accelerate} has {plan.processes} processes and this run {args.world_size}: an update sees "
         f"{plan.batch*args.world_size//plan.processes} records instead of {plan.batch}")
+    if args.zero_stage and args.world_size==1: raise InputError(
+        f"zero_stage is {args.zero_stage}, and this run has one process; start several with accelerate "
+        "launch or torchrun, or leave zero_stage out")
     waiting(f'loading {start.folder or start.base}')
-    dtype = recipe.dtype and getattr(torch, recipe.dtype)
-    how = dict(device=recipe.device, dtype=dtype, num_crops=recipe.num_crops,
+    device,dtype = _place(recipe)
+    how = dict(device=device, dtype=dtype, num_crops=recipe.num_crops,
                load_in_4bit=recipe.load_in_4bit)
     if start.folder: rm = RewardModel.from_pretrained(start.folder, start.name, start.base, **how)
     else: rm = RewardModel.from_pretrained(start.base, [], **how)

@@ -19,6 +19,7 @@ import llava_reward_nb
 from ..batches import training_loss
 from ..core import InputError, as_path
 from ..docments import document
+from ..fsdp import launched_stage
 from ..files import atomic_path
 from ..model import PerspectiveConfig
 from ..config import RewardConfig
@@ -284,6 +285,7 @@ class Layout:
     file:Path      # of the configuration
     processes:int  # over all machines
     kind:str       # 'NO', 'MULTI_GPU', 'FSDP' or 'DEEPSPEED'
+    stage:int      # what the processes divide, see `RewardConfig.zero_stage`
 
 def read_accelerate(
     spec:str, # one of `accelerate_names`, or a .yaml file
@@ -295,7 +297,18 @@ def read_accelerate(
     except Exception as e: raise InputError(
         f"{path}: accelerate cannot read it ({' '.join(str(e).split())[:150]})") from None
     kind = getattr(config.distributed_type, 'value', config.distributed_type)
-    return Layout(path, config.num_processes or 1, str(kind))
+    try: stage = launched_stage(_variables(config, str(kind)))
+    except ValueError as e: raise InputError(f"{path}: {e}") from None
+    return Layout(path, config.num_processes or 1, str(kind), stage)
+
+def _variables(config, kind:str)->dict: # name -> text
+    "What `accelerate launch` tells its processes of how they divide the weights."
+    if kind not in ('FSDP', 'DEEPSPEED'): return {}
+    fsdp = kind=='FSDP'
+    prefix = '' if fsdp else 'ACCELERATE_DEEPSPEED_'
+    given = config.fsdp_config if fsdp else config.deepspeed_config
+    told = {prefix+k.upper():str(v) for k,v in given.items()}
+    return {f'ACCELERATE_USE_{kind}':'true', **told}
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #edd6255f
 _SHAPES = dict(alignment='alignment_pairs', fidelity='fidelity_pairs', overall='overall_pairs',
@@ -372,8 +385,6 @@ def _limited(records, limit:int|None):
     return records if limit is None else records[range(min(limit, len(records)))]
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #cc337d3c
-_NO_SHARDS = ('FSDP', 'DEEPSPEED', 'MEGATRON_LM')
-
 def _check_data(data:DataConfig):
     if data.weights and len(data.weights)!=len(data.train): raise InputError(
         f"data.weights: {len(data.weights)} for {len(data.train)} training sets; give one for each")
@@ -434,6 +445,20 @@ def _check_precision(recipe:Recipe):
     if recipe.load_in_4bit and find_spec('bitsandbytes') is None: raise InputError(
         "load_in_4bit needs bitsandbytes, which is not installed: pip install llava_reward_nb[qlora]")
     if changed: recipe.dtype = 'float32'
+
+def _check_stage(recipe:Recipe):
+    "`InputError` for weights that would be divided and cannot be."
+    layout = recipe.accelerate and read_accelerate(recipe.accelerate)
+    if layout and layout.kind=='MEGATRON_LM': raise InputError(
+        f"accelerate: {recipe.accelerate} asks for Megatron, which is not honoured; use fsdp2-4 or ddp-4")
+    stage = recipe.training.zero_stage or layout and layout.stage
+    if not stage: return
+    what = f"zero_stage is {stage}" if recipe.training.zero_stage else (
+        f"accelerate: {recipe.accelerate} divides the weights (stage {stage})")
+    if recipe.load_in_4bit: raise InputError(
+        f"{what}, and weights in 4 bits cannot be cut; leave load_in_4bit out, or use ddp-4")
+    if recipe.perspectives: raise InputError(
+        f"{what}, and several perspectives cannot be trained so; train them one by one, or use ddp-4")
 
 def _check_trackers(args:RewardConfig):
     "`InputError` for a tracker that is not installed."
@@ -498,9 +523,7 @@ def resolve(
     _check_precision(recipe)
     _check_trackers(recipe.training)
     if recipe.start: _check_start(recipe, set(settings))
-    if recipe.accelerate and read_accelerate(recipe.accelerate).kind in _NO_SHARDS: raise InputError(
-        f"accelerate: {recipe.accelerate} divides the weights among processes, which the trainer does not "
-        "honour; use one of those with a whole model on each GPU, such as ddp-4")
+    _check_stage(recipe)
     return recipe
 
 def _several(settings:dict, parts:dict, elsewhere:bool)->Recipe:
@@ -515,6 +538,7 @@ def _several(settings:dict, parts:dict, elsewhere:bool)->Recipe:
     recipe = Recipe(**parts[''], data=DataConfig(**parts['data']), settings=dict(settings))
     recipe.perspectives = found
     recipe.training = next(iter(found.values())).training
+    _check_stage(recipe)
     return recipe
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #b623266e

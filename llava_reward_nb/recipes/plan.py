@@ -24,6 +24,7 @@ from ..backbones import NF4_BITS, Phi3VBackbone, four_bit_layers
 from ..core import CheckpointError, InputError, image_key, image_size
 from ..data import record_images
 from ..docments import document
+from ..fsdp import layer_units
 from ..generic import backbone_class, load_processor
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
@@ -460,6 +461,7 @@ class Plan:
     flops:float=None  # of the whole run
     why:str=''        # there is no rehearsal
     buckets:int=0     # bytes in which several processes exchange gradients
+    stage:int=0       # what the processes divide, see `RewardConfig.zero_stage`
     images:int=0      # different ones, whose features a vision cache keeps; 0: no cache
     cache:float=0.    # bytes of these features on the disk
 
@@ -497,6 +499,7 @@ def plan_lines(
     if plan.rehearsal is None: return [*lines, f"memory     unknown: {plan.why}"]
     r = plan.rehearsal
     exchange = f', exchange {_gib(plan.buckets)}' if plan.buckets else ''
+    if plan.stage: exchange += f'; divided among {plan.processes} (FSDP2, ZeRO-{plan.stage})'
     lines.append(f"memory     {_gib(plan.memory)} at the longest rows: weights {_gib(r.weights)}, optimizer "
                  f"{_gib(r.optimizer)}, gradients and activations {_gib(r.activations)}{exchange}")
     lines.append(f"work       {plan.flops:.2e} operations in {plan.half}")
@@ -519,6 +522,7 @@ def make_plan(
     processes:int=None,        # devices; None: those of this run
     num_crops:int=None,        # most crops of an image; None: the base's own setting
     load_in_4bit:bool=False,   # hold the decoder in 4 bits
+    stage:int=None,            # what the processes divide: 0, 2 or 3; None: as the recipe says
 )->Plan:
     "What a run will do and need; `CheckpointError` if the base has no configuration."
     model = hollow_model(base, config, args, dtype, num_crops)
@@ -534,13 +538,16 @@ def make_plan(
     plan = Plan(groups, sum(p.numel() for p in model.parameters())-sum(groups.values()), n, not records,
                 planned_updates(args, share), size*args.gradient_accumulation_steps*processes, processes,
                 lengths.mean, args.num_train_epochs, str(half or dtype).removeprefix('torch.'))
-    if processes>1: plan.buckets = 4*sum(groups.values())
+    stage = args.zero_stage if stage is None else stage
+    if processes>1: plan.stage = stage
+    if processes>1 and not stage: plan.buckets = 4*sum(groups.values())
     long = _encoded(model.backbone, lengths.longest)
     try: plan.rehearsal = rehearse(model, long, args, half)
     except (NotImplementedError, RuntimeError, TypeError) as e:
         plan.why = f'{model.backbone.model_type} cannot be rehearsed ({str(e).splitlines()[0][:80]})'
         return plan
     if load_in_4bit: _count_four_bits(plan.rehearsal, model)
+    if plan.stage: _count_pieces(plan.rehearsal, model, processes, stage, args)
     usual = _encoded(model.backbone, lengths.typical)
     same = all(usual[k].shape==v.shape for k,v in long.items())
     typical = plan.rehearsal if same else rehearse(model, usual, args, half)
@@ -557,6 +564,16 @@ def _count_four_bits(rehearsal:Rehearsal, model:RewardModel):
     width = next(iter(four_bit_layers(model.backbone).values())).weight.element_size()
     rehearsal.weights -= int(sum(sizes)*(width-NF4_BITS/8))
     rehearsal.activations += max(sizes)*width
+
+def _count_pieces(rehearsal:Rehearsal, model:RewardModel, processes:int, stage:int, args:RewardConfig):
+    "Take off what other processes hold; add what is whole while a step is computed."
+    every = _bytes_of(model.parameters())
+    units = [_bytes_of(layer.parameters()) for layer in layer_units(model, bool(args.vision_cache))]
+    at_once = sum(sorted(units)[-2:]) if stage==3 else sum(units) # a layer, and the next one on its way
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rehearsal.weights = every//processes+every-sum(units)+at_once
+    rehearsal.optimizer //= processes
+    rehearsal.activations -= 4*learn*(processes-1)//processes
 
 def _count_cache(plan:Plan, typical:Rehearsal, rows:int, size:int, records):
     "Add what the tower does before the first update."
