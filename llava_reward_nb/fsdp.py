@@ -58,13 +58,13 @@ def without_plugins():
 
 # %% ../nbs/3_paper/312_fsdp.ipynb #cd160709
 def is_sharded(
-    model:nn.Module,
+    model:nn.Module, # a model, or a part of one
 )->bool:
     "Whether the weights are divided among the processes."
     return hasattr(model, 'unshard')
 
 def layer_units(
-    model:RewardModel,
+    model:RewardModel,     # with a decoder and a tower
     keep_tower:bool=False, # the vision tower stays whole
 )->list: # of layers that are divided one by one
     "The layers of decoder and tower, without those that are not called as a whole."

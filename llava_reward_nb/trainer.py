@@ -136,8 +136,8 @@ class RewardTrainer(Trainer):
                      compute_metrics=lambda seen: self.metrics(seen))
         with without_plugins(): super().__init__(**{**usual, **kwargs})
         if self.is_deepspeed_enabled or self.is_fsdp_enabled: raise ValueError(
-            "Accelerate would divide the weights itself, in a way that is not honoured here; make the trainer "
-            "before any Accelerator, and set zero_stage")
+            "Accelerate would divide the weights itself, in a way that is not honoured here; make the "
+            "trainer before any Accelerator, and set zero_stage")
         if args.zero_stage: self.is_distributed_loading_by_transformers = True # Accelerate lets it alone
         self.attend(self.names[0])
         self.model_accepts_loss_kwargs = True # compute_loss below does the averaging over accumulated batches
@@ -786,7 +786,9 @@ def _prepare_for_training(self:RewardTrainer, max_steps, train_dataloader, resum
     return Trainer._prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)
 
 @patch
-def create_optimizer(self:RewardTrainer, model=None): # optimizer of PyTorch
+def create_optimizer(self:RewardTrainer,
+    model=None, # whose weights it moves; None: the trainer's
+): # optimizer of PyTorch
     "The optimizer; one of divided weights reads whole states."
     is_new = self.optimizer is None
     Trainer.create_optimizer(self, model)

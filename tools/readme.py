@@ -24,6 +24,12 @@ def split_directives(source):
     return set(found), '\n'.join(lines).strip('\n')
 
 
+def is_progress(out):
+    "Whether an output is the last state of a progress bar."
+    text = out.get('text') or out.get('data', {}).get('text/plain', '')
+    return bool(re.fullmatch(r'[^\n]*\d+%\|[^\n]*\s*', ''.join(text)))
+
+
 def reader_cells(cells):
     "The cells as a reader sees them: hidden ones dropped, directives removed, the richest kind of each output GitHub can show."
     for cell in cells:
@@ -33,6 +39,7 @@ def reader_cells(cells):
         directives, cell.source = split_directives(cell.source)
         if directives & HIDES_CELL or not (cell.source or cell.outputs): continue
         if directives & HIDES_OUTPUT: cell.outputs = []
+        cell.outputs = [out for out in cell.outputs if not is_progress(out)]
         if directives & HIDES_CODE: cell.metadata.tags = ['hide_code']
         for out in cell.outputs:
             if 'data' in out:

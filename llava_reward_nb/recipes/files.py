@@ -415,6 +415,21 @@ def _check_measuring(recipe:Recipe):
             f"training.{name} is {getattr(t, name)!r}, with no records to measure on; name some with "
             "data.eval, or a share of the training records with data.holdout")
 
+# %% ../../nbs/7_scale/706_recipes.ipynb #ddc734d4
+def _check_stage(recipe:Recipe):
+    "`InputError` for weights that would be divided and cannot be."
+    layout = recipe.accelerate and read_accelerate(recipe.accelerate)
+    if layout and layout.kind=='MEGATRON_LM': raise InputError(
+        f"accelerate: {recipe.accelerate} asks for Megatron, which is not honoured; use fsdp2-4 or ddp-4")
+    stage = recipe.training.zero_stage or layout and layout.stage
+    if not stage: return
+    what = f"zero_stage is {stage}" if recipe.training.zero_stage else (
+        f"accelerate: {recipe.accelerate} divides the weights (stage {stage})")
+    if recipe.load_in_4bit: raise InputError(
+        f"{what}, and weights in 4 bits cannot be cut; leave load_in_4bit out, or use ddp-4")
+    if recipe.perspectives: raise InputError(
+        f"{what}, and several perspectives cannot be trained so; train them one by one, or use ddp-4")
+
 # %% ../../nbs/7_scale/706_recipes.ipynb #2351fe7a
 def _check_loss(config:PerspectiveConfig, kind:str|None):
     "`InputError` for a loss that learns from other records."
@@ -445,20 +460,6 @@ def _check_precision(recipe:Recipe):
     if recipe.load_in_4bit and find_spec('bitsandbytes') is None: raise InputError(
         "load_in_4bit needs bitsandbytes, which is not installed: pip install llava_reward_nb[qlora]")
     if changed: recipe.dtype = 'float32'
-
-def _check_stage(recipe:Recipe):
-    "`InputError` for weights that would be divided and cannot be."
-    layout = recipe.accelerate and read_accelerate(recipe.accelerate)
-    if layout and layout.kind=='MEGATRON_LM': raise InputError(
-        f"accelerate: {recipe.accelerate} asks for Megatron, which is not honoured; use fsdp2-4 or ddp-4")
-    stage = recipe.training.zero_stage or layout and layout.stage
-    if not stage: return
-    what = f"zero_stage is {stage}" if recipe.training.zero_stage else (
-        f"accelerate: {recipe.accelerate} divides the weights (stage {stage})")
-    if recipe.load_in_4bit: raise InputError(
-        f"{what}, and weights in 4 bits cannot be cut; leave load_in_4bit out, or use ddp-4")
-    if recipe.perspectives: raise InputError(
-        f"{what}, and several perspectives cannot be trained so; train them one by one, or use ddp-4")
 
 def _check_trackers(args:RewardConfig):
     "`InputError` for a tracker that is not installed."
