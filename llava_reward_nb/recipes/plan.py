@@ -570,10 +570,12 @@ def _count_pieces(rehearsal:Rehearsal, model:RewardModel, processes:int, stage:i
     every = _bytes_of(model.parameters())
     units = [_bytes_of(layer.parameters()) for layer in layer_units(model, bool(args.vision_cache))]
     at_once = sum(sorted(units)[-2:]) if stage==3 else sum(units) # a layer, and the next one on its way
-    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
+    learn = trained(model)
+    messages = 2*4*max(map(trained, model.backbone.layers)) # gradients of a layer, laid out and added up
     rehearsal.weights = every//processes+every-sum(units)+at_once
     rehearsal.optimizer //= processes
-    rehearsal.activations -= 4*learn*(processes-1)//processes
+    rehearsal.activations += messages-4*learn*(processes-1)//processes
 
 def _count_cache(plan:Plan, typical:Rehearsal, rows:int, size:int, records):
     "Add what the tower does before the first update."
