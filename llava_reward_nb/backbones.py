@@ -71,6 +71,7 @@ class Reading:
     visual:Tensor # projected visual tokens as they enter the decoder, right padded (b,v,d)
     mask:Tensor   # True where `visual` is real (b,v) bool
     real:Tensor   # True where a token is, and not padding (b,s) bool
+    levels:list=None # of DeepStack, k tensors (b,v,d) laid out as `visual`; None: the base has no such levels
 
 # %% ../nbs/3_paper/303_backbones.ipynb #2a33b96c
 class Backbone(nn.Module):
@@ -79,6 +80,7 @@ class Backbone(nn.Module):
     lora_targets = None # regular expression of the modules in `model` that get LoRA
     projectors = () # paths of the modules in `model` that are trained whole, together with LoRA
     sizes = () # keys of a batch that stay on the CPU
+    levels = 0 # of DeepStack
     num_crops = None # most crops of an image; None: images are not cut into a chosen number of crops
     pixels = None # least and most pixels of an image [n, n], where that can be chosen; None: it cannot
     cuts = False # can a number of crops be chosen?

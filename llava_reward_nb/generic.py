@@ -800,6 +800,8 @@ class ImageTextBackbone(Backbone):
         eps = getattr(text, 'rms_norm_eps', None) or getattr(text, 'layer_norm_eps', 1e-5)
         super().__init__(exact_patches(model), processor, text.hidden_size, eps)
         self.model_type = model.config.model_type
+        vision = getattr(model.config, 'vision_config', None)
+        self.levels = len(getattr(vision, 'deepstack_visual_indexes', None) or ())
         self.projectors = find_projectors(model)
         self.lora_targets = decoder_linears(model)
         self.takes = set(inspect.signature(type(model).get_image_features).parameters)
@@ -934,7 +936,9 @@ def forward(self:ImageTextBackbone,
     if not self.causal: inputs['attention_mask'] = mask
     states = self.states(inputs, layer)
     if pooling=='last': states = states[torch.arange(len(ids), device=ids.device), mask.sum(1)-1]
-    return Reading(states, *pad_visual(torch.cat(tokens), [len(t) for t in tokens]), mask.bool())
+    levels = getattr(encoded, 'deepstack_features', None)
+    lay_out = lambda level: pad_visual(torch.cat(list(level)), [len(t) for t in tokens])
+    return Reading(states, *lay_out(tokens), mask.bool(), levels and [lay_out(x)[0] for x in levels])
 
 # %% ../nbs/3_paper/304_generic.ipynb #9cebe200
 @patch

@@ -49,6 +49,7 @@ def _field_needs(c)->dict: # field of a `PerspectiveConfig` -> (is it right?, wh
                 dim=(_is_whole(c.dim, 1), 'a whole number from 1'),
                 tau=(_is_number(c.tau) and c.tau>0, 'a positive number'),
                 skipca=(isinstance(c.skipca, bool), 'true or false'),
+                levels=(c.levels is False or c.levels is True and c.skipca, 'true with skipca, or false'),
                 gate=(isinstance(c.gate, bool), 'true or false'),
                 pooling=(c.pooling in ('last','mean'), "'last' or 'mean'"),
                 layer=(c.layer is None or _is_whole(c.layer, 0), 'a layer from 0, or none'),
@@ -73,6 +74,7 @@ class PerspectiveConfig:
     fingerprint:list=None   # a few weights of the base, to notice a wrong one
     version:str=__version__ # version of the package that wrote it
     pixels:list=None        # least and most pixels of an image in training (Qwen-VL); None: other bases
+    levels:bool=False       # SkipCA attends to all levels of DeepStack (Qwen3-VL) and not to the last alone
 
     def __post_init__(self):
         for name,(ok,need) in _field_needs(self).items():
@@ -287,7 +289,10 @@ def _add(self:RewardModel, name:str, config:PerspectiveConfig, options:dict)->Re
     usual = dict(target_modules=b.lora_targets, init_lora_weights='gaussian')
     lora = LoraConfig(**{**usual, **options}, modules_to_save=list(b.projectors) or None, bias='none')
     self._check_targets(lora)
-    head = ValueHead(b.hidden_size, config.dim, config.skipca, b.eps, config.gate).to(self.device)
+    if config.levels and not b.levels: raise ValueError(
+        f"levels is True, and {b.model_type} has no levels of DeepStack; leave it out")
+    levels = b.levels if config.levels else 0
+    head = ValueHead(b.hidden_size, config.dim, config.skipca, b.eps, config.gate, levels).to(self.device)
     before = set(self.modules())
     with self._or_as_before(name):
         if self.peft is None: # not registered as a module: its weights are the backbone's
@@ -445,7 +450,9 @@ def forward(self:RewardModel,
         head = self.heads[name]
         read = self.backbone(batch, features, config.layer, config.pooling)
         prompt = self.backbone.prompt_embedding(batch) if config.gate else None
-        vectors = head(read.states, read.visual, read.mask, prompt)
+        seen = read.visual,read.mask
+        if config.levels: seen = head.skipca.join_levels(read.visual, read.levels, read.mask)
+        vectors = head(read.states, *seen, prompt)
         if config.pooling=='last': return vectors
         real = read.real.to(torch.float32)[...,None]
         return (vectors*real).sum(1)/real.sum(1)

@@ -27,6 +27,7 @@ class SkipCA(nn.Module):
     def __init__(self,
         hidden_size:int, # d: width of the states and of the projected visual tokens
         eps:float=1e-5,  # epsilon of the RMSNorm, that of the backbone's own norms (Phi-3.5-vision: 1e-5)
+        levels:int=0,    # DeepStack's levels that are looked at as well, see `join_levels`
     ):
         super().__init__()
         def square(): return init_head_(nn.Linear(hidden_size, hidden_size, bias=False))
@@ -34,6 +35,7 @@ class SkipCA(nn.Module):
         self.W_k = square()
         self.W_v = square()
         self.ca_layernorm = nn.RMSNorm(hidden_size, eps=eps)
+        self.level_embedding = nn.Parameter(torch.zeros(levels+1, hidden_size)) if levels else None
 
 # %% ../nbs/3_paper/301_skipca.ipynb #9ee933b3
 def _check_visual(h, visual, mask, d):
@@ -91,6 +93,22 @@ def forward(self:SkipCA,
         seen = (p[:,None] @ visual)[:,0] if h.dim()==2 else p @ visual
         return self.ca_layernorm(h + self.W_v(seen))
 
+# %% ../nbs/3_paper/301_skipca.ipynb #d3cee8ed
+@patch
+def join_levels(self:SkipCA,
+    visual:Tensor, # projected visual tokens as they enter the decoder, (b, v, d)
+    levels:list,   # those of DeepStack's levels, k tensors (b, v, d); None: the backbone has none
+    mask:Tensor,   # True for real tokens, (b, v) bool
+)->tuple: # visual tokens ((k+1)·v of each row) and their mask
+    "All levels side by side, each marked with its embedding; ValueError for another number of levels."
+    if self.level_embedding is None: return visual, mask
+    marks = self.level_embedding
+    got = len(levels or ())
+    if got!=len(marks)-1: raise ValueError(
+        f"this head looks at {len(marks)-1} levels of DeepStack and got {got}; it belongs to another base")
+    every = torch.stack([visual, *levels], 1).to(marks.dtype)+marks[:,None]
+    return every.flatten(1, 2), mask[:,None].expand(-1, len(marks), -1).flatten(1, 2)
+
 # %% ../nbs/3_paper/301_skipca.ipynb #aef1efc9
 class ValueHead(nn.Module):
     "Reward read-out: optional SkipCA, then a linear map; ValueError if `dim` or `gate` make no sense."
@@ -100,6 +118,7 @@ class ValueHead(nn.Module):
         skipca:bool=True,  # look at the visual tokens before the read-out
         eps:float=1e-5,    # epsilon of the RMSNorm of SkipCA
         gate:bool=False,   # weigh the k planes of a general preference by the prompt; needs dim >= 4
+        levels:int=0,      # DeepStack's levels that SkipCA looks at as well
     ):
         super().__init__()
         if dim<1 or (dim>1 and dim%2):
@@ -107,7 +126,9 @@ class ValueHead(nn.Module):
         if gate and dim<4:
             raise ValueError(f"gate=True weighs planes against each other; dim {dim} has fewer than 2: "
                              "use dim >= 4 or gate=False")
-        self.skipca = SkipCA(hidden_size, eps) if skipca else None
+        if levels and not skipca: raise ValueError(
+            f"levels is {levels} without SkipCA, which alone looks at visual tokens; use skipca=True")
+        self.skipca = SkipCA(hidden_size, eps, levels) if skipca else None
         self.value_head = init_head_(nn.Linear(hidden_size, dim, bias=False))
         self.gate = nn.Linear(hidden_size, dim//2, bias=False) if gate else None
         if gate: nn.init.zeros_(self.gate.weight)

@@ -227,6 +227,10 @@ def attention_rows(
         finally: hook.remove()
         states,visual,mask = noted[0]
         weights = skipca.attention(states, visual, mask)
+        if skipca.level_embedding is not None: # all levels show the same places
+            levels = len(skipca.level_embedding)
+            weights = weights.unflatten(-1, (levels,-1)).sum(-2)
+            mask = mask.unflatten(-1, (levels,-1))[:,0]
         if weights.dim()==3: # 'mean' pooling: one row for each token
             real = batch['attention_mask'].to(weights)[...,None]
             weights = (weights*real).sum(1)/real.sum(1)

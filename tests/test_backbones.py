@@ -6,6 +6,7 @@ import families, pytest, torch
 from hypothesis import given, settings, strategies as st
 from llava_reward_nb.core import CheckpointError, InputError
 from llava_reward_nb.generic import BACKBONES, ImageTextBackbone, load_backbone
+from llava_reward_nb.why import attention_rows
 from llava_reward_nb.model import PerspectiveConfig, RewardModel
 from PIL import Image
 from torch.testing import assert_close
@@ -104,6 +105,10 @@ def by_hand(rm, name, image, caption):
     batch = b.encode(image, caption)
     h, visual = by_transformers(b, batch)
     h, v = h[0, -1], visual[0]
+    if config.levels:
+        inputs = {k: x for k, x in batch.items() if k in ('pixel_values', 'image_grid_thw')}
+        levels = b.model.get_image_features(**inputs, return_dict=True).deepstack_features
+        v = torch.cat([x+e for x, e in zip([v, *(level[0] if isinstance(level, (list, tuple)) else level for level in levels)], head.skipca.level_embedding)])
     if config.skipca:
         ca = head.skipca
         q, k, u = ca.W_q.weight@h, v@ca.W_k.weight.T, v@ca.W_v.weight.T
@@ -115,7 +120,7 @@ def by_hand(rm, name, image, caption):
 @pytest.mark.parametrize('name', NAMED+OTHERS)
 def test_rewards(folder, name, tmp_path):
     rm = RewardModel(load_backbone(folder(name)), str(folder(name)))
-    for i, (p, config) in enumerate(dict(first=PerspectiveConfig(), second=PerspectiveConfig('cls', skipca=False), third=PerspectiveConfig()).items()):
+    for i, (p, config) in enumerate(dict(first=PerspectiveConfig(), second=PerspectiveConfig('cls', skipca=False), third=PerspectiveConfig(levels=rm.backbone.levels > 0)).items()):
         rm.add_perspective(p, config, lora_rank=4, lora_alpha=8)
         randomize(rm, p, i)
     rm.eval()
@@ -130,6 +135,7 @@ def test_rewards(folder, name, tmp_path):
         own = {k for k in rm._tensors('first') if 'lora_' not in k}
         assert own and all(any(k.startswith(f'base_model.model.{p}.') for p in rm.backbone.projectors) for k in own)
 
+    assert (rm.backbone.levels > 0) == name.startswith('qwen3_vl')
     rm.save_perspective('third', tmp_path/'third')
     again = RewardModel.from_pretrained(tmp_path/'third')
     same(again.embed(IMAGES, CAPTIONS), got['third'])
@@ -157,7 +163,7 @@ def test_training(folder, records, name, tmp_path):
     from llava_reward_nb.trainer import train_perspective
     from llava_reward_nb.config import RewardConfig
     rm = RewardModel(load_backbone(folder(name)), str(folder(name)))
-    rm.add_perspective('bright', lora_rank=4, lora_alpha=8, lora_dropout=0.)
+    rm.add_perspective('bright', PerspectiveConfig(levels=rm.backbone.levels > 0), lora_rank=4, lora_alpha=8, lora_dropout=0.)
     before = {k: p.detach().clone() for k, p in [*rm._tensors('bright').items(), *rm.heads['bright'].named_parameters()]}
     base = {n: p.detach().clone() for n, p in rm.backbone.named_parameters() if not p.requires_grad}
     good = [str(records.parent/f'good{i}.png') for i in range(8)]
@@ -177,6 +183,9 @@ def test_training(folder, records, name, tmp_path):
     assert all(torch.equal(p, dict(rm.backbone.named_parameters())[n]) for n, p in base.items())
     again = RewardModel.from_pretrained(tmp_path/'run'/'bright', base=folder(name))
     assert_close(again.embed(good, texts), rm.embed(good, texts), atol=2e-5, rtol=0)
+    rows, _ = attention_rows(rm, good[:2], texts[:2], 'bright') # over the tokens of an image, whatever the number of levels
+    assert [len(row) for row in rows]==[rm.backbone.processor.image_tokens(Image.open(p).size) for p in good[:2]]
+    assert_close(torch.stack([row.sum() for row in rows]), torch.ones(2))
 
 
 @pytest.mark.parametrize('name', ['qwen2_5_vl', 'qwen3_vl', 'llava_next', 'llava', 'idefics3', 'mistral3', 'internvl'])
