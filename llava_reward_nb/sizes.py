@@ -12,7 +12,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 
-from .backbones import Phi3VBackbone
+from .backbones import Phi3VBackbone, in_four_bits
 from .core import InputError
 from .docments import document
 from .model import PerspectiveConfig, RewardModel
@@ -80,9 +80,11 @@ def random_model(
     num_crops:int=16,   # most crops of an image
     perspectives:int=1, # how many: p0, p1, …
     rank:int=128,       # of LoRA
+    four_bits:bool=False, # hold the decoder in 4 bits
 )->RewardModel:
     "A reward model with random perspectives."
-    rm = RewardModel(random_base(size, device, dtype, num_crops))
+    base = random_base(size, device, dtype, num_crops)
+    rm = RewardModel(in_four_bits(base) if four_bits else base)
     for k in range(perspectives): rm.add_perspective(f'p{k}', PerspectiveConfig(), rank, 2*rank)
     for name,p in rm.named_parameters():
         if not any(part in rm.configs for part in name.split('.')): continue

@@ -38,6 +38,7 @@ class StepSetup:
     rank:int=128             # of LoRA
     precision:str='float32'  # of the base and of products: 'float32' or 'bfloat16'
     checkpointing:bool=False # compute activations twice
+    four_bits:bool=False     # hold the decoder in 4 bits (QLoRA); not with the straightforward loop
     attention:str='eager'    # of the straightforward loop, one of `ATTENTION`
     device:str='cpu'         # torch device
     threads:int=None         # torch threads; None: as torch likes
@@ -84,7 +85,8 @@ def step_model(
     setup:StepSetup, # size, crops, rank, precision, device
 )->RewardModel:
     "A random model that is ready to be trained: what learns is float32, and nothing is dropped."
-    rm = random_model(setup.size, setup.device, setup.dtype, setup.crops, rank=setup.rank)
+    rm = random_model(setup.size, setup.device, setup.dtype, setup.crops, rank=setup.rank,
+                      four_bits=setup.four_bits)
     for p in rm.parameters():
         if p.requires_grad: p.data = p.data.float()
     _without_dropout(rm)

@@ -60,6 +60,7 @@ torchao fp8 && bench fp8 90 --precision $eight --batch $batch --drift 100
 bench compiled_mixed 120 --precision $base --batch $batch --image-size mixed --compiled
 bench crops4    90 --precision $base --batch $big --crops 4 --against reference-like
 bench unmerged  90 --precision $base --batch $batch --unmerged
+piece qlora     60 "$python" tools/gpu_report.py "$out" --qlora $device
 torchao int8 && bench int8 90 --precision int8-dynamic --batch $batch
 
 "$python" tools/gpu_report.py "$out" | tee "$out/report.txt"

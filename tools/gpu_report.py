@@ -1,7 +1,7 @@
 """What `tools/gpu_bench.sh` measured against what is wanted: `python tools/gpu_report.py FOLDER` prints the table.
 
 A target is met or not on an H100 at full size only; elsewhere the figures are printed and not judged. `--step DEVICE`
-measures a training step first (the script calls it so) and writes FOLDER/step.json."""
+measures a training step first (the script calls it so) and writes FOLDER/step.json; `--qlora DEVICE` one in 4 bits."""
 import argparse, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +76,7 @@ def training(folder):
     step = read(folder, 'step')
     ours, plain = (step.get(way, {}) for way in ('ours', 'plain'))
     whole = step.get('peak GiB in all')
+    qlora = read(folder, 'qlora').get('peak GiB in all')
     return [
         Target('a step of 8 pairs as 2 x 4: pairs/s', 'step', '', ours.get('pairs/s'), None),
         Target('a step: times as fast as the straightforward loop', 'step', '>= 2', ours.get('times as fast'), least(2)),
@@ -83,6 +84,7 @@ def training(folder):
         Target('a step: peak memory, GiB (80 GB card)', 'step', '<= 74', whole, most(74), '{:.1f}'),
         Target('a step: peak memory, GiB (48 GB card)', 'step', '<= 44', whole, most(44), '{:.1f}'),
         Target('a step: planned over measured memory', 'step', '0.9 to 1.1', step.get('planned over measured'), lambda x: .9 <= x <= 1.1),
+        Target('QLoRA, a step of 2 pairs: peak memory, GiB (24 GB card)', 'qlora', '<= 22', qlora, most(22), '{:.1f}'),
         Target('the straightforward loop: pairs/s', 'step', '', plain.get('pairs/s'), None),
     ]
 
@@ -118,6 +120,18 @@ def measure_step(folder, device):
     (Path(folder)/'step.json').write_text(json.dumps(result, indent=1)+'\n')
 
 
+def measure_qlora(folder, device):
+    "The most that a step with a decoder in 4 bits takes: two pairs, 16 crops, checkpointing; tiny on a CPU."
+    from llava_reward_nb.stepbench import StepSetup, memory_apart
+    full = device == 'cuda'
+    paper = dict(size='full', image_size='512x512', pairs=2, precision='bfloat16', checkpointing=True, device=device)
+    setup = StepSetup(**paper if full else dict(size='tiny', image_size='90x60', crops=2, rank=4, threads=1), four_bits=True)
+    above = memory_apart(setup)
+    loaded = model_gib(setup) if full else 0
+    result = {'setup': asdict(setup), 'MiB': above, 'peak GiB in all': loaded+above/1024}
+    (Path(folder)/'qlora.json').write_text(json.dumps(result, indent=1)+'\n')
+
+
 def model_gib(setup):
     "What the loaded model takes, on the device."
     import torch
@@ -130,6 +144,8 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('folder')
     parser.add_argument('--step', metavar='DEVICE', help='measure a training step first')
+    parser.add_argument('--qlora', metavar='DEVICE', help='measure a training step in 4 bits first')
     asked = parser.parse_args()
-    if asked.step: measure_step(asked.folder, asked.step)
+    if asked.qlora: measure_qlora(asked.folder, asked.qlora)
+    elif asked.step: measure_step(asked.folder, asked.step)
     else: print(table(asked.folder))
