@@ -152,7 +152,8 @@ class RewardConfig(TrainingArguments):
             self.disable_tqdm = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
         if self.data_seed is None: # else the order depends on who used the random generator before
             self.data_seed = self.seed
-        if self.zero_stage is None: self.zero_stage = launched_stage()
+        launched = launched_stage()
+        if self.zero_stage is None: self.zero_stage = launched
         with without_plugins(): super().__post_init__()
         _check_stage(self)
         _check_best(self)

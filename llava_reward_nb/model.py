@@ -819,8 +819,9 @@ def model_card(
     front = yaml.safe_dump({k:v for k,v in front.items() if v}, sort_keys=False, allow_unicode=True)
     bounds = config.pixels and f'{config.pixels[0]} to {config.pixels[1]} an image'
     facts = dict(perspective=name, loss=_LOSSES[config.loss], dimension=config.dim, temperature=config.tau,
-                 SkipCA=config.skipca, gate=config.gate, pooling=config.pooling, layer=config.layer,
-                 crops=config.num_crops, pixels=bounds, base=config.base or 'not named',
+                 SkipCA=config.skipca, levels=config.levels or None, gate=config.gate,
+                 pooling=config.pooling, layer=config.layer, crops=config.num_crops, pixels=bounds,
+                 base=config.base or 'not named',
                  LoRA=f'rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}',
                  package=f'llava_reward_nb {config.version}')
     return f"""---
@@ -1157,7 +1158,7 @@ def check_base(self:RewardModel,
         f"{here}, has other weights; pass the base it was trained on as base=")
 
 # %% ../nbs/3_paper/305_model.ipynb #0303013f
-_READING = ('loss','dim','tau','skipca','gate','pooling','layer','num_crops','pixels') # how it is computed
+_READING = ('loss','dim','tau','skipca','levels','gate','pooling','layer','num_crops','pixels')
 _WEIGHING = ('r','lora_alpha','use_rslora','use_dora','rank_pattern','alpha_pattern') # and LoRA
 
 @patch

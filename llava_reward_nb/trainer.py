@@ -27,8 +27,8 @@ from .core import CheckpointError, InputError
 from .data import RewardCollator, RewardRecords, check_fit, load_records, token_lengths
 from .docments import document
 from .files import atomic_path
-from .fsdp import (first_broken, is_sharded, read_whole_states, shard_model, whole_state,
-    whole_tensor, whole_weights, without_plugins)
+from .fsdp import (first_broken, is_sharded, read_whole_states, reshard, shard_model,
+    whole_state, whole_tensor, whole_weights, without_plugins)
 from .guards import (PlacedCollator, PlacedRecords, SafeStop, Shares, StopSignal,
     check_checkpoint, check_room, checkpoint_folders, checkpoints, clear_drafts, draft_folder, keep_last,
     last_checkpoint, named_records, only_run, publish, seal, writing)
@@ -114,6 +114,8 @@ class RewardTrainer(Trainer):
         eval_dataset=None,  # records held out, or a dict of several
         **kwargs,           # more arguments of `Trainer`, such as callbacks
     ):
+        if is_sharded(model): raise ValueError(
+            "another trainer has divided the weights of this model; go on with that, or load what it saved")
         self.names = self.names_of(model, train_dataset) # of the perspectives that are trained
         self.measured = {} # metric of the weights as they are -> value and records, for `facts`
         self.places = []   # of the records of the update that is computed
@@ -201,11 +203,13 @@ def _fill_cache(self:RewardTrainer,
 ):
     "Compute the features that the cache lacks, all processes together."
     if not self.vision: return
+    if is_sharded(self.model): self.model.unshard() # all but the decoder's layers
     for one in several_sets(records):
         if any(one is known for known in self.filled): continue
         fill_cache(self.vision, one, self.args.process_index, self.args.world_size)
         self.filled.append(one)
     self.accelerator.wait_for_everyone()
+    reshard(self.model)
 
 @patch
 def _prepare_inputs(self:RewardTrainer,
@@ -380,6 +384,7 @@ def evaluate(self:RewardTrainer,
     if isinstance(records, str): records = self.eval_dataset[records] # `Trainer` asks for one of several
     self._fill_cache(records)
     metrics = Trainer.evaluate(self, eval_dataset, **kwargs)
+    reshard(self.model)
     if isinstance(records, RewardRecords):
         told = {k:v for k,v in metrics.items() if not _TIMING.search(k)}
         where = f'{_files(records)} ({len(records)} {records.kind}s)'
@@ -698,6 +703,7 @@ def train(self:RewardTrainer,
     "Train; ValueError if nothing could be learnt, or output_dir holds (or lacks) an earlier run."
     if not self.train_dataset: raise ValueError("no records to train on; pass train_dataset")
     check_plan(self.train_dataset, self.args)
+    reshard(self.model)
     self._check_weights()
     check_room(self.args.output_dir, self._checkpoint_size(), 'a checkpoint')
     with only_run(self.args):
@@ -782,7 +788,7 @@ def check_divisible(self:RewardTrainer,
 def _prepare_for_training(self:RewardTrainer, max_steps, train_dataloader, resume_from_checkpoint):
     "Divide the weights, if the recipe says so, before there is an optimizer of them."
     stage = self.args.zero_stage
-    if stage: shard_model(self.model, stage, self.args.device, keep_tower=self.vision is not None)
+    if stage: shard_model(self.model, stage, self.args.device)
     return Trainer._prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)
 
 @patch
@@ -805,10 +811,24 @@ def _save_optimizer_and_scheduler(self:RewardTrainer, output_dir):
     "Write the optimizer's state, whole."
     if not is_sharded(self.model): return Trainer._save_optimizer_and_scheduler(self, output_dir)
     optimizer = self.optimizer
-    state = whole_state(optimizer.state_dict())
+    state = whole_state(optimizer.state_dict(), keep=self.args.should_save)
     self.optimizer = SimpleNamespace(state_dict=lambda: state)
     try: Trainer._save_optimizer_and_scheduler(self, output_dir)
     finally: self.optimizer = optimizer
+
+@patch
+def _load_optimizer_and_scheduler(self:RewardTrainer, checkpoint):
+    "Read states; whole ones are cut one by one, and not put on a device first."
+    if checkpoint is None or not is_sharded(self.model):
+        return Trainer._load_optimizer_and_scheduler(self, checkpoint)
+    def read(name, **how): return torch.load(Path(checkpoint)/name, map_location='cpu', weights_only=True, **how)
+    self.optimizer.load_state_dict(read('optimizer.pt', mmap=True))
+    self.lr_scheduler.load_state_dict(read('scheduler.pt'))
+
+@patch
+def _defer_fsdp_gradient_reduction(self:RewardTrainer): # context manager
+    "Gradients of each batch are added up in pieces; to add them up whole would take the memory that is saved."
+    return nullcontext()
 
 # %% ../nbs/3_paper/314_trainer.ipynb #6ead5594
 @patch
@@ -866,8 +886,8 @@ def train_perspective(
     if further: model.set_perspective(name)
     else: model.add_perspective(name, config, args.lora_rank, args.lora_alpha, args.lora_dropout)
     trainer = RewardTrainer(model, args, records, eval_records, **kwargs)
-    own = {n:p for n,p in model.named_parameters() if name in n.split('.')}
-    if further: trainer.start = tensors_hash(own)
+    if further: trainer.start = tensors_hash(
+        {n:p for n,p in model.named_parameters() if name in n.split('.')})
     return trainer.run(resume)
 
 # %% ../nbs/3_paper/314_trainer.ipynb #ca251278

@@ -292,8 +292,10 @@ def _place(recipe:Recipe)->tuple: # device and dtype to load with; None: what su
     "Where the base is loaded to: beside the device, if only pieces of it shall lie there."
     from llava_reward_nb.core import default_device, default_dtype
     dtype = recipe.dtype and getattr(torch, recipe.dtype)
-    if not recipe.training.zero_stage or recipe.training.vision_cache: return recipe.device, dtype
-    return 'cpu', dtype or default_dtype(recipe.device or default_device())
+    device = recipe.device or default_device()
+    pieces = recipe.training.zero_stage and not recipe.training.vision_cache
+    if not pieces or torch.device(device).type=='cpu': return recipe.device, dtype
+    return 'cpu', dtype or default_dtype(device)
 
 def _prepare_and_train(recipe:Recipe, start:_Start, resume:bool, dry_run:bool, words:list):
     "Read and check the records, print the plan, load the model, train."

@@ -307,8 +307,9 @@ def _variables(config, kind:str)->dict: # name -> text
     fsdp = kind=='FSDP'
     prefix = '' if fsdp else 'ACCELERATE_DEEPSPEED_'
     given = config.fsdp_config if fsdp else config.deepspeed_config
-    told = {prefix+k.upper():str(v) for k,v in given.items()}
-    return {f'ACCELERATE_USE_{kind}':'true', **told}
+    told = {prefix+k.upper().removeprefix('DEEPSPEED_'):str(v) for k,v in given.items()}
+    usual = dict(FSDP_CPU_RAM_EFFICIENT_LOADING='true') if fsdp else {} # what is told of a field left out
+    return {f'ACCELERATE_USE_{kind}':'true', **usual, **told}
 
 # %% ../../nbs/7_scale/706_recipes.ipynb #edd6255f
 _SHAPES = dict(alignment='alignment_pairs', fidelity='fidelity_pairs', overall='overall_pairs',

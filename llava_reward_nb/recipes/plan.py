@@ -547,7 +547,7 @@ def make_plan(
         plan.why = f'{model.backbone.model_type} cannot be rehearsed ({str(e).splitlines()[0][:80]})'
         return plan
     if load_in_4bit: _count_four_bits(plan.rehearsal, model)
-    if plan.stage: _count_pieces(plan.rehearsal, model, processes, stage, args)
+    if plan.stage: _count_pieces(plan.rehearsal, model, processes, stage)
     usual = _encoded(model.backbone, lengths.typical)
     same = all(usual[k].shape==v.shape for k,v in long.items())
     typical = plan.rehearsal if same else rehearse(model, usual, args, half)
@@ -565,10 +565,10 @@ def _count_four_bits(rehearsal:Rehearsal, model:RewardModel):
     rehearsal.weights -= int(sum(sizes)*(width-NF4_BITS/8))
     rehearsal.activations += max(sizes)*width
 
-def _count_pieces(rehearsal:Rehearsal, model:RewardModel, processes:int, stage:int, args:RewardConfig):
+def _count_pieces(rehearsal:Rehearsal, model:RewardModel, processes:int, stage:int):
     "Take off what other processes hold; add what is whole while a step is computed."
     every = _bytes_of(model.parameters())
-    units = [_bytes_of(layer.parameters()) for layer in layer_units(model, bool(args.vision_cache))]
+    units = [_bytes_of(layer.parameters()) for layer in layer_units(model)]
     at_once = sum(sorted(units)[-2:]) if stage==3 else sum(units) # a layer, and the next one on its way
     trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
     learn = trained(model)
