@@ -801,6 +801,7 @@ def create_optimizer(self:RewardTrainer,
     if is_new and is_sharded(self.model): read_whole_states(self.optimizer)
     return self.optimizer
 
+# %% ../nbs/3_paper/314_trainer.ipynb #ba9aabc0
 @patch
 def _clip_grad_norm(self:RewardTrainer, model): # norm before clipping, float or tensor ()
     "Clip the gradients by the norm of all pieces."
@@ -821,13 +822,14 @@ def _load_optimizer_and_scheduler(self:RewardTrainer, checkpoint):
     "Read states; whole ones are cut one by one, and not put on a device first."
     if checkpoint is None or not is_sharded(self.model):
         return Trainer._load_optimizer_and_scheduler(self, checkpoint)
-    def read(name, **how): return torch.load(Path(checkpoint)/name, map_location='cpu', weights_only=True, **how)
-    self.optimizer.load_state_dict(read('optimizer.pt', mmap=True))
+    def read(name): return torch.load(
+        Path(checkpoint)/name, map_location='cpu', weights_only=True, mmap=True)
+    self.optimizer.load_state_dict(read('optimizer.pt'))
     self.lr_scheduler.load_state_dict(read('scheduler.pt'))
 
 @patch
 def _defer_fsdp_gradient_reduction(self:RewardTrainer): # context manager
-    "Gradients of each batch are added up in pieces; to add them up whole would take the memory that is saved."
+    "Gradients of several batches are added up in pieces: whole ones would take the memory that is saved."
     return nullcontext()
 
 # %% ../nbs/3_paper/314_trainer.ipynb #6ead5594
