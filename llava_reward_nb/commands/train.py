@@ -395,14 +395,28 @@ def _check_several(recipe:Recipe, resume:bool):
         _check_place(Path(recipe.training.output_dir), name, resume)
     _check_base(recipe.base or 'tiny')
 
-def _several_lines(recipe:Recipe, items, updates:int)->list: # of strings
+def _plan_several(recipe:Recipe, items): # `Plan`
+    "What the run will do and need."
+    from llava_reward_nb.core import default_device, default_dtype
+    from llava_reward_nb.recipes.plan import plan_together
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else default_dtype(recipe.device or default_device())
+    here = recipe.training.world_size
+    many = read_accelerate(recipe.accelerate).processes if recipe.accelerate and here==1 else here
+    configs = {name:own.perspective for name,own in recipe.perspectives.items()}
+    return plan_together(recipe.base or 'tiny', configs, recipe.training, items, dtype, many,
+                         recipe.num_crops, recipe.load_in_4bit)
+
+def _several_lines(recipe:Recipe, items, updates:int, devices:bool)->list: # of strings
     "What a run of several perspectives will do."
+    from llava_reward_nb.recipes.plan import plan_lines
+    plan = _plan_several(recipe, items)
     rows = sum(map(len, items.sets.values()))
     lines = [f"steps      {updates} updates; {len(items)} items for {rows} records; those that show the same "
              "images are one item"]
     for name,records in items.sets.items():
         lines.append(f"{name:10} {recipe.perspectives[name].perspective.loss}, {records}")
-    return [*lines, "memory     not estimated for several; each alone: the same records with --dry-run"]
+    trains,_,*needs = plan_lines(plan, devices)
+    return [trains, *lines, *needs]
 
 def _load_several(recipe:Recipe)->dict: # perspective -> `_Sets`
     "The records of each perspective."
@@ -420,7 +434,8 @@ def _train_several(recipe:Recipe, resume:bool, dry_run:bool):
     sets = _load_several(recipe)
     items = JointRecords({name:s.train for name,s in sets.items()})
     updates = check_plan(items, args)
-    if args.process_index==0: print('\n'.join(_several_lines(recipe, items, updates)))
+    if args.process_index==0: print(
+        '\n'.join(_several_lines(recipe, items, updates, dry_run or args.n_gpu>0)))
     if dry_run: return
     waiting(f"loading {recipe.base or 'tiny'}")
     how = dict(device=recipe.device, dtype=recipe.dtype and getattr(torch, recipe.dtype))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['aten', 'DEVICES', 'SHARE', 'SPARE', 'base_files', 'hollow_backbone', 'hollow_model', 'trainable_groups', 'as_ghost',
            'Ledger', 'FlashAttention', 'GhostAutocast', 'rehearsing', 'Rehearsal', 'rehearse', 'Row', 'rows_of',
-           'Lengths', 'row_lengths', 'Device', 'hours_on', 'fits_on', 'Plan', 'plan_lines', 'make_plan']
+           'Lengths', 'row_lengths', 'Device', 'hours_on', 'fits_on', 'Plan', 'plan_lines', 'make_plan',
+           'plan_together']
 
 # %% ../../nbs/7_scale/705_plan.ipynb #2afec2c0
 import contextlib, math, random, weakref
@@ -22,13 +23,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backbones import NF4_BITS, Phi3VBackbone, four_bit_layers
 from ..core import CheckpointError, InputError, image_key, image_size
-from ..data import record_images
+from ..data import record_images, token_lengths
 from ..docments import document
 from ..fsdp import layer_units
 from ..generic import backbone_class, load_processor
 from ..model import PerspectiveConfig, RewardModel
 from ..phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from ..config import RewardConfig, planned_updates
+from ..together import ItemCollator, JointCollator, JointRecords, read_parts
 from ..trainer import choose_parts
 from ..vision_cache import cut_features
 from ..weights import how_to_fetch, hub_folder
@@ -71,16 +73,18 @@ def hollow_backbone(
 # %% ../../nbs/7_scale/705_plan.ipynb #69b63745
 def hollow_model(
     name,                            # folder, short name or hub id of a base
-    config:PerspectiveConfig,        # of the perspective that is trained
+    config,                          # `PerspectiveConfig` of what is trained, or perspective -> its own
     args:RewardConfig,               # the recipe
     dtype:torch.dtype=torch.float32, # of the frozen weights
     num_crops:int=None,              # most crops of an image; None: the base's own setting
 )->RewardModel:
-    "A reward model without numbers, with one perspective to train."
+    "A reward model without numbers, with a perspective to train, or several."
     model = RewardModel(hollow_backbone(name, dtype, num_crops), str(name))
+    configs = config if isinstance(config, dict) else dict(planned=config)
     with torch.device('meta'):
-        model.add_perspective('planned', config, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    choose_parts(model, ['planned'], args)
+        for key,each in configs.items():
+            model.add_perspective(key, each, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    choose_parts(model, list(configs), args)
     return model
 
 def trainable_groups(
@@ -321,12 +325,26 @@ def _bytes_of(tensors)->int: return sum(t.numel()*t.element_size() for t in tens
 def _tower_first(model:RewardModel, held:dict)->dict: # batch with features and without pixels
     "What a batch is with a vision cache."
     with torch.no_grad(): features = model.backbone.vision(held)
-    return {k:v for k,v in held.items() if not v.is_floating_point()}|dict(features=features)
+    return {k:v for k,v in held.items() if not _floats(v)}|dict(features=features)
+
+def _floats(x)->bool: return isinstance(x, Tensor) and x.is_floating_point()
+
+def _held(x, ghosts:bool): # what a step holds of an entry of its batch
+    if not isinstance(x, Tensor): return x
+    return as_ghost(x) if ghosts and x.is_floating_point() else x.clone()
+
+def _any_loss(vectors)->Tensor: # of head vectors, or of a dict of them
+    every = vectors.values() if isinstance(vectors, dict) else [vectors]
+    return sum(v.float().square().mean() for v in every)
+
+def _tokens_of(batch:dict)->int:
+    parts = batch['parts'].values() if 'parts' in batch else [batch]
+    return sum(int(part['attention_mask'].sum()) for part in parts)
 
 # %% ../../nbs/7_scale/705_plan.ipynb #7cecd61f
 def rehearse(
     model:RewardModel,      # from `hollow_model`, or a real one
-    batch:dict,             # what `encode` gave for the rows of one batch
+    batch:dict,             # what `encode` gave for the rows of one batch; or with `parts` of perspectives
     args:RewardConfig,      # the recipe
     half:torch.dtype=None,  # precision of products; None: that of the weights
 )->Rehearsal:
@@ -342,7 +360,7 @@ def rehearse(
         if ghosts: how['context_fn'] = lambda: _again(half)
         model.activation_checkpointing_enable(how)
     with rehearsing(ledger, half) as autocast:
-        held = {k:as_ghost(v) if ghosts and v.is_floating_point() else v.clone() for k,v in batch.items()}
+        held = tree_map(lambda x: _held(x, ghosts), batch)
         tower,features = 0.,0
         if args.vision_cache:
             ledger.restart()
@@ -353,13 +371,13 @@ def rehearse(
         waiting = ledger.now*(args.gradient_accumulation_steps-1)
         for _ in range(1+accumulated):
             ledger.restart()
-            loss = model(**held).float().square().mean()
+            loss = _any_loss(model(**held))
             autocast.copies.clear()
             loss.backward()
             del loss
     for p in learn: p.grad = None
     return Rehearsal(_bytes_of(model.parameters()), _MOMENTS.get(optim, 8)*sum(p.numel() for p in learn),
-                     ledger.peak+waiting, ledger.flops, int(batch['attention_mask'].sum()), tower, features)
+                     ledger.peak+waiting, ledger.flops, _tokens_of(batch), tower, features)
 
 # %% ../../nbs/7_scale/705_plan.ipynb #568103ba
 @dataclass
@@ -590,6 +608,55 @@ def _assumed(backbone, size:int, kind:str)->Lengths:
     record = [_ASSUMED]*_IMAGES[kind]
     tokens = sum(backbone.token_counts([r.size for r in record], [r.prompt for r in record]))
     return Lengths([record]*size, [record]*size, tokens)
+
+# %% ../../nbs/7_scale/705_plan.ipynb #a75a52d8
+def _batch_of(model:RewardModel, args:RewardConfig, items, chosen:list)->dict:
+    "A batch of items, as the trainer would make it."
+    processor = model.backbone.processor
+    collate = ItemCollator(JointCollator(processor, type(model.backbone), list(items.sets),
+                                         args.margin_by_ratings, processor))
+    batch = collate([items[i] for i in chosen])
+    del batch['places']
+    return {**batch, 'parts':read_parts(batch['parts'])}
+
+def _item_lengths(items, processor)->list:
+    "Tokens of all rows of each item."
+    tokens = {name:token_lengths(records, processor) for name,records in items.sets.items()}
+    return [sum(tokens[m.perspective][m.index] for m in item) for item in items.items]
+
+def plan_together(
+    base,                      # folder, short name or hub id of the base
+    configs:dict,              # perspective -> `PerspectiveConfig`
+    args:RewardConfig,         # the recipe
+    items:JointRecords,        # to train on
+    dtype:torch.dtype=torch.float32, # of the frozen weights
+    processes:int=None,        # devices; None: those of this run
+    num_crops:int=None,        # most crops of an image; None: the base's own setting
+    load_in_4bit:bool=False,   # hold the decoder in 4 bits
+)->Plan:
+    "What a run of several perspectives will do and need."
+    model = hollow_model(base, configs, args, dtype, num_crops)
+    processes = processes or args.world_size
+    size = args.per_device_train_batch_size
+    lengths = _item_lengths(items, model.backbone.processor)
+    mean = sum(lengths)/len(lengths)
+    def first(key): # items of a batch
+        order = sorted(range(len(lengths)), key=key)
+        return [order[k%len(order)] for k in range(size)]
+    groups = trainable_groups(model)
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    plan = Plan(groups, sum(p.numel() for p in model.parameters())-sum(groups.values()), len(items), False,
+                planned_updates(args, len(items)), size*args.gradient_accumulation_steps*processes, processes,
+                mean, args.num_train_epochs, str(half or dtype).removeprefix('torch.'))
+    if processes>1: plan.buckets = 4*sum(groups.values())
+    longest,typical = (_batch_of(model, args, items, first(key))
+                       for key in (lambda i: -lengths[i], lambda i: abs(lengths[i]-mean)))
+    plan.rehearsal = rehearse(model, longest, args, half)
+    if load_in_4bit: _count_four_bits(plan.rehearsal, model)
+    usual = rehearse(model, typical, args, half)
+    seen = args.max_steps*plan.batch if args.max_steps>0 else args.num_train_epochs*len(items)
+    plan.flops = usual.flops/size*seen+usual.tower/size*len(items)
+    return plan
 
 # %% ../../nbs/7_scale/705_plan.ipynb #404d9497
 document(__name__)
