@@ -222,8 +222,9 @@ def _train(rm, name, sets:_Sets, recipe:Recipe, config, resume:bool):
     "Train and report; after Ctrl-C, say how to go on."
     from llava_reward_nb.guards import checkpoints
     from llava_reward_nb.trainer import train_perspective
-    print(f"{sets.train}{f'; held out: {sets.held_out}' if sets.held_out else ''}")
     args = recipe.training
+    if args.process_index==0:
+        print(f"{sets.train}{f'; held out: {sets.held_out}' if sets.held_out else ''}")
     out = Path(args.output_dir)
     callbacks = [_eval_printer()]
     try: metrics = train_perspective(rm, name, sets.train, args, config, sets.held_out, resume,
