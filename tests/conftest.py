@@ -11,6 +11,7 @@ hypothesis.settings.load_profile('steady')
 
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored, and children would inherit that
 
+LONG = ('test_wheel.py', 'test_readme.py', 'test_golden_rewards.py') # they begin first, so that no worker waits for the other at the end
 PHI3V = Path(__file__).resolve().parent/'golden'/'phi3v'
 
 
@@ -20,6 +21,10 @@ def script(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope='session')

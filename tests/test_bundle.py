@@ -66,7 +66,7 @@ def test_pipelines_that_are_trained_and_measured_are_put_there(tmp_path, out):
 
 def test_one_command_calls_all_builders_in_order(monkeypatch, capsys):
     bundle, called = script(ROOT/'tools'/'bundle.py'), []
-    assert [piece.__name__ for piece in bundle.PIECES] == ['base', 'rivals', 'pipelines', 'signs', 'guidance', 'table9', 'card']
+    assert [piece.__name__ for piece in bundle.PIECES] == ['base', 'rivals', 'pipelines', 'signs', 'table9', 'ablations', 'card']
     def stand_in(name):
         def piece(share): called.append((name, share))
         piece.__name__ = name
@@ -75,7 +75,7 @@ def test_one_command_calls_all_builders_in_order(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['bundle.py', '.01'])
     monkeypatch.chdir(ROOT)
     bundle.main()
-    assert called == [(name, .01) for name in ('base', 'rivals', 'pipelines', 'signs', 'guidance', 'table9', 'card')]
+    assert called == [(name, .01) for name in ('base', 'rivals', 'pipelines', 'signs', 'table9', 'ablations', 'card')]
     assert '== 7/7 card' in capsys.readouterr().out
 
 
@@ -88,6 +88,14 @@ def test_card_quotes_rivals_and_pipelines():
         assert [float(x) for x in re.findall(r'\d\.\d+', shown)] == pytest.approx([row[k] for k in ('accuracy', 'low', 'high')], abs=6e-4)
     for row in lines(BUNDLE/'log/satisfaction.jsonl'):
         if row['category'] == 'mean': assert f"{row['satisfied']:.2f} of {row['n']}" in text
+
+
+def test_card_names_the_seeds_of_the_builders():
+    card = script(ROOT/'tools'/'card.py')
+    sources = ''.join(p.read_text(encoding='utf-8') for p in (ROOT/'llava_reward_nb/tiny').glob('*.py'))
+    for stage, (_, seed) in card.STAGES.items(): assert f"{stage}.pt', seed={seed})" in sources
+    stages = {r['stage'] for name in ('training', 'metrics', 'diffusion') for r in lines(BUNDLE/f'log/{name}.jsonl') if r.get('seconds')}
+    assert list(card.logged()) == list(card.STAGES) and stages <= set(card.STAGES)
 
 
 def wait_for(event):

@@ -85,6 +85,12 @@ def test_imports_only_lower_notebooks(path):
 
 
 @notebooks
+def test_no_state_of_widgets_is_kept(path):
+    metadata = json.loads(path.read_text(encoding='utf-8'))['metadata']
+    assert 'widgets' not in metadata, f'thousands of lines that nobody sees: delete metadata.widgets of {path.name}'
+
+
+@notebooks
 def test_cells_are_short_and_all_run(path):
     for source in code_cells(path):
         assert not has_directive(source, r'eval:\s*false'), f'a cell that never runs proves nothing; flag it slow or gpu:\n{source}'

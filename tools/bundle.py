@@ -30,23 +30,25 @@ def signs(share):
     build_signs(n=portion(400, share), k=portion(20, share))
 
 
-def guidance(share):
-    from llava_reward_nb.tiny.guidance import build_guidance
-    from llava_reward_nb.tiny.mllm import portion
-    build_guidance(n=portion(300, share, 6))
-
-
 def table9(share):
     from llava_reward_nb.tiny.mllm import portion
     from llava_reward_nb.tiny.studies import build_table9
     build_table9(n=portion(300, share, 6))
 
 
+def ablations(share):
+    from llava_reward_nb.tiny.ablations import ablation_study
+    from llava_reward_nb.tiny.mllm import portion
+    bundle = Path('llava_reward_nb/bundle')
+    ablation_study(bundle/'base', 'runs/ablations', bundle/'log/ablations.parquet',
+                   n=portion(2000, share, 64), held=portion(1000, share, 64))
+
+
 def card(share):
     subprocess.run([sys.executable, 'tools/card.py'], check=True)
 
 
-PIECES = (base, rivals, pipelines, signs, guidance, table9, card)
+PIECES = (base, rivals, pipelines, signs, table9, ablations, card)
 
 
 def main():

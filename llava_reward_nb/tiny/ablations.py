@@ -91,13 +91,14 @@ def ablation_study(
     out,                 # the table: variant, seed, pair, margin
     seeds=(1,2,3,4),     # of the runs
     n:int=2000,          # training pairs of a run
+    held:int=1000,       # held-out pairs
 )->Path: # `out`
     "Train every variant with every seed, and write all margins as one table."
     work,rows = Path(work),[]
     for seed in seeds:
         for name in VARIANTS:
             run = f"{name.replace(' ', '_')}_{seed}"
-            margins = kept(work/f'{run}.json', ablation_margins, base, work/run, name, seed, n)
+            margins = kept(work/f'{run}.json', ablation_margins, base, work/run, name, seed, n, held)
             rows += [dict(variant=name, seed=seed, pair=i, margin=round(m, 2)) for i,m in enumerate(margins)]
     write_table(rows, out)
     return Path(out)

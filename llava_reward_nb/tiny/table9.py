@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_GUIDES', 'RAISES', 'MOST', 'REPEATED', 'NOT', 'UNDECIDED', 'Statement', 'statements', 'paper_counts',
-           'paper_rows', 'verdict', 'replication', 'replication_table', 'logged_particles', 'trust', 'paper_leads',
+           'paper_rows', 'verdict', 'replication', 'replication_table', 'agreement', 'trust', 'paper_leads',
            'power_table']
 
 # %% ../../nbs/8_tiny/805_table9.ipynb #76b82eb6
@@ -185,17 +185,17 @@ def replication_table(
              "else undecided. Differences are of the same prompts and seeds. Intervals are over prompts."]
     return Table(df, 'What the paper says, and what repeats', {c:'' for c in df}, 0, notes=notes)
 
-# %% ../../nbs/8_tiny/805_table9.ipynb #e2b47a7f
-def logged_particles(
-    folder=None, # bundle; default: the embedded one
-): # DataFrame
-    "Particles of the miniature Table 9 in a bundle's log, or of the comparison of chapter 803."
-    from llava_reward_nb.weights import MODELS
-    log = (MODELS['tiny'] if folder is None else folder)/'log'
-    files = [f for f in (log/'table9.parquet', log/'guidance.parquet') if f.is_file()]
-    if not files: raise InputError(f"{log}: holds no table9.parquet or guidance.parquet; make them with "
-                                   "build_table9 or build_guidance")
-    return particle_frame(files[0])
+# %% ../../nbs/8_tiny/805_table9.ipynb #d22e11a5
+def agreement(
+    frame,             # particles, those of 'none' among them
+    metrics:list=None, # columns; default: all metrics
+): # DataFrame, metric by metric
+    "Correlation of judges over the unsteered particles of a prompt, prompts' means taken off."
+    frame = particle_frame(frame)
+    metrics = list(metrics or metric_columns(frame))
+    none = frame[frame.guidance=='none']
+    if not len(none): raise InputError("particles: none without guidance (guidance 'none') to judge")
+    return (none[metrics]-none.groupby(['prompt_set','model','prompt'])[metrics].transform('mean')).corr()
 
 # %% ../../nbs/8_tiny/805_table9.ipynb #24274ece
 def trust(
