@@ -436,6 +436,7 @@ def test_a_trained_reward_is_noticed_on_disk(tmp_path):
     from safetensors.torch import load_file, save_file
     from llava_reward_nb.weights import MODELS
     shutil.copytree(MODELS['tiny']/'alignment', tmp_path/'m'/'mine')
+    (tmp_path/'m'/'mine'/'checksums.json').unlink() # as its owner, who changes it on purpose
     config = tmp_path/'m'/'mine'/'reward_config.json'
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(base=str(MODELS['tiny']/'base'))))
     go = lambda out: warned(run_benchmark, 'smid', [str(tmp_path/'m'/'mine')], out=tmp_path/out, limit=4)[0].scores().iloc[:, 0].to_numpy()
